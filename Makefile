@@ -1,0 +1,117 @@
+# Everything a developer needs: `make help` lists it. All set-up happens in $(VENV), by itself.
+#
+#   PYTHON=python3.12       the interpreter to build for (another version makes the venv anew)
+#   VENV=.venv-other        another place for the venv
+#   ARGS="-k trees -x"      further arguments for pytest
+#   KSMCORE_SANITIZE=1      build with the address and undefined-behaviour sanitizers
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+
+# Stamps. Their names hold what they were made with, so that a change of it makes them anew.
+VENV_STAMP := $(VENV)/.stamp-venv-$(VERSION)
+TOOLS_STAMP := $(VENV)/.stamp-tools
+INSTALL_STAMP := $(VENV)/.stamp-install
+BUILD_STAMP := $(VENV)/.stamp-build$(if $(filter-out 0,$(KSMCORE_SANITIZE)),-sanitize)
+DEV_STAMP := $(VENV)/.stamp-dev
+
+SOURCES := $(wildcard ksmcore/*.pyx ksmcore/*.pxd ksmcore/*.h)
+# The build requirements of pyproject.toml, as arguments for pip.
+BUILD_REQUIRES = $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+# Compiled modules that have a stub next to them.
+STUBBED := $(subst /,.,$(filter $(basename $(wildcard ksmcore/*.pyx)),$(basename $(wildcard ksmcore/*.pyi))))
+# Only what really is a virtual environment, whatever VENV says.
+REMOVE_VENV = if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); \
+    elif [ -e $(VENV) ]; then echo "$(VENV) is no virtual environment" >&2; exit 1; fi
+LINTED := $(wildcard setup.py ksmcore tests bench examples)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv build dev demo test stress bench examples lint style types format sdist clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV_STAMP) ## Make the virtual environment, with the build tools in it
+build: $(BUILD_STAMP) $(INSTALL_STAMP) ## Compile the present sources and install them into the venv
+dev: $(DEV_STAMP) ## Install the linters and the sdist builder into the venv too
+
+demo: build ## Run the demonstration
+	$(PY) examples/demo.py
+
+test: build ## Run the unit and property tests
+	$(PY) -m pytest $(wildcard tests/unit tests/property) $(ARGS)
+
+stress: build ## Run the long stress tests
+	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress $(ARGS)
+
+bench: build ## Run the benchmarks
+	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)
+
+examples: build ## Run every example
+	@set -e; for file in examples/*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+lint: style types ## Check style and types, and the stubs against the compiled modules
+
+style: dev
+	$(PY) -m ruff check $(LINTED)
+	$(PY) -m ruff format --check $(LINTED)
+
+types: dev build
+	$(PY) -m mypy
+	$(if $(STUBBED),$(PY) -m mypy.stubtest --ignore-disjoint-bases $(STUBBED))
+
+format: dev ## Rewrite the Python files in the project's style
+	$(PY) -m ruff check --fix $(LINTED)
+	$(PY) -m ruff format $(LINTED)
+
+sdist: dev ## Build the source distribution into dist/
+	$(PY) -m build --sdist
+
+clean: ## Remove all that was built, the virtual environment included
+	$(REMOVE_VENV)
+	rm -rf build dist *.egg-info ksmcore/*.so
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 has venv but, without the package python3-venv, not the ensurepip it needs.
+$(VENV_STAMP):
+	@$(REMOVE_VENV)
+	@if [ -z "$(VERSION)" ]; then \
+	    echo "There is no working '$(PYTHON)'; name another with make PYTHON=..." >&2; exit 1; fi
+	@echo "Making $(VENV) for Python $(VERSION)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	    || { rm -rf $(VENV); $(PYTHON) -m virtualenv --quiet $(VENV) >/dev/null 2>&1; } \
+	    || { rm -rf $(VENV); \
+	         echo "$(PYTHON) can make no virtual environment: install the Debian package python3-venv." >&2; \
+	         exit 1; }
+	@touch $@
+
+$(TOOLS_STAMP): $(VENV_STAMP) pyproject.toml
+	@echo "Installing the build tools into $(VENV)"
+	$(PIP) install $(BUILD_REQUIRES)
+	@touch $@
+
+# Compiles only the modules that changed. Not through pip, which buries the compiler's messages.
+$(BUILD_STAMP): $(TOOLS_STAMP) $(SOURCES) setup.py ksmcore/_platform.py
+	@rm -f $(VENV)/.stamp-build*
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Editable, so that Python files are always the present ones; without build isolation, so that the
+# modules just compiled are not compiled again.
+$(INSTALL_STAMP): pyproject.toml setup.py $(TOOLS_STAMP) | $(BUILD_STAMP)
+	@echo "Installing ksmcore and the test tools into $(VENV)"
+	$(PIP) install --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(DEV_STAMP): $(INSTALL_STAMP)
+	@echo "Installing the development tools into $(VENV)"
+	$(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@

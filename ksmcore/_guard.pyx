@@ -1,0 +1,232 @@
+"""The guard: what keeps writers out of a window, a range of pages being compared and remapped.
+
+Called by: _merge (windows), _scan (enter and leave). Calls: _sys.
+
+The mprotect guard takes the write permission away and installs a SIGSEGV handler (_segv.h) that makes
+a thread writing into the window wait until it is closed, then lets it try again. What it guarantees:
+a user store is never lost and never fails. What it does not: a system call that writes into the window
+fails with EFAULT, because the kernel asks for the permission without raising a signal.
+
+One window exists per process. Its lock is the fork gate, so a fork never happens inside a window, and
+the handler needs to look at one range only. Lock order: engine lock, then install lock; engine lock,
+then gate. The install lock and the gate are never held together.
+"""
+
+from libc.stdint cimport uint32_t, uintptr_t
+from libc.signal cimport SIGSEGV
+from posix.signal cimport sigaction_t
+
+from ksmcore._sys cimport (
+    error_clear, gate_lock, gate_unlock, sys_error, sys_pause, sys_protect, sys_sigaction,
+)
+
+cdef extern from "_segv.h":
+    ctypedef struct segv_state:
+        uint32_t n_waits
+        uint32_t n_windows
+        uint32_t installed
+        sigaction_t previous
+    segv_state segv
+    void segv_open(uintptr_t lo, uintptr_t hi) nogil
+    void segv_close() nogil
+    bint segv_is_installed(const sigaction_t* now) nogil
+    void segv_fill(sigaction_t* act) nogil
+    void segv_remember(const sigaction_t* now) nogil
+    void segv_displaced(const sigaction_t* now) nogil
+    void segv_child()
+
+cdef extern from *:
+    """
+    #include <dirent.h>
+    #include <fcntl.h>
+    #include <stdio.h>
+
+    static pthread_mutex_t guard_install = PTHREAD_MUTEX_INITIALIZER;
+    static uint32_t guard_n_users;
+
+    static void guard_lock_install(void) { pthread_mutex_lock(&guard_install); }
+    static void guard_unlock_install(void) { pthread_mutex_unlock(&guard_install); }
+
+    static void guard_child(void) {
+        pthread_mutex_init(&guard_install, 0);
+        guard_n_users = 0;
+        segv_child();
+    }
+    static int guard_at_fork(void) { return pthread_atfork(0, 0, guard_child); }
+
+    /* Processor time of thread `tid` in ns, and whether it is off the processor of its own will
+       (asleep in the kernel, stopped, or gone; not held by a debugger, which sees the signal before
+       the handler does), from /proc. -1 when it cannot be told. */
+    static int guard_thread(int tasks, const char *tid, uint64_t *ran_ns, int *asleep) {
+        char path[64], buf[512];
+        int fd;
+        ssize_t n;
+        snprintf(path, sizeof path, "%s/stat", tid);
+        fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) { *asleep = 1; return errno == ENOENT ? 0 : -1; }
+        n = read(fd, buf, sizeof buf - 1);
+        close(fd);
+        if (n <= 0) { *asleep = 1; return 0; }
+        buf[n] = 0;
+        /* the name may hold spaces and brackets; the state follows the last bracket */
+        char *state = strrchr(buf, ')');
+        if (!state || !state[1] || !state[2]) return -1;
+        *asleep = strchr("SDIZXT", state[2]) != 0;
+        snprintf(path, sizeof path, "%s/schedstat", tid);
+        fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) return -1;
+        n = read(fd, buf, sizeof buf - 1);
+        close(fd);
+        if (n <= 0) return -1;
+        buf[n] = 0;
+        *ran_ns = strtoull(buf, 0, 10);
+        return 0;
+    }
+
+    /* A thread that faulted in the last window may still be on its way to the handler: runnable, in
+       the kernel, not yet given its signal. Return 1 once that can be true of no thread: each has been
+       seen asleep, or has used processor time since (the way to the handler takes microseconds and
+       never sleeps after the fault was judged). 0: not within `limit_ms`, or /proc does not tell. */
+    #define GUARD_RAN_NS 100000u
+    #define GUARD_MAX_THREADS 256
+    static int guard_quiesce(int limit_ms) {
+        struct { char tid[16]; uint64_t ran_ns; } busy[GUARD_MAX_THREADS];
+        int n_busy = 0, asleep, tasks;
+        uint64_t ran_ns = 0;
+        char self[16];
+        struct dirent *entry;
+        DIR *dir = opendir("/proc/self/task");
+        if (!dir) return 0;
+        tasks = dirfd(dir);
+        snprintf(self, sizeof self, "%ld", (long)syscall(SYS_gettid));
+        while ((entry = readdir(dir))) {
+            if (entry->d_name[0] == '.' || !strcmp(entry->d_name, self)) continue;
+            if (guard_thread(tasks, entry->d_name, &ran_ns, &asleep) != 0) { n_busy = -1; break; }
+            if (asleep) continue;
+            if (n_busy == GUARD_MAX_THREADS || strlen(entry->d_name) > 15) { n_busy = -1; break; }
+            strcpy(busy[n_busy].tid, entry->d_name);
+            busy[n_busy++].ran_ns = ran_ns;
+        }
+        while (n_busy > 0 && limit_ms-- > 0) {
+            struct timespec pause = {0, 1000000L};
+            nanosleep(&pause, 0);
+            for (int i = n_busy - 1; i >= 0; i--) {
+                if (guard_thread(tasks, busy[i].tid, &ran_ns, &asleep) != 0) continue;
+                if (asleep || ran_ns - busy[i].ran_ns >= GUARD_RAN_NS) busy[i] = busy[--n_busy];
+            }
+        }
+        closedir(dir);
+        return n_busy == 0;
+    }
+    """
+    void guard_lock_install() nogil
+    void guard_unlock_install() nogil
+    int guard_at_fork()
+    bint guard_quiesce(int limit_ms) nogil
+    uint32_t guard_n_users
+
+
+# Giving the write permission back must not fail: the program's own memory would stay read-only. The
+# kernel may be out of memory for a moment, so it is tried again, about a second long.
+cdef enum:
+    CLOSE_TRIES = 1000
+    QUIESCE_LIMIT_MS = 1000
+
+
+cdef int guard_enter(sys_error* err) noexcept nogil:
+    """Install the handler, or check that it is still there; returns -1 with *err when it cannot be."""
+    cdef sigaction_t now
+    cdef sigaction_t ours
+    cdef int rc = 0
+    guard_lock_install()
+    rc = sys_sigaction(SIGSEGV, NULL, &now, err)
+    if rc == 0 and not segv_is_installed(&now):
+        # Either nobody scans, or somebody replaced the handler while another engine does.
+        if segv.installed:
+            segv_displaced(&now)
+        segv_remember(&now)
+        segv_fill(&ours)
+        rc = sys_sigaction(SIGSEGV, &ours, NULL, err)
+        if rc != 0:
+            segv.installed = 0
+    if rc == 0:
+        _n_users_add(1)
+    guard_unlock_install()
+    return rc
+
+
+cdef void _n_users_add(int delta) noexcept nogil:
+    global guard_n_users
+    guard_n_users = <uint32_t>(<int>guard_n_users + delta)
+
+
+cdef void guard_leave() noexcept nogil:
+    """Put the previous handler back, once no thread can still be on its way to ours.
+
+    Where that cannot be told in a second, ours stays: it passes on what is not its own, and the next
+    leave tries again. A handler that somebody installed over ours is left alone.
+    """
+    cdef sigaction_t now
+    cdef sys_error err
+    error_clear(&err)
+    guard_lock_install()
+    _n_users_add(-1)
+    if guard_n_users == 0 and segv.installed:
+        if segv.n_windows == 0 or guard_quiesce(QUIESCE_LIMIT_MS):
+            if sys_sigaction(SIGSEGV, NULL, &now, &err) == 0:
+                if not segv_is_installed(&now):
+                    segv_displaced(&now)
+                    segv.installed = 0
+                elif sys_sigaction(SIGSEGV, &segv.previous, NULL, &err) == 0:
+                    segv.installed = 0
+    guard_unlock_install()
+
+
+cdef int guard_open(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    """Take the gate, announce the window, then protect it: a fault never precedes its window."""
+    gate_lock()
+    segv_open(addr, addr + len_bytes)
+    if sys_protect(addr, len_bytes, False, err) != 0:
+        # mprotect may have protected a part before it failed.
+        guard_close(addr, len_bytes, False, err)
+        return -1
+    return 0
+
+
+cdef int guard_close(uintptr_t addr, size_t len_bytes, bint all_remapped, sys_error* err) noexcept nogil:
+    """Give writers the range back, wake them, release the gate.
+
+    `all_remapped`: every page of the range got a new, writable mapping, so no permission is missing.
+    -1 when the kernel would not give the permission back; the caller must report that.
+    """
+    cdef int rc = 0
+    cdef int tries
+    cdef sys_error again
+    if not all_remapped:
+        for tries in range(<int>CLOSE_TRIES):
+            error_clear(&again)
+            rc = sys_protect(addr, len_bytes, True, &again)
+            if rc == 0:
+                break
+            sys_pause()
+        if rc != 0 and err.code == 0:
+            err[0] = again
+    segv_close()
+    gate_unlock()
+    return rc
+
+
+cdef uint32_t guard_n_waits() noexcept nogil:
+    return segv.n_waits
+
+
+def handler_installed():
+    """True while ksmcore's SIGSEGV handler is the process's; for tests and the doctor."""
+    cdef sigaction_t now
+    cdef sys_error err
+    error_clear(&err)
+    return sys_sigaction(SIGSEGV, NULL, &now, &err) == 0 and segv_is_installed(&now)
+
+
+if guard_at_fork() != 0:
+    raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

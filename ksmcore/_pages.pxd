@@ -1,0 +1,26 @@
+"""What other Cython modules may call in _pages: pure functions over bytes, none of which needs the GIL.
+
+Pointers need no alignment. Every pointed-at page must stay readable for len_bytes during the call; nothing is kept.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t
+
+# One checksum over a batch: digests[i] receives the checksum of the len_bytes bytes at pages[i], for i < n_pages.
+ctypedef void (*checksum_pages_t)(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
+                                  uint32_t* digests) noexcept nogil
+
+# memcmp order: negative, zero or positive.
+cdef int page_compare(const uint8_t* a, const uint8_t* b, size_t len_bytes) noexcept nogil
+
+# True when all len_bytes bytes are zero (so also for no bytes); leaves at the first block that is not.
+cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil
+
+# lookup3 over any number of bytes: the scalar reference.
+cdef uint32_t jhash_page(const uint8_t* page, size_t len_bytes, uint32_t initval) noexcept nogil
+
+# lookup3 with initval 17 over each page, by the best kernel of this machine; a checksum_pages_t.
+cdef void jhash_pages(const uint8_t* const* pages, size_t n_pages, size_t len_bytes, uint32_t* digests) noexcept nogil
+
+# "jhash" or "mmh3"; ValueError naming the valid ones, ImportError when mmh3 is asked for and not installed.
+# Needs the GIL; what it returns does not, and stays valid for the life of the process.
+cdef checksum_pages_t checksum_by_name(str name) except NULL

@@ -1,0 +1,291 @@
+# cython: language_level=3
+"""Bytes of pages: compare them, test them for zero, compute their checksums. Pure functions; nothing is kept.
+
+The scanner and the trees call the C functions of _pages.pxd, without the GIL and on batches of pages. The Python
+functions at the end are thin wrappers for tests, benches and inspection. The arithmetic of jhash, and the argument why
+its kernels agree, is in _jhash.h; which kernel runs is chosen here, once, when the module is loaded.
+
+A page may be written by other threads while it is read here. Every function then still ends and stays within
+len_bytes; its answer describes bytes that may already be different, and callers decide under the guard.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+import os
+
+
+cdef extern from "_jhash.h" nogil:
+    enum:
+        KSM_N_KERNELS
+        KSM_JHASH_INITVAL
+    uint32_t ksm_jhash(const uint8_t* data, size_t len_bytes, uint32_t initval) noexcept
+    checksum_pages_t ksm_kernel(int i) noexcept
+    const char* ksm_kernel_names[]
+
+cdef extern from "<dlfcn.h>" nogil:
+    enum:
+        RTLD_NOW
+        RTLD_NOLOAD
+    void* dlopen(const char* path, int flags) noexcept
+    void* dlsym(void* library, const char* symbol) noexcept
+
+
+# ---- compare and zero test ----
+
+cdef int page_compare(const uint8_t* a, const uint8_t* b, size_t len_bytes) noexcept nogil:
+    return memcmp(a, b, len_bytes)
+
+
+cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil:
+    # Most pages that are not zero show it in the first block, so leaving early costs one block of 64 bytes.
+    cdef uint64_t w[8]
+    cdef size_t at = 0
+    while len_bytes - at >= sizeof(w):
+        memcpy(w, page + at, sizeof(w))
+        if (w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) != 0:
+            return False
+        at += sizeof(w)
+    while at < len_bytes:
+        if page[at] != 0:
+            return False
+        at += 1
+    return True
+
+
+# ---- jhash ----
+
+cdef uint32_t jhash_page(const uint8_t* page, size_t len_bytes, uint32_t initval) noexcept nogil:
+    return ksm_jhash(page, len_bytes, initval)
+
+
+cdef checksum_pages_t _find_best_kernel() noexcept nogil:
+    # The kernels stand best first, and the last, "scalar", is always there.
+    cdef int i
+    for i in range(KSM_N_KERNELS - 1):
+        if ksm_kernel(i) != NULL:
+            return ksm_kernel(i)
+    return ksm_kernel(KSM_N_KERNELS - 1)
+
+
+cdef checksum_pages_t _best_kernel = _find_best_kernel()
+
+
+cdef void jhash_pages(const uint8_t* const* pages, size_t n_pages, size_t len_bytes, uint32_t* digests) noexcept nogil:
+    _best_kernel(pages, n_pages, len_bytes, digests)
+
+
+# ---- mmh3: the low 32 bits of murmurhash3_x64_128 with seed 0 ----
+#
+# The mmh3 package holds the code; nothing of it is compiled here. Its extension exports the plain C function, which is
+# called directly when it proves itself on test vectors. Otherwise the package's public function is called, which needs
+# the GIL once per batch. State, written once under the GIL by _load_mmh3:
+
+# void (key, len, seed, out): out receives two 64-bit words.
+ctypedef void (*_murmur_t)(const void* key, Py_ssize_t len_bytes, uint32_t seed, void* out) noexcept nogil
+
+cdef _murmur_t _murmur = NULL           # the C function, once proven
+cdef object _mmh3_digest = None         # mmh3.mmh3_x64_128_digest, once mmh3 was asked for
+
+
+cdef void _mmh3_pages_direct(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
+                             uint32_t* digests) noexcept nogil:
+    cdef uint64_t out[2]
+    cdef size_t i
+    for i in range(n_pages):
+        _murmur(pages[i], <Py_ssize_t>len_bytes, 0, out)
+        digests[i] = <uint32_t>out[0]
+
+
+cdef void _mmh3_pages_by_python(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
+                                uint32_t* digests) noexcept with gil:
+    # A failure here (no memory for a small object) cannot be raised: Cython reports it as unraisable and the digests
+    # not yet computed stay zero. That is harmless, because a checksum only tells that a page may have changed.
+    cdef size_t i
+    memset(digests, 0, n_pages * sizeof(uint32_t))
+    for i in range(n_pages):
+        digest = _mmh3_digest(PyMemoryView_FromMemory(<char*>pages[i], <Py_ssize_t>len_bytes, PyBUF_READ))
+        digests[i] = <uint32_t>int.from_bytes(digest[:4], "little")
+
+
+cdef bint _murmur_is_right(_murmur_t murmur) except -1:
+    """True when the C function gives what the public function gives, over short, odd and page-long inputs."""
+    cdef uint64_t out[2]
+    cdef bytes vector = bytes([(i * 37 + (i >> 8)) & 0xff for i in range(4096)])
+    for len_bytes in (0, 1, 15, 16, 33, 4096):
+        murmur(<const uint8_t*>vector, len_bytes, 0, out)
+        if <uint32_t>out[0] != int.from_bytes(_mmh3_digest(vector[:len_bytes])[:4], "little"):
+            return False
+    return True
+
+
+cdef int _load_mmh3() except -1:
+    global _murmur, _mmh3_digest
+    if _mmh3_digest is not None:
+        return 0
+    import mmh3
+    _mmh3_digest = mmh3.mmh3_x64_128_digest
+    cdef bytes path = os.fsencode(mmh3.__file__)
+    # The handle is never closed: the function must stay valid for the life of the process.
+    cdef void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)
+    if library == NULL:
+        library = dlopen(path, RTLD_NOW)
+    if library == NULL:
+        return 0
+    cdef _murmur_t candidate = <_murmur_t>dlsym(library, b"murmurhash3_x64_128")
+    if candidate != NULL and _murmur_is_right(candidate):
+        _murmur = candidate
+    return 0
+
+
+cdef checksum_pages_t checksum_by_name(str name) except NULL:
+    if name == "jhash":
+        return jhash_pages
+    if name == "mmh3":
+        _load_mmh3()
+        return _mmh3_pages_direct if _murmur != NULL else _mmh3_pages_by_python
+    raise ValueError(f"unknown checksum {name!r}; valid: 'jhash', 'mmh3'")
+
+
+# ---- Python wrappers ----
+
+# Pages between two looks for signals, without the GIL: a few milliseconds with pages of 4 KiB.
+cdef enum:
+    SPAN_PAGES = 4096
+
+
+@cython.final
+cdef class _Bytes:
+    """The bytes of one buffer argument, exported for as long as this object lives."""
+
+    cdef Py_buffer view
+    cdef const uint8_t* data
+    cdef size_t len_bytes
+
+    def __cinit__(self, buffer):
+        try:
+            PyObject_GetBuffer(buffer, &self.view, PyBUF_SIMPLE)
+        except BufferError as error:
+            raise ValueError(f"the buffer must be contiguous: {error}") from None
+        self.data = <const uint8_t*>self.view.buf
+        self.len_bytes = <size_t>self.view.len
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)  # does nothing when no export was acquired
+
+
+cdef list _digest_all(_Bytes source, Py_ssize_t page_bytes, checksum_pages_t checksum):
+    if page_bytes <= 0:
+        raise ValueError(f"page_bytes must be positive, not {page_bytes}")
+    cdef size_t len_page = <size_t>page_bytes, n_pages = source.len_bytes // len_page
+    if source.len_bytes % len_page != 0:
+        raise ValueError(f"the buffer's {source.len_bytes} bytes are not a whole number of pages of {page_bytes} bytes")
+    cdef size_t n_span, at = 0, i
+    cdef list result = []
+    cdef const uint8_t** pages = NULL
+    cdef uint32_t* digests = NULL
+    try:
+        pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
+        digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+        if pages == NULL or digests == NULL:
+            raise MemoryError("no memory for a span of digests")
+        while at < n_pages:
+            n_span = min(n_pages - at, <size_t>SPAN_PAGES)
+            with nogil:
+                for i in range(n_span):
+                    pages[i] = source.data + (at + i) * len_page
+                checksum(pages, n_span, len_page, digests)
+            for i in range(n_span):
+                result.append(digests[i])
+            at += n_span
+            PyErr_CheckSignals()
+    finally:
+        free(pages)
+        free(digests)
+    return result
+
+
+def kernels():
+    """Names of the jhash kernels that this machine can run, best first. "scalar" is always the last of them."""
+    return tuple(ksm_kernel_names[i].decode() for i in range(KSM_N_KERNELS) if ksm_kernel(i) != NULL)
+
+
+def jhash(buffer, initval=0):
+    """lookup3 (`hashlittle`) over all bytes of a buffer, by the scalar reference.
+
+    Args:
+        buffer: any contiguous buffer.
+        initval: 0 to 2**32 - 1; KSM uses 17.
+    """
+    if not 0 <= initval <= 0xffffffff:
+        raise ValueError(f"initval must be 0 to 2**32 - 1, not {initval}")
+    cdef _Bytes source = _Bytes(buffer)
+    cdef uint32_t start = initval, digest
+    with nogil:
+        digest = ksm_jhash(source.data, source.len_bytes, start)
+    return digest
+
+
+def jhash_many(buffer, Py_ssize_t page_bytes, str kernel="auto"):
+    """lookup3 with initval 17 over each page of a buffer, by the kernel of that name.
+
+    Args:
+        buffer: any contiguous buffer of a whole number of pages.
+        page_bytes: length of a page.
+        kernel: one of kernels(), or "auto" for the best of them. ValueError when this machine does not have it.
+    """
+    cdef checksum_pages_t chosen = NULL
+    if kernel == "auto":
+        chosen = _best_kernel
+    else:
+        for i in range(KSM_N_KERNELS):
+            if ksm_kernel_names[i].decode() == kernel:
+                chosen = ksm_kernel(i)
+    if chosen == NULL:
+        raise ValueError(f"no jhash kernel {kernel!r} on this machine; there are: {', '.join(kernels())}")
+    return _digest_all(_Bytes(buffer), page_bytes, chosen)
+
+
+def checksum_many(buffer, Py_ssize_t page_bytes, str name="jhash"):
+    """The checksum of that name ("jhash" or "mmh3") over each page of a buffer, as the scanner computes it.
+
+    ImportError when "mmh3" is asked for and the package is not installed.
+    """
+    return _digest_all(_Bytes(buffer), page_bytes, checksum_by_name(name))
+
+
+def _mmh3_by_python(buffer, Py_ssize_t page_bytes):
+    """checksum_many(..., "mmh3") by the package's public function, whether or not its C function can be called."""
+    _load_mmh3()
+    return _digest_all(_Bytes(buffer), page_bytes, _mmh3_pages_by_python)
+
+
+def mmh3_is_direct():
+    """Whether "mmh3" calls the package's C function without the GIL; ImportError when it is not installed."""
+    _load_mmh3()
+    return _murmur != NULL
+
+
+def compare(a, b):
+    """-1, 0 or 1 as `a` is less than, equal to or greater than `b` in the order of bytes. Lengths must be equal."""
+    cdef _Bytes left = _Bytes(a), right = _Bytes(b)
+    cdef int sign
+    if left.len_bytes != right.len_bytes:
+        raise ValueError(f"lengths differ: {left.len_bytes} and {right.len_bytes} bytes")
+    with nogil:
+        sign = page_compare(left.data, right.data, left.len_bytes)
+    return (sign > 0) - (sign < 0)
+
+
+def is_zero(buffer):
+    """Whether all bytes of a buffer are zero; true for an empty one."""
+    cdef _Bytes source = _Bytes(buffer)
+    cdef bint zero
+    with nogil:
+        zero = page_is_zero(source.data, source.len_bytes)
+    return zero

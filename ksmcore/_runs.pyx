@@ -1,0 +1,475 @@
+"""From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
+
+Called by: _scan, _unmerge. Calls: _merge, _store, _rmap, _trees, _sys.
+
+The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
+cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
+serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
+wanted get their bytes; every run goes through the merge protocol; what became of each page is
+accounted. A shared page with fewer than two sharers at the end is undone.
+
+Memory: a batch writes at most capacity / 2 pages to the store before it gives the merged pages back.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, qsort
+from libc.string cimport memset
+
+from ksmcore._merge cimport CHANGED, DONE, merge_run, reshare_run, restore_range, zero_run
+from ksmcore._rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_table,
+)
+from ksmcore._store cimport (
+    MAX_SHARERS, store_alloc, store_block, store_page, store_release, store_share, store_t, store_trim,
+    store_unshare, store_write,
+)
+from ksmcore._sys cimport error_clear, sys_count_maps, sys_error
+from ksmcore._trees cimport rb_erase
+
+cdef enum:
+    WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
+    HASH_PAGES = 64            # pages whose written copies are checked together
+    UNKNOWN_SLOT = 0xffffffff  # what lies under the page is of the store, and its slot is not known
+
+cdef enum fate:
+    OPEN                       # to be carried out
+    LEFT                       # not carried out; already counted
+    MERGED                     # carried out
+
+
+cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
+    b.capacity = capacity
+    b.n_intents = b.n_pendings = 0
+    error_clear(&b.err)
+    b.intents = <intent*>malloc(capacity * sizeof(intent))
+    b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
+    b.outcomes = <uint8_t*>malloc(capacity)
+    if b.intents == NULL or b.pendings == NULL or b.outcomes == NULL:
+        batch_destroy(b)
+        return -1
+    return 0
+
+
+cdef void batch_destroy(batch* b) noexcept nogil:
+    free(b.intents)
+    free(b.pendings)
+    free(b.outcomes)
+    b.intents = NULL
+    b.pendings = NULL
+    b.outcomes = NULL
+
+
+cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
+    """Bytes of a stable tree node. Those of a pending slot are its candidate's, which may change until
+    the slot is written; a match with them is only a guess, and the guard compares with the slot."""
+    cdef batch* b = <batch*>owner
+    if b.store.uses[slot].pending:
+        return b.pendings[b.store.uses[slot].n_sharers].source
+    return store_page(b.store, slot)
+
+
+cdef uint32_t batch_new_block(
+    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest
+) noexcept nogil:
+    """Slots for a new shared page and its copies, to be written from `source`; 0 without room for it.
+
+    The caller puts the first slot into the stable tree.
+    """
+    cdef uint32_t i
+    cdef uint32_t slot
+    cdef sys_error err
+    error_clear(&err)
+    slot = store_alloc(b.store, n_copies, &err)
+    if slot == 0:
+        if b.err.code == 0:
+            b.err = err
+        return 0
+    for i in range(n_copies):
+        b.store.nodes[slot + i].digest = digest
+        b.store.uses[slot + i].pending = 1
+        b.store.uses[slot + i].n_sharers = b.n_pendings
+    b.pendings[b.n_pendings].slot = slot
+    b.pendings[b.n_pendings].n_copies = n_copies
+    b.pendings[b.n_pendings].source = source
+    b.pendings[b.n_pendings].n_accepted = 0
+    b.pendings[b.n_pendings].fate = OPEN
+    b.n_pendings += 1
+    return slot
+
+
+cdef void batch_add(
+    batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
+) noexcept nogil:
+    """Note an intent. The item is in no tree; the caller flushes before `capacity` is reached."""
+    cdef intent* new = &b.intents[b.n_intents]
+    new.page_no = page_no
+    new.item = item
+    new.slot = slot
+    new.kind = kind
+    new.flags = <uint8_t>flags
+    new.over_store = <uint8_t>b.rmap.tags[item].over_store
+    new.founder = founder
+    new.fate = OPEN
+    b.n_intents += 1
+
+
+cdef void _leave(batch* b, intent* left, skip_reason reason) noexcept nogil:
+    """This page is not merged now: count why, and let its item wait for the next pass."""
+    left.fate = LEFT
+    b.counters.skips[<int>reason] += 1
+    rmap_set_state(b.rmap, left.item, PAGE_VOLATILE if reason == SKIP_CHANGED else PAGE_UNSHARED)
+
+
+cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:
+    """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
+    number of the slot, because the page's mapping still points there."""
+    cdef uint32_t first = store_unshare(b.store, b.rmap.nodes[item].left)
+    rmap_set_state(b.rmap, item, PAGE_VOLATILE)
+    if first != 0:
+        rb_erase(b.stable, first)
+        store_release(b.store, first)
+
+
+# ---- runs -----------------------------------------------------------------------------------
+
+cdef int _by_page(const void* a, const void* b) noexcept nogil:
+    cdef uint64_t left = (<const intent*>a).page_no
+    cdef uint64_t right = (<const intent*>b).page_no
+    return (left > right) - (left < right)
+
+
+cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
+    """End of the run of open intents that begins at `start`, itself open."""
+    cdef intent* first = &b.intents[start]
+    cdef uint32_t end = start + 1
+    cdef uint32_t n
+    cdef intent* other
+    while end < b.n_intents:
+        n = end - start
+        other = &b.intents[end]
+        if (
+            other.fate != OPEN or other.page_no != first.page_no + n or other.kind != first.kind
+            or other.flags != first.flags
+            or (first.kind == INTENT_ZERO and other.over_store != first.over_store)
+            or (first.kind != INTENT_ZERO and other.slot != first.slot + n)
+        ):
+            break
+        end += 1
+    return end
+
+
+# ---- the map budget ---------------------------------------------------------------------------
+
+cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil:
+    """Count the mappings of the process, and set what the engine may use.
+
+    `asked`: a number of mappings, or -1 for half of what would be free without the engine. A mapping
+    of the store splits the memory around it, so it is taken to cost two.
+    """
+    cdef uint32_t n_maps, n_store
+    cdef sys_error err
+    cdef int64_t ours, free_maps
+    error_clear(&err)
+    if sys_count_maps(b"memfd:ksmcore-store", &n_maps, &n_store, &err) != 0:
+        # Nothing is known of the room left: allow no more than what is used now.
+        budget.allowed = budget.used
+        return -1
+    ours = min(2 * <int64_t>n_store, <int64_t>n_maps)
+    free_maps = max_map_count - (<int64_t>n_maps - ours)
+    budget.used = ours
+    budget.allowed = max(free_maps // 2, <int64_t>0)
+    if asked >= 0:
+        # Never more than three quarters of what is free: without room for a few mappings a process
+        # cannot start a thread, load a library or allocate an array.
+        budget.allowed = min(asked, max(free_maps * 3 // 4, <int64_t>0))
+    return 0
+
+
+cdef uint32_t _slot_under(batch* b, uint64_t page_no, uint32_t item) noexcept nogil:
+    """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT."""
+    if item == 0:
+        item = rmap_find(b.rmap, page_no, 0)
+    if item == 0 or not b.rmap.tags[item].over_store:
+        return 0
+    if b.rmap.tags[item].state == PAGE_UNSHARED or b.rmap.nodes[item].left == 0:
+        return UNKNOWN_SLOT
+    return b.rmap.nodes[item].left
+
+
+cdef bint _splits(uint32_t left, uint32_t right) noexcept nogil:
+    """Does a mapping end between two neighbouring pages with these slots under them?"""
+    if left == 0 and right == 0:
+        return False
+    return left == 0 or left == UNKNOWN_SLOT or right != left + 1
+
+
+cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """Mappings more (or, negative, fewer) once the run [start, end) is carried out."""
+    cdef intent* first = &b.intents[start]
+    cdef intent* last = &b.intents[end - 1]
+    cdef uint32_t left = _slot_under(b, first.page_no - 1, 0)
+    cdef uint32_t right = _slot_under(b, last.page_no + 1, 0)
+    cdef uint32_t before = left, under, i
+    cdef int64_t cost = 0
+    for i in range(start, end):
+        under = _slot_under(b, b.intents[i].page_no, b.intents[i].item)
+        cost -= _splits(before, under)
+        before = under
+    cost -= _splits(before, right)
+    if first.kind == INTENT_ZERO:
+        return cost + _splits(left, 0) + _splits(0, right)
+    return cost + _splits(left, first.slot) + _splits(last.slot, right)
+
+
+cdef bint _affords(map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil:
+    """Long runs go first: a share of the budget is held back from short ones. The share shrinks with
+    every pass that left pages behind, so that what long runs did not need is not wasted."""
+    cdef int64_t reserve = 0
+    if cost <= 0:
+        return True
+    if n_pages < 2:
+        reserve = budget.allowed // 2
+    elif n_pages < 4:
+        reserve = budget.allowed // 4
+    elif n_pages < 16:
+        reserve = budget.allowed // 8
+    return budget.used + cost <= budget.allowed - (reserve >> budget.reserve_shift)
+
+
+cdef void _spend(batch* b) noexcept nogil:
+    """Take each run that the budget allows, leave the others."""
+    cdef uint32_t start = 0, end, i
+    cdef int64_t cost
+    while start < b.n_intents:
+        if b.intents[start].fate != OPEN:
+            start += 1
+            continue
+        end = _run_end(b, start)
+        # Dropping memory makes no mapping.
+        if b.intents[start].kind == INTENT_MERGE or (
+            b.intents[start].kind == INTENT_ZERO and b.intents[start].over_store
+        ):
+            cost = _cost(b, start, end)
+            if _affords(&b.budget, cost, end - start):
+                b.budget.used += cost
+            else:
+                for i in range(start, end):
+                    _leave(b, &b.intents[i], SKIP_MAP_BUDGET)
+        start = end
+
+
+# ---- pending shared pages -----------------------------------------------------------------------
+
+cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
+    """The pending block that an intent leads to, or NULL for a shared page that existed before."""
+    if wanted.kind != INTENT_MERGE or not b.store.uses[wanted.slot].pending:
+        return NULL
+    return &b.pendings[b.store.uses[wanted.slot].n_sharers]
+
+
+cdef void _leave_all_of(batch* b, skip_reason reason) noexcept nogil:
+    """Leave the intents whose pending block was given up."""
+    cdef uint32_t i
+    cdef pending_block* block
+    for i in range(b.n_intents):
+        block = _pending_of(b, &b.intents[i])
+        if block != NULL and block.fate == LEFT and b.intents[i].fate == OPEN:
+            _leave(b, &b.intents[i], reason)
+
+
+cdef void _give_up_unwanted(batch* b) noexcept nogil:
+    """A block that no more pages will map than it has slots saves nothing."""
+    cdef uint32_t i
+    cdef pending_block* block
+    for i in range(b.n_intents):
+        block = _pending_of(b, &b.intents[i])
+        if block != NULL and b.intents[i].fate == OPEN:
+            block.n_accepted += 1
+    for i in range(b.n_pendings):
+        if b.pendings[i].n_accepted <= b.pendings[i].n_copies:
+            b.pendings[i].fate = LEFT
+    _leave_all_of(b, SKIP_PARTNER)
+
+
+cdef void _write_pendings(batch* b) noexcept nogil:
+    """Give the pending blocks their bytes, neighbours in memory and store in one call."""
+    cdef uint32_t i = 0, n, copy
+    cdef pending_block* block
+    cdef sys_error err
+    cdef int rc
+    while i < b.n_pendings:
+        block = &b.pendings[i]
+        n = 1
+        if block.fate != OPEN:
+            i += 1
+            continue
+        error_clear(&err)
+        if block.n_copies == 1:
+            while (
+                i + n < b.n_pendings and n < <uint32_t>WRITE_PAGES and b.pendings[i + n].fate == OPEN
+                and b.pendings[i + n].n_copies == 1 and b.pendings[i + n].slot == block.slot + n
+                and b.pendings[i + n].source == block.source + n * b.page_bytes
+            ):
+                n += 1
+            rc = store_write(b.store, block.slot, block.source, n, &err)
+        else:
+            # The copies are made from the first slot, not from the source, which may change meanwhile.
+            rc = store_write(b.store, block.slot, block.source, 1, &err)
+            for copy in range(1, block.n_copies):
+                if rc == 0:
+                    rc = store_write(b.store, block.slot + copy, store_page(b.store, block.slot), 1, &err)
+        if rc != 0:
+            if b.err.code == 0:
+                b.err = err
+            for copy in range(n):
+                b.pendings[i + copy].fate = LEFT
+        i += n
+    _leave_all_of(b, SKIP_STORE)
+
+
+cdef void _check_written(batch* b) noexcept nogil:
+    """Give up the blocks whose source changed before it was copied: their place in the stable tree was
+    chosen for other bytes."""
+    cdef const uint8_t* pages[HASH_PAGES]
+    cdef uint32_t digests[HASH_PAGES]
+    cdef uint32_t which[HASH_PAGES]
+    cdef uint32_t i = 0, n, k
+    while i < b.n_pendings:
+        n = 0
+        while i < b.n_pendings and n < <uint32_t>HASH_PAGES:
+            if b.pendings[i].fate == OPEN:
+                pages[n] = store_page(b.store, b.pendings[i].slot)
+                which[n] = i
+                n += 1
+            i += 1
+        b.checksum(pages, n, b.page_bytes, digests)
+        for k in range(n):
+            if digests[k] != b.store.nodes[b.pendings[which[k]].slot].digest:
+                b.pendings[which[k]].fate = LEFT
+    _leave_all_of(b, SKIP_CHANGED)
+
+
+cdef void _settle_pendings(batch* b) noexcept nogil:
+    """From here on written slots are shared pages without sharers; the given up ones are released."""
+    cdef uint32_t i, copy, slot
+    for i in range(b.n_pendings):
+        slot = b.pendings[i].slot
+        for copy in range(b.pendings[i].n_copies):
+            b.store.uses[slot + copy].pending = 0
+            b.store.uses[slot + copy].n_sharers = 0
+        if b.pendings[i].fate != OPEN:
+            rb_erase(b.stable, slot)
+            store_release(b.store, slot)
+
+
+# ---- carrying out ---------------------------------------------------------------------------
+
+cdef void _account(batch* b, intent* done) noexcept nogil:
+    """One page was merged: its item and its slot say so from now on."""
+    cdef uint32_t item = done.item
+    done.fate = MERGED
+    if done.kind == INTENT_ZERO:
+        b.counters.pages_zeroed += 1
+        b.rmap.tags[item].over_store = 0
+        b.rmap.nodes[item].left = 0
+        rmap_set_state(b.rmap, item, PAGE_ZERO)
+        return
+    b.counters.pages_merged += 1
+    if done.kind == INTENT_RESHARE:
+        b.counters.pages_reshared += 1
+    store_share(b.store, done.slot)
+    rmap_set_state(b.rmap, item, PAGE_SHARED)
+    b.rmap.tags[item].over_store = 1
+    b.rmap.nodes[item].left = done.slot
+
+
+cdef int _carry_out(batch* b) noexcept nogil:
+    cdef uint32_t start = 0, end, i, n
+    cdef intent* first
+    cdef uintptr_t addr
+    cdef sys_error err
+    cdef int rc = 0
+    while start < b.n_intents and rc == 0:
+        if b.intents[start].fate != OPEN:
+            start += 1
+            continue
+        end = _run_end(b, start)
+        first = &b.intents[start]
+        n = end - start
+        addr = <uintptr_t>(first.page_no * b.page_bytes)
+        error_clear(&err)
+        if first.kind == INTENT_MERGE:
+            rc = merge_run(b.store, addr, first.slot, n, first.flags, b.outcomes, &err)
+        elif first.kind == INTENT_RESHARE:
+            rc = reshare_run(b.store, addr, first.slot, n, b.outcomes, &err)
+        else:
+            rc = zero_run(b.page_bytes, addr, n, first.over_store, first.flags, b.outcomes, &err)
+        if err.code != 0:
+            b.counters.windows_refused += 1
+            if b.err.code == 0:
+                b.err = err
+        for i in range(n):
+            if b.outcomes[i] == DONE:
+                _account(b, &b.intents[start + i])
+            else:
+                _leave(b, &b.intents[start + i], SKIP_CHANGED if b.outcomes[i] == CHANGED else SKIP_REFUSED)
+        start = end
+    return rc
+
+
+cdef void _undo_halves(batch* b) noexcept nogil:
+    """A new shared page that only one of its two founders could be mapped to saves nothing: give that
+    page its own memory back. Where even this fails it stays, right and shared by one."""
+    cdef uint32_t i, k, first, n_copies
+    cdef uint64_t n_sharers
+    cdef size_t n_restored
+    cdef intent* founder
+    for i in range(b.n_intents):
+        founder = &b.intents[i]
+        if not founder.founder or founder.fate != MERGED or b.store.uses[founder.slot].n_sharers != 1:
+            continue
+        first = store_block(b.store, founder.slot, &n_copies)
+        n_sharers = 0
+        for k in range(n_copies):
+            n_sharers += b.store.uses[first + k].n_sharers
+        if n_sharers != 1:
+            continue
+        if restore_range(
+            b.page_bytes, <uintptr_t>(founder.page_no * b.page_bytes), 1, founder.flags, &n_restored, &b.err
+        ) == 0:
+            drop_sharer(b, founder.item)
+            b.rmap.tags[founder.item].over_store = 0
+            b.rmap.nodes[founder.item].left = 0
+            b.counters.skips[<int>SKIP_PARTNER] += 1
+
+
+cdef void _release_unmapped(batch* b) noexcept nogil:
+    """Release the new shared pages that nobody was mapped to after all."""
+    cdef uint32_t i, k
+    cdef uint64_t n_sharers
+    for i in range(b.n_pendings):
+        if b.pendings[i].fate != OPEN:
+            continue
+        n_sharers = 0
+        for k in range(b.pendings[i].n_copies):
+            n_sharers += b.store.uses[b.pendings[i].slot + k].n_sharers
+        if n_sharers == 0:
+            rb_erase(b.stable, b.pendings[i].slot)
+            store_release(b.store, b.pendings[i].slot)
+
+
+cdef int batch_flush(batch* b) noexcept nogil:
+    """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
+    cdef int rc
+    qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
+    _spend(b)
+    _give_up_unwanted(b)
+    _write_pendings(b)
+    _check_written(b)
+    _settle_pendings(b)
+    rc = _carry_out(b)
+    _release_unmapped(b)
+    _undo_halves(b)
+    store_trim(b.store)
+    b.n_intents = b.n_pendings = 0
+    return rc

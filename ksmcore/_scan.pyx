@@ -1,0 +1,416 @@
+"""The pass: the one place that knows the whole path of a page.
+
+Called by: _core, _unmerge. Calls: _pagemap, _pages, _rmap, _trees, _store, _runs.
+
+    which pages are present, written, still shared   pagemap_query, _classify
+    -> checksum                                      core.checksum
+    -> rmap item                                     _item_of
+    -> stable tree, unstable tree                    _match_stable, _match_unstable
+    -> intent, runs, guard, account                  batch_add, batch_flush
+
+A span of SPAN_PAGES pages goes through each stage before the next stage begins. Nothing here needs
+the GIL; the caller holds the engine's lock.
+
+What becomes of a page, in the order of the questions asked (rules of design section 2):
+  - not present: passed over. What was known of it is forgotten, unless its mapping is of the store.
+  - still shared, or still the zero page: nothing to do.
+  - its sharing was broken by a write: the membership is forgotten, and the page waits for the next pass.
+  - changed since the last pass: volatile, waits. So no window is ever opened on a page that changed.
+  - equal to a shared page: an intent to merge with that. A page seen for the first time as well.
+  - all zero: an intent to give it back.
+  - unchanged and equal to another such page: both are to be merged into a new shared page.
+  - else it stands in the unstable tree for the rest of the pass.
+`immediate` (dedup) leaves the waiting out.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+
+from ksmcore._pagemap cimport (
+    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap_close, pagemap_open, pagemap_query,
+)
+from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_bytes, rmap_destroy,
+    rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
+)
+from ksmcore._runs cimport (
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
+    batch_flush, batch_init, batch_new_block, drop_sharer, stable_page_of,
+)
+from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
+from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes
+from ksmcore._trees cimport rb_clear, rb_erase, rb_find, rb_init, rb_insert, rb_insert_before, rb_place
+
+cdef enum:
+    LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
+    # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
+    # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
+    PAGES_PER_COPY = 16
+    MAX_COPIES = 512
+
+
+cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil:
+    cdef engine_core* c = <engine_core*>owner
+    return <const uint8_t*><uintptr_t>(c.rmap.tags[item].page_no * c.page_bytes)
+
+
+# ---- life -----------------------------------------------------------------------------------
+
+cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_error* err) noexcept nogil:
+    """Empty trees, table and store; the settings of *c are set by the caller, before or after.
+
+    The tree keys depend on `by_content` and `checksum`, which must not change afterwards.
+    -1 with *err set, or with err.code 0 when malloc failed.
+    """
+    cdef uint8_t* zeros
+    cdef const uint8_t* zero_page
+    c.page_bytes = sys_page_bytes()
+    memset(&c.counters, 0, sizeof(c.counters))
+    c.epoch = 1
+    c.stretch_start = c.stretch_end = c.stretch_pages = 0
+    c.regions = NULL
+    c.n_regions = c.regions_capacity = 0
+    c.pm.fd = -1
+    store_init(&c.store, c.page_bytes)
+    rb_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b)
+    rb_init(&c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c)
+    memset(&c.b, 0, sizeof(c.b))
+    c.b.store = &c.store
+    c.b.rmap = &c.rmap
+    c.b.stable = &c.stable
+    c.b.counters = &c.counters
+    c.b.checksum = c.checksum
+    c.b.page_bytes = c.page_bytes
+    c.flags = <uint8_t*>malloc(SPAN_PAGES)
+    c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+    c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
+    c.digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+    zeros = <uint8_t*>calloc(1, c.page_bytes)
+    if (
+        c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
+        or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
+    ):
+        free(zeros)
+        core_destroy(c, False)
+        return -1
+    zero_page = zeros
+    c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
+    free(zeros)
+    pagemap_open(&c.pm, c.page_bytes, with_pagemap)
+    return 0
+
+
+cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
+    """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file."""
+    batch_destroy(&c.b)
+    rmap_destroy(&c.rmap)
+    store_destroy(&c.store, in_child)
+    pagemap_close(&c.pm)
+    free(c.regions)
+    c.regions = NULL
+    c.n_regions = c.regions_capacity = 0
+    free(c.flags)
+    free(c.items)
+    free(c.pages)
+    free(c.digests)
+    c.flags = NULL
+    c.items = NULL
+    c.pages = NULL
+    c.digests = NULL
+
+
+cdef void core_begin_pass(engine_core* c) noexcept nogil:
+    """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
+    rb_clear(&c.unstable)
+    c.epoch += 1
+    if c.epoch > LAST_EPOCH:
+        rmap_forget_epochs(&c.rmap)
+        c.epoch = 1
+    c.stretch_start = c.stretch_end = c.stretch_pages = 0
+
+
+cdef const region_t* core_region_at(engine_core* c, uintptr_t addr) noexcept nogil:
+    """The region that holds `addr`, or the first one after it, or NULL."""
+    cdef size_t low = 0, high = c.n_regions, middle
+    while low < high:
+        middle = (low + high) // 2
+        if c.regions[middle].addr + c.regions[middle].n_pages * c.page_bytes <= addr:
+            low = middle + 1
+        else:
+            high = middle
+    return &c.regions[low] if low < c.n_regions else NULL
+
+
+cdef size_t core_bytes(engine_core* c) noexcept nogil:
+    """Bytes of metadata that grow with the pages tracked."""
+    return rmap_bytes(&c.rmap) + store_bytes(&c.store) + c.regions_capacity * sizeof(region_t)
+
+
+# ---- items ----------------------------------------------------------------------------------
+
+cdef bint _in_unstable(engine_core* c, uint32_t item) noexcept nogil:
+    return c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
+
+
+cdef void _leave_unstable(engine_core* c, uint32_t item) noexcept nogil:
+    """Take an item out of the unstable tree if it stands there. Its links are void in any case."""
+    if _in_unstable(c, item):
+        rb_erase(&c.unstable, item)
+    if c.rmap.tags[item].state == PAGE_UNSHARED:
+        c.rmap.tags[item].epoch = 0
+        c.rmap.nodes[item].left = 0
+
+
+cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
+    """Drop all that is known of a page, its share included; not its mapping."""
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        drop_sharer(&c.b, item)
+    _leave_unstable(c, item)
+    rmap_remove(&c.rmap, item)
+
+
+cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
+    """The page is volatile until the next pass shows the same checksum."""
+    c.rmap.nodes[item].digest = digest
+    rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+
+
+# ---- stage 1: which pages need a look -----------------------------------------------------------
+
+cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_t flag) noexcept nogil:
+    """Must the bytes of this present page be looked at? `item`: 0 when it has none."""
+    if item == 0:
+        if flag & PAGE_OF_FILE:
+            return False         # something that was mapped here behind our back: not ours to touch
+        # The kernel's own zero page, read but never written: there is no memory to save.
+        return flag & (PAGE_EXCLUSIVE | PAGE_UNSURE) or not page_is_zero(page, c.page_bytes)
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        if not flag & PAGE_UNSURE:
+            return not flag & PAGE_OF_FILE
+        return page_compare(page, store_page(&c.store, c.rmap.nodes[item].left), c.page_bytes) != 0
+    if c.rmap.tags[item].state == PAGE_ZERO:
+        return flag & PAGE_EXCLUSIVE or not page_is_zero(page, c.page_bytes)
+    return True
+
+
+cdef size_t _classify(engine_core* c, uintptr_t addr, size_t n_pages) noexcept nogil:
+    """Fill c.items and c.pages with the pages that need a look; returns how many."""
+    cdef uint64_t page_no = addr // c.page_bytes
+    cdef uint32_t item = 0, hint = 0
+    cdef const uint8_t* page
+    cdef size_t i, n_look = 0
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, page_no + i, hint)
+        if item != 0:
+            hint = item
+        if not c.flags[i] & PAGE_PRESENT:
+            if item != 0:
+                _absent(c, item, c.flags[i])
+            continue
+        c.counters.pages_scanned += 1
+        page = <const uint8_t*>(addr + i * c.page_bytes)
+        if not _wants_look(c, item, page, c.flags[i]):
+            continue
+        c.items[n_look] = item
+        c.pages[n_look] = page
+        n_look += 1
+    return n_look
+
+
+cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
+    """A tracked page that is not there to be read: never touched since it was merged, swapped out, or
+    given up by the program."""
+    if flag == 0 or flag == PAGE_UNSURE:
+        if c.rmap.tags[item].state == PAGE_SHARED or c.rmap.tags[item].state == PAGE_ZERO:
+            return
+    elif c.rmap.tags[item].state == PAGE_SHARED:
+        c.counters.cow_breaks += 1
+        drop_sharer(&c.b, item)
+    if c.rmap.tags[item].over_store:
+        # Kept, so that the mapping can be put right when the region is removed.
+        _leave_unstable(c, item)
+        rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    else:
+        core_forget_item(c, item)
+
+
+# ---- stage 2: stretches of one repeated page ----------------------------------------------------
+
+cdef uint32_t _copies_for(uint64_t n_pages) noexcept nogil:
+    """Copies that make a stretch of n_pages equal pages cheapest: the square root of n / 16."""
+    cdef uint32_t k = 1
+    while k < <uint32_t>MAX_COPIES and <uint64_t>(k + 1) * (k + 1) * PAGES_PER_COPY <= n_pages:
+        k += 1
+    return k
+
+
+cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogil:
+    """Length of the stretch that page i of the span is in, as far as it has been seen."""
+    cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes
+    cdef size_t end = i
+    if c.stretch_start <= page_no < c.stretch_end and c.digests[i] == c.stretch_digest:
+        return c.stretch_pages
+    if page_no != c.stretch_end or c.digests[i] != c.stretch_digest:
+        c.stretch_pages = 0
+        c.stretch_digest = c.digests[i]
+    while (
+        end < n_look and c.digests[end] == c.digests[i]
+        and c.pages[end] == c.pages[i] + (end - i) * c.page_bytes
+    ):
+        end += 1
+    c.stretch_pages += end - i
+    c.stretch_start = page_no
+    c.stretch_end = page_no + (end - i)
+    return c.stretch_pages
+
+
+# ---- stage 3: matching ----------------------------------------------------------------------
+
+cdef uint32_t _new_block(
+    engine_core* c, uint32_t n_copies, const uint8_t* source, uint32_t digest
+) noexcept nogil:
+    """A pending block, or 0 with the reason counted."""
+    cdef uint32_t slot
+    if c.max_shared_pages >= 0 and <int64_t>c.store.n_used + n_copies > c.max_shared_pages:
+        c.counters.skips[<int>SKIP_MAX_SHARED] += 1
+        return 0
+    slot = batch_new_block(&c.b, n_copies, source, digest)
+    if slot == 0:
+        c.counters.skips[<int>SKIP_STORE] += 1
+    return slot
+
+
+cdef uint32_t _match_stable(
+    engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted
+) noexcept nogil:
+    """The slot that this page should map, or 0 when no shared page is equal to it.
+
+    Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
+    map neighbouring slots. A stretch that has outgrown its block gets a larger one, which is found
+    first from then on.
+    """
+    cdef uint32_t first = rb_find(&c.stable, digest, page, NULL)
+    cdef uint32_t n_copies = 1, larger, slot
+    if first == 0:
+        return 0
+    store_block(&c.store, first, &n_copies)
+    if n_wanted >= 2 * n_copies:
+        larger = _new_block(c, n_wanted, page, digest)
+        if larger != 0:
+            rb_insert_before(&c.stable, larger, first)
+            first = larger
+            n_copies = n_wanted
+    slot = first + <uint32_t>(page_no % n_copies)
+    if not c.store.uses[slot].pending and c.store.uses[slot].n_sharers >= MAX_SHARERS:
+        return 0
+    return slot
+
+
+cdef void _match_unstable(
+    engine_core* c, const region_t* region, uint32_t item, const uint8_t* page, uint32_t digest,
+    uint64_t page_no, uint32_t n_wanted
+) noexcept nogil:
+    """Merge with an equal page of the unstable tree into a new shared page, or stand there."""
+    cdef rb_place place
+    cdef uint32_t partner, slot
+    cdef uint64_t partner_no
+    partner = rb_find(&c.unstable, digest, page, &place)
+    if partner == 0:
+        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+        c.rmap.tags[item].epoch = c.epoch
+        rb_insert(&c.unstable, item, place)
+        return
+    # The partner is the source: the pages in scan order were found first, so their copies are written
+    # in long pieces.
+    partner_no = c.rmap.tags[partner].page_no
+    slot = _new_block(c, n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
+    if slot == 0:
+        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+        return
+    rb_find(&c.stable, digest, page, &place)
+    rb_insert(&c.stable, slot, place)
+    _leave_unstable(c, partner)
+    rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
+    batch_add(
+        &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
+        core_region_at(c, <uintptr_t>(partner_no * c.page_bytes)).flags, True
+    )
+    batch_add(&c.b, INTENT_MERGE, page_no, item, slot + <uint32_t>(page_no % n_wanted), region.flags, True)
+
+
+cdef uint32_t _item_of(
+    engine_core* c, uint32_t item, uint64_t page_no, bint* is_new, bint* was_broken, sys_error* err
+) noexcept nogil:
+    """The item of a page that is looked at, out of every tree and no longer a sharer; 0 without memory."""
+    is_new[0] = was_broken[0] = False
+    if item == 0:
+        is_new[0] = True
+        return rmap_add(&c.rmap, page_no, err)
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        c.counters.cow_breaks += 1
+        was_broken[0] = True
+        drop_sharer(&c.b, item)
+    elif c.rmap.tags[item].state == PAGE_ZERO:
+        was_broken[0] = True
+        rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    else:
+        _leave_unstable(c, item)
+    return item
+
+
+cdef void _match(
+    engine_core* c, const region_t* region, size_t i, size_t n_look, bint immediate, sys_error* err
+) noexcept nogil:
+    """One page that needs a look: wait, merge, or stand in the unstable tree."""
+    cdef const uint8_t* page = c.pages[i]
+    cdef uint32_t digest = c.digests[i]
+    cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
+    cdef uint32_t n_wanted = _copies_for(_stretch_at(c, i, n_look))
+    cdef uint32_t item, slot
+    cdef bint is_new, was_broken, unchanged
+    item = _item_of(c, c.items[i], page_no, &is_new, &was_broken, err)
+    if item == 0:
+        return
+    unchanged = not is_new and not was_broken and c.rmap.nodes[item].digest == digest
+    if not unchanged and not is_new and not immediate:
+        _wait(c, item, digest)
+        return
+    c.rmap.nodes[item].digest = digest
+    slot = _match_stable(c, page, digest, page_no, n_wanted)
+    if slot != 0:
+        # A broken share that became equal to the slot still under it needs no new mapping.
+        batch_add(
+            &c.b, INTENT_RESHARE if c.rmap.tags[item].over_store and c.rmap.nodes[item].left == slot
+            else INTENT_MERGE, page_no, item, slot, region.flags, False
+        )
+    elif not unchanged and not immediate:
+        _wait(c, item, digest)
+    elif c.use_zero_pages and digest == c.zero_digest and page_is_zero(page, c.page_bytes):
+        batch_add(&c.b, INTENT_ZERO, page_no, item, 0, region.flags, False)
+    else:
+        _match_unstable(c, region, item, page, digest, page_no, n_wanted)
+
+
+cdef int core_scan_span(
+    engine_core* c, const region_t* region, size_t first_page, size_t n_pages, bint immediate, sys_error* err
+) noexcept nogil:
+    """Take up to SPAN_PAGES pages of a region all the way. -1 with *err when the kernel did not answer,
+    or when a guard could not be closed."""
+    cdef uintptr_t addr = region.addr + first_page * c.page_bytes
+    cdef size_t i, n_look
+    cdef int rc
+    if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
+        return -1
+    n_look = _classify(c, addr, n_pages)
+    if n_look > 0:
+        c.checksum(c.pages, n_look, c.page_bytes, c.digests)
+        c.counters.pages_hashed += n_look
+        for i in range(n_look):
+            _match(c, region, i, n_look, immediate, err)
+    error_clear(&c.b.err)
+    rc = batch_flush(&c.b)
+    if rc != 0:
+        err[0] = c.b.err
+    return rc

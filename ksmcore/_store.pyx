@@ -1,0 +1,295 @@
+"""The store: one memory file that holds all shared pages of an engine.
+
+Called by: _merge (reading), _runs (writing), _scan (everything). Calls: _sys.
+
+A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
+pages which are merged one after the other stand one after the other in the file, and one mapping
+serves them. The bytes of a slot are written once, before anybody maps it, and never change while it
+exists; the file is read through private read-only views, and written with pwrite, so no writable
+mapping of it ever exists.
+
+A block is a slot and the copies that follow it (`copy` set), all with the same bytes. A stretch of one
+repeated page maps a block over and over. Only its first slot stands in the stable tree; the block is
+released as a whole, when none of its slots has a sharer.
+
+After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
+shared, but are neither punched nor written again. `seen_forks` is compared with the process's count of
+forks, under the fork gate, before anything is punched or written.
+
+Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
+that is not used has no sharers and no other flag; `copy` slots follow their block without a gap.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, qsort, realloc
+from libc.string cimport memset
+
+from ksmcore._sys cimport (
+    ADVISE_DONTFORK, error_clear, gate_lock, gate_n_forks, gate_unlock, sys_advise, sys_close,
+    sys_error, sys_grow, sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap,
+    sys_write_at,
+)
+from ksmcore._trees cimport rb_node
+
+cdef enum:
+    MAX_SLOTS = 0x7fffffff     # a tree link holds 31 bits
+    # Released slots are searched for once they are a quarter of all: searching less often keeps new
+    # pages together at the end of the file, searching later would let the arrays grow without need.
+    REUSE_SHARE = 4
+
+
+cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
+    memset(store, 0, sizeof(store_t))
+    store.fd = -1
+    store.page_bytes = page_bytes
+    store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
+    store.top = store.cursor = 1
+
+
+cdef void store_destroy(store_t* store, bint in_child) noexcept nogil:
+    """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right.
+
+    `in_child`: this is a forked child's copy. The views were not inherited, and something else may
+    stand at their addresses by now.
+    """
+    cdef sys_error ignored
+    cdef uint32_t i
+    error_clear(&ignored)
+    # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
+    for i in range(store.n_extents if not in_child else 0):
+        sys_unmap(<uintptr_t>store.views[i], EXTENT_BYTES, &ignored)
+    if store.nodes != NULL:
+        sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
+    if store.uses != NULL:
+        sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
+    free(store.views)
+    sys_close(store.fd)
+    store_init(store, store.page_bytes)
+
+
+cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
+    """Room for one extent more in the file, the views and the arrays.
+
+    Each step leaves the store as it was when a later one fails: a longer file and longer arrays are
+    only used up to `capacity`, which is raised last.
+    """
+    cdef size_t old = store.capacity
+    cdef size_t new = old + store.slots_per_extent
+    cdef uint8_t* view
+    cdef void* grown
+    if new > MAX_SLOTS:
+        return -1
+    if store.fd < 0:
+        store.fd = sys_memfd(b"ksmcore-store", err)
+        if store.fd < 0:
+            return -1
+    if sys_truncate(store.fd, <long long>(new * store.page_bytes), err) != 0:
+        return -1
+    grown = realloc(store.views, (store.n_extents + 1) * sizeof(uint8_t*))
+    if grown == NULL:
+        return -1
+    store.views = <uint8_t**>grown
+    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.fd, <long long>(old * store.page_bytes), err)
+    if view == NULL:
+        return -1
+    # A child has no use for the view. When the advice is refused the child merely has it as well.
+    sys_advise(<uintptr_t>view, EXTENT_BYTES, ADVISE_DONTFORK, err)
+    if _grow_arrays(store, old, new, err) != 0:
+        sys_unmap(<uintptr_t>view, EXTENT_BYTES, err)
+        return -1
+    store.views[store.n_extents] = view
+    store.n_extents += 1
+    store.capacity = <uint32_t>new
+    return 0
+
+
+cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) noexcept nogil:
+    cdef void* nodes
+    cdef void* uses
+    if old == 0:
+        nodes = sys_map_anon(new * sizeof(rb_node), err)
+        if nodes == NULL:
+            return -1
+        uses = sys_map_anon(new * sizeof(store_use), err)
+        if uses == NULL:
+            sys_unmap(<uintptr_t>nodes, new * sizeof(rb_node), err)
+            return -1
+    else:
+        nodes = sys_grow(store.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
+        if nodes == NULL:
+            return -1
+        store.nodes = <rb_node*>nodes
+        uses = sys_grow(store.uses, old * sizeof(store_use), new * sizeof(store_use), err)
+        if uses == NULL:
+            # Cut the nodes back, so that both arrays have the length that `capacity` tells.
+            sys_unmap(<uintptr_t>nodes + old * sizeof(rb_node), (new - old) * sizeof(rb_node), err)
+            return -1
+    store.nodes = <rb_node*>nodes
+    store.uses = <store_use*>uses
+    return 0
+
+
+cdef uint32_t _free_run(store_t* store, uint32_t start, uint32_t n_slots) noexcept nogil:
+    """First of `n_slots` free neighbours at or after `start` and below `top`, or 0."""
+    cdef uint32_t slot = start
+    cdef uint32_t n = 0
+    while slot < store.top:
+        n = n + 1 if not store.uses[slot].used else 0
+        slot += 1
+        if n == n_slots:
+            return slot - n_slots
+    return 0
+
+
+cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil:
+    """Hand out `n_slots` neighbouring slots, the first of a block; 0 when there is no room.
+
+    Next fit: the slot after the last one handed out if that is free, else the next free one. The
+    cursor goes back to the start only when a good part of the slots is free again.
+    """
+    cdef uint32_t slot = 0
+    cdef uint32_t i
+    if store.cursor < store.top:
+        slot = _free_run(store, store.cursor, n_slots)
+    elif (store.top - 1 - store.n_used) > store.top // REUSE_SHARE:
+        slot = _free_run(store, 1, n_slots)
+    if slot == 0:
+        slot = store.top
+        while slot + n_slots > store.capacity:
+            if _add_extent(store, err) != 0:
+                return 0
+        store.top = slot + n_slots
+    for i in range(n_slots):
+        memset(&store.uses[slot + i], 0, sizeof(store_use))
+        store.uses[slot + i].used = 1
+        store.uses[slot + i].copy = 1 if i > 0 else 0
+    store.n_used += n_slots
+    store.cursor = slot + n_slots
+    return slot
+
+
+cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:
+    """The bytes of a written slot, for reading."""
+    cdef uint32_t extent = slot // store.slots_per_extent
+    return store.views[extent] + <size_t>(slot - extent * store.slots_per_extent) * store.page_bytes
+
+
+cdef int store_write(
+    store_t* store, uint32_t slot, const uint8_t* source, uint32_t n_pages, sys_error* err
+) noexcept nogil:
+    """Give slots that nobody maps their bytes. Not mapped: fresh or released before the last fork
+    check, so no other process can see them change either."""
+    return sys_write_at(
+        store.fd, source, <size_t>n_pages * store.page_bytes,
+        <long long>(<size_t>slot * store.page_bytes), err
+    )
+
+
+cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
+    store.uses[slot].n_sharers += 1
+    if store.uses[slot].n_sharers == 1:
+        store.n_shared += 1
+
+
+cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
+    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0.
+
+    The caller then takes that slot out of the stable tree and releases it.
+    """
+    cdef uint32_t first, n_copies, i
+    store.uses[slot].n_sharers -= 1
+    if store.uses[slot].n_sharers != 0:
+        return 0
+    store.n_shared -= 1
+    first = store_block(store, slot, &n_copies)
+    for i in range(n_copies):
+        if store.uses[first + i].n_sharers != 0:
+            return 0
+    return first
+
+
+cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil:
+    """First slot, and length, of the block that a used slot belongs to."""
+    cdef uint32_t first = slot
+    cdef uint32_t end = slot + 1
+    while store.uses[first].copy:
+        first -= 1
+    while end < store.top and store.uses[end].used and store.uses[end].copy:
+        end += 1
+    n_copies[0] = end - first
+    return first
+
+
+cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
+    """Give back the whole block that begins at `slot`. Carried out by store_trim."""
+    cdef uint32_t n_copies, i
+    store_block(store, slot, &n_copies)
+    for i in range(n_copies):
+        if store.n_releases == MAX_RELEASES:
+            store_trim(store)
+        store.uses[slot + i].pending = 0
+        store.uses[slot + i].n_sharers = 0
+        store.releases[store.n_releases] = slot + i
+        store.n_releases += 1
+
+
+cdef int _by_number(const void* a, const void* b) noexcept nogil:
+    cdef uint32_t left = (<const uint32_t*>a)[0]
+    cdef uint32_t right = (<const uint32_t*>b)[0]
+    return (left > right) - (left < right)
+
+
+cdef void _see_forks(store_t* store) noexcept nogil:
+    """Freeze what existed when the process last forked. The caller holds the gate."""
+    cdef uint32_t slot
+    if gate_n_forks() == store.seen_forks:
+        return
+    store.seen_forks = gate_n_forks()
+    store.n_frozen = 0
+    for slot in range(1, store.top):
+        if store.uses[slot].used:
+            store.uses[slot].frozen = 1
+            store.n_frozen += 1
+
+
+cdef void store_trim(store_t* store) noexcept nogil:
+    """Punch the released slots, neighbours together; frozen ones stay used, out of every tree.
+
+    A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
+    writing it again replaces its bytes.
+    """
+    cdef sys_error ignored
+    cdef uint32_t i = 0, n, slot, k
+    if store.n_releases == 0:
+        return
+    error_clear(&ignored)
+    qsort(store.releases, store.n_releases, sizeof(uint32_t), _by_number)
+    gate_lock()
+    _see_forks(store)
+    while i < store.n_releases:
+        slot = store.releases[i]
+        if store.uses[slot].frozen:
+            store.uses[slot].copy = 0
+            i += 1
+            continue
+        n = 1
+        while i + n < store.n_releases and store.releases[i + n] == slot + n and not store.uses[slot + n].frozen:
+            n += 1
+        sys_punch(
+            store.fd, <long long>(<size_t>slot * store.page_bytes), <size_t>n * store.page_bytes, &ignored
+        )
+        for k in range(n):
+            memset(&store.uses[slot + k], 0, sizeof(store_use))
+        store.n_used -= n
+        i += n
+    gate_unlock()
+    store.n_releases = 0
+
+
+cdef size_t store_bytes(store_t* store) noexcept nogil:
+    """Bytes of metadata in use."""
+    return (
+        <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
+        + store.n_extents * sizeof(uint8_t*)
+        + sizeof(store_t)
+    )

@@ -1,0 +1,82 @@
+"""System calls and the fork gate; see _sys.pyx."""
+
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from posix.signal cimport sigaction_t
+from posix.types cimport off_t
+
+
+cdef enum sys_call:
+    CALL_NONE
+    CALL_MMAP
+    CALL_MUNMAP
+    CALL_MREMAP
+    CALL_MPROTECT
+    CALL_MADVISE
+    CALL_MINCORE
+    CALL_MEMFD_CREATE
+    CALL_FTRUNCATE
+    CALL_FALLOCATE
+    CALL_PWRITE
+    CALL_PREAD
+    CALL_OPEN
+    CALL_SIGACTION
+    N_CALLS
+
+
+# What a failed call leaves behind. The first failure stays until the owner clears it.
+ctypedef struct sys_error:
+    int code               # errno, 0 when nothing failed
+    int call               # enum sys_call
+    uintptr_t addr         # first byte of the range concerned, 0 when there is none
+    size_t len_bytes       # length of that range
+
+
+cdef enum advice:
+    ADVISE_DONTNEED
+    ADVISE_DONTFORK
+    ADVISE_DONTDUMP
+    ADVISE_HUGEPAGE
+    ADVISE_NOHUGEPAGE
+    ADVISE_POPULATE_READ
+    ADVISE_POPULATE_WRITE
+
+
+# Every function returns 0 (or the value asked for) on success and -1 (or NULL) on failure, with *err filled.
+cdef void* sys_map_anon(size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_map_anon_at(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_map_store_at(
+    uintptr_t addr, size_t len_bytes, int fd, off_t offset, sys_error* err
+) noexcept nogil
+cdef void* sys_map_view(size_t len_bytes, int fd, off_t offset, sys_error* err) noexcept nogil
+cdef int sys_unmap(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
+cdef void* sys_grow(void* array, size_t old_bytes, size_t new_bytes, sys_error* err) noexcept nogil
+cdef int sys_move(uintptr_t source, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_protect(uintptr_t addr, size_t len_bytes, bint writable, sys_error* err) noexcept nogil
+cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* err) noexcept nogil
+cdef int sys_mincore(
+    uintptr_t addr, size_t len_bytes, unsigned char* resident, sys_error* err
+) noexcept nogil
+cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil
+cdef int sys_truncate(int fd, off_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_write_at(int fd, const void* source, size_t len_bytes, off_t offset, sys_error* err) noexcept nogil
+cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_error* err) noexcept nogil
+cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil
+cdef void sys_close(int fd) noexcept nogil
+cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil
+cdef int sys_count_maps(
+    const char* needle, uint32_t* n_maps, uint32_t* n_named, sys_error* err
+) noexcept nogil
+cdef size_t sys_page_bytes() noexcept nogil
+cdef void sys_pause() noexcept nogil                 # sleep one millisecond
+cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
+
+cdef void error_clear(sys_error* err) noexcept nogil
+cdef object error_raise(sys_error* err, str what)
+
+# The fork gate: held by whoever must not be interrupted by a fork of this process (an open guard
+# window, a change of the store). fork() itself waits for it. No other lock is taken inside it.
+cdef void gate_lock() noexcept nogil
+cdef void gate_unlock() noexcept nogil
+cdef uint32_t gate_n_forks() noexcept nogil          # forks of this process so far; stable while the gate is held
+cdef uint32_t gate_generation() noexcept nogil       # grows by one in every forked child

@@ -1,0 +1,154 @@
+"""The way back: merged pages become plain private memory again, and regions are forgotten.
+
+Called by: _core. Calls: _scan (items), _merge (restore_range), _runs, _rmap, _store, _trees, _pages.
+
+Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
+caller holds the engine's lock.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from ksmcore._merge cimport restore_range
+from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find
+from ksmcore._runs cimport drop_sharer
+from ksmcore._scan cimport core_forget_item, core_region_at, engine_core, region_t
+from ksmcore._store cimport store_page, store_trim
+from ksmcore._sys cimport sys_error
+from ksmcore._trees cimport rb_check, rb_first, rb_next
+
+
+cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
+    """These pages are plain memory now: their items no longer map the store."""
+    cdef size_t i
+    cdef uint32_t item = 0
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, page_no + i, item)
+        if c.rmap.tags[item].state == PAGE_SHARED:
+            drop_sharer(&c.b, item)
+        c.rmap.tags[item].over_store = 0
+        if c.rmap.tags[item].state != PAGE_UNSHARED:
+            c.rmap.nodes[item].left = 0
+
+
+cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
+    """Make every page of a region plain private anonymous memory, with the bytes it shows.
+
+    Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
+    too few mappings: then some pages may be plain again, the others are still merged, all are right.
+    """
+    cdef uint64_t first_no = region.addr // c.page_bytes
+    cdef size_t page = 0, start, n_restored
+    cdef uint32_t item = 0
+    cdef int rc = 0
+    while page < region.n_pages and rc == 0:
+        item = rmap_find(&c.rmap, first_no + page, item)
+        if item == 0 or not c.rmap.tags[item].over_store:
+            page += 1
+            continue
+        start = page
+        while item != 0 and c.rmap.tags[item].over_store and page < region.n_pages:
+            page += 1
+            item = rmap_find(&c.rmap, first_no + page, item)
+        rc = restore_range(
+            c.page_bytes, region.addr + start * c.page_bytes, page - start, region.flags, &n_restored, err
+        )
+        _settle_restored(c, first_no + start, n_restored)
+    store_trim(&c.store)
+    return rc
+
+
+cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
+    """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
+    cdef uint64_t first_no = region.addr // c.page_bytes
+    cdef size_t page
+    cdef uint32_t item = 0, hint = 0
+    for page in range(region.n_pages):
+        item = rmap_find(&c.rmap, first_no + page, hint)
+        if item != 0:
+            hint = item
+            core_forget_item(c, item)
+    store_trim(&c.store)
+
+
+# ---- what must hold between the modules -----------------------------------------------------------
+
+cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
+    cdef uint32_t slot, n_used = 0, n_shared = 0
+    for slot in range(1, c.store.top):
+        if c.store.uses[slot].pending:
+            return 13
+        if c.store.uses[slot].n_sharers != n_sharers[slot]:
+            return 14
+        if n_sharers[slot] != 0 and not c.store.uses[slot].used:
+            return 15
+        n_used += c.store.uses[slot].used
+        n_shared += n_sharers[slot] != 0
+    if n_used != c.store.n_used or n_shared != c.store.n_shared:
+        return 16
+    return 0
+
+
+cdef int _check_stable(engine_core* c) noexcept nogil:
+    """Every node of the stable tree is the first slot of a block, and its checksum is that of its bytes."""
+    cdef const uint8_t* page
+    cdef uint32_t digest
+    cdef uint32_t slot = rb_first(&c.stable)
+    while slot != 0:
+        if not c.store.uses[slot].used or c.store.uses[slot].copy:
+            return 17
+        page = store_page(&c.store, slot)
+        c.checksum(&page, 1, c.page_bytes, &digest)
+        if digest != c.store.nodes[slot].digest:
+            return 18
+        slot = rb_next(&c.stable, slot)
+    return 0
+
+
+cdef int core_check(engine_core* c) noexcept nogil:
+    """0, or the number of a broken invariant: 1-5 stable tree, 21-25 unstable tree, 31-34 rmap; between
+    them 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left pending,
+    14: sharers counted wrong, 15: shared but not used, 16: totals, 17: a tree node that begins no block,
+    18: a shared page whose bytes are not those it was filed under, 19: unstable items counted wrong."""
+    cdef uint32_t item, n_unstable = 0
+    cdef uint64_t page_no
+    cdef int rc
+    cdef uint32_t* n_sharers
+    rc = rb_check(&c.stable, True)
+    if rc != 0:
+        return rc
+    # Only its shape: pages may have changed since they were put there.
+    rc = rb_check(&c.unstable, False)
+    if rc != 0:
+        return 20 + rc
+    rc = rmap_check(&c.rmap)
+    if rc != 0:
+        return 30 + rc
+    n_sharers = <uint32_t*>calloc(c.store.top, sizeof(uint32_t))
+    if n_sharers == NULL:
+        return -1
+    for item in range(1, c.rmap.top):
+        page_no = c.rmap.tags[item].page_no
+        if page_no == 0:
+            continue
+        if not _in_region(c, page_no):
+            rc = 11
+        if c.rmap.tags[item].state == PAGE_SHARED:
+            n_sharers[c.rmap.nodes[item].left] += 1
+            if not c.rmap.tags[item].over_store:
+                rc = 12
+        n_unstable += c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
+    if rc == 0 and n_unstable != c.unstable.n_nodes:
+        rc = 19
+    if rc == 0:
+        rc = _check_slots(c, n_sharers)
+    if rc == 0:
+        rc = _check_stable(c)
+    free(n_sharers)
+    return rc
+
+
+cdef bint _in_region(engine_core* c, uint64_t page_no) noexcept nogil:
+    cdef uintptr_t addr = <uintptr_t>(page_no * c.page_bytes)
+    cdef const region_t* region = core_region_at(c, addr)
+    return region != NULL and region.addr <= addr
