@@ -174,6 +174,58 @@ cdef class Core:
             (self.c.n_regions - index) * sizeof(region_t),
         )
 
+    def find(self, uintptr_t addr, size_t len_bytes):
+        """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
+        None when nothing of that range is registered.
+
+        ValueError when only a part of it is registered, or when it spans regions.
+        """
+        cdef const region_t* region
+        cdef uint64_t region_id = 0
+        cdef uintptr_t start = 0, end = 0
+        cdef size_t n_pages = 0
+        self._own()
+        with nogil:
+            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            region = core_region_at(&self.c, addr)
+            if region != NULL and region.addr < addr + len_bytes:
+                region_id = region.id
+                start = region.addr
+                n_pages = region.n_pages
+                end = start + n_pages * self.c.page_bytes
+            PyThread_release_lock(self.lock)
+        if region_id == 0:
+            return None
+        if addr < start or addr + len_bytes > end:
+            raise ValueError(
+                f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered "
+                f"({start:#x} to {end:#x})"
+            )
+        return region_id, start, n_pages
+
+    def regions(self):
+        """(id, address, number of pages) of every region, by address."""
+        cdef const region_t* region
+        cdef uint64_t region_id
+        cdef uintptr_t cursor = 0
+        cdef size_t n_pages
+        found = []
+        self._own()
+        while True:
+            with nogil:
+                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                region = core_region_at(&self.c, cursor)
+                region_id = 0
+                if region != NULL:
+                    region_id = region.id
+                    cursor = region.addr
+                    n_pages = region.n_pages
+                PyThread_release_lock(self.lock)
+            if region_id == 0:
+                return found
+            found.append((region_id, cursor, n_pages))
+            cursor += n_pages * sys_page_bytes()
+
     def privatize(self, uintptr_t addr, size_t n_pages, int flags):
         """Turn `n_pages` pages of shared memory into private memory with the same bytes, in place.
 
@@ -217,13 +269,20 @@ cdef class Core:
             core_begin_pass(&self.c)
             PyThread_release_lock(self.lock)
 
-    def end_pass(self, bint spend_reserve):
-        """Count a full pass. `spend_reserve`: let short runs have more of the map budget from now on."""
+    def end_pass(self):
+        """Count a full pass."""
         self._own()
         with nogil:
             PyThread_acquire_lock(self.lock, WAIT_LOCK)
             self.c.counters.full_scans += 1
-            if spend_reserve and self.c.b.budget.reserve_shift < 16:
+            PyThread_release_lock(self.lock)
+
+    def spend_reserve(self):
+        """Let short runs have more of the map budget from now on."""
+        self._own()
+        with nogil:
+            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            if self.c.b.budget.reserve_shift < 16:
                 self.c.b.budget.reserve_shift += 1
             PyThread_release_lock(self.lock)
 

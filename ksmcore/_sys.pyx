@@ -505,6 +505,11 @@ def page_bytes():
     return sys_page_bytes()
 
 
+def generation():
+    """Grows by one in every forked child, so that what belongs to the parent can be told."""
+    return ksm_gate_generation()
+
+
 def features():
     """What of the kernel ksmcore can use here: name -> None when it is there, else why it is not."""
     cdef sys_error err

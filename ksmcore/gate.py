@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = [
     "admit",
     "admit_all",
     "check_mappings",
+    "hold",
     "phase_advice",
 ]
 
@@ -159,6 +161,21 @@ def admit_all(
             export.view.release()
         raise
     return [export.admission(found) for export, found in zip(exports, traits, strict=True)]
+
+
+@contextmanager
+def hold(buffer: object, *, page_bytes: int) -> Iterator[tuple[int, int]]:
+    """Only the first half of the gate: (address of the first whole page, whole pages), and the buffer
+    held until the block is left. For buffers whose mappings are known, or are not to be judged.
+
+    Raises:
+        TypeError, ValueError: as `admit`, for the buffer itself.
+    """
+    export = _Export(buffer, page_bytes)
+    try:
+        yield export.addr, export.n_pages
+    finally:
+        export.view.release()
 
 
 class _Export:

@@ -1,0 +1,145 @@
+"""Kernel Samepage Merging inside one process, for Python programs that hold large arrays.
+
+    import ksmcore
+    region = ksmcore.register(buffer)    # any writable, contiguous buffer
+    report = ksmcore.scan()              # one pass; or dedup(a, b, c): register and merge now
+    ksmcore.unregister(region)           # plain private memory again, same bytes
+
+Equal pages are found, kept once, mapped copy-on-write, and the rest goes back to the operating system.
+Writes keep working and never show through. The functions of this module use a default engine; `Engine`
+makes further ones, which share nothing with each other.
+"""
+
+from ksmcore._platform import require_linux
+
+require_linux()
+
+import functools  # noqa: E402
+from importlib import metadata  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from ksmcore._sys import features  # noqa: E402
+from ksmcore.engine import Engine  # noqa: E402
+from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
+from ksmcore.errors import InternalError  # noqa: E402
+from ksmcore.gate import PhaseWarning  # noqa: E402
+from ksmcore.progress import Progress  # noqa: E402
+from ksmcore.regions import Region  # noqa: E402
+from ksmcore.settings import Settings  # noqa: E402
+from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import SupportsIndex
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from ksmcore.arrays import Order
+
+__all__ = [
+    "Engine",
+    "Estimate",
+    "InternalError",
+    "MemoryInfo",
+    "PassReport",
+    "PhaseWarning",
+    "Region",
+    "Settings",
+    "Stats",
+    "array",
+    "configure",
+    "copy",
+    "dedup",
+    "default_engine",
+    "empty",
+    "estimate",
+    "features",
+    "full",
+    "memory_info",
+    "register",
+    "scan",
+    "stats",
+    "unregister",
+    "zeros",
+]
+
+__version__ = metadata.version("ksmcore")
+
+
+@functools.cache
+def default_engine() -> Engine:
+    """The engine behind the functions of this module; made when it is first needed."""
+    return Engine()
+
+
+def configure(**changes: Any) -> Settings:
+    """`Engine.configure` of the default engine."""
+    return default_engine().configure(**changes)
+
+
+def register(buffer: object, *, privatize: bool = False) -> Region:
+    """`Engine.register` of the default engine: let the pages of a buffer be merged."""
+    return default_engine().register(buffer, privatize=privatize)
+
+
+def unregister(buffer: Region | object) -> None:
+    """Make a region's or a registered buffer's pages plain private memory again, whichever engine has
+    the region (a bare buffer is looked up in the default engine). See `Engine.unregister`."""
+    if isinstance(buffer, Region):
+        buffer.close()
+    else:
+        default_engine().unregister(buffer)
+
+
+def scan(*, progress: Progress = None) -> PassReport:
+    """`Engine.scan` of the default engine: one full pass by the rules of KSM."""
+    return default_engine().scan(progress=progress)
+
+
+def dedup(*buffers: object, progress: Progress = None) -> PassReport:
+    """`Engine.dedup` of the default engine: register what is not yet registered, and merge now."""
+    return default_engine().dedup(*buffers, progress=progress)
+
+
+def estimate(*buffers: object, progress: Progress = None) -> Estimate:
+    """`Engine.estimate` of the default engine: what would be saved; changes nothing."""
+    return default_engine().estimate(*buffers, progress=progress)
+
+
+def stats() -> Stats:
+    """`Engine.stats` of the default engine: all counters of this moment."""
+    return default_engine().stats()
+
+
+def empty(
+    shape: "SupportsIndex | Sequence[SupportsIndex]", dtype: "DTypeLike" = float, order: "Order" = "C"
+) -> "NDArray[Any]":
+    """`Engine.empty` of the default engine: a page-aligned, registered array."""
+    return default_engine().empty(shape, dtype, order)
+
+
+def zeros(
+    shape: "SupportsIndex | Sequence[SupportsIndex]", dtype: "DTypeLike" = float, order: "Order" = "C"
+) -> "NDArray[Any]":
+    """`Engine.zeros` of the default engine: a page-aligned, registered array of zeros."""
+    return default_engine().zeros(shape, dtype, order)
+
+
+def full(
+    shape: "SupportsIndex | Sequence[SupportsIndex]",
+    fill_value: Any,
+    dtype: "DTypeLike" = None,
+    order: "Order" = "C",
+) -> "NDArray[Any]":
+    """`Engine.full` of the default engine: a page-aligned, registered array of one value."""
+    return default_engine().full(shape, fill_value, dtype, order)
+
+
+def array(source: "ArrayLike", dtype: "DTypeLike" = None) -> "NDArray[Any]":
+    """`Engine.array` of the default engine: a page-aligned, registered copy of anything array-like."""
+    return default_engine().array(source, dtype)
+
+
+def copy(source: "NDArray[Any]") -> "NDArray[Any]":
+    """`Engine.copy` of the default engine: a page-aligned, registered copy of an array."""
+    return default_engine().copy(source)

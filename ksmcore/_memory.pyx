@@ -1,0 +1,60 @@
+"""Page-aligned memory that is registered from birth and gives itself back.
+
+Called by: arrays.py. Calls: _sys, and the Core that it is registered with.
+
+A `PageMemory` is the base object of an array: as long as any view of the array lives, it lives. The
+engine does not hold it, or it could never be collected; instead it takes itself out of the engine
+before it unmaps its pages.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport uintptr_t
+
+from ksmcore._sys cimport error_clear, error_raise, sys_error, sys_map_anon, sys_page_bytes, sys_unmap
+
+
+@cython.no_gc_clear          # __dealloc__ needs `core`, also when a reference cycle is collected
+cdef class PageMemory:
+    """`len_bytes` bytes of zeros that begin on a page; a writable buffer."""
+
+    cdef object core
+    cdef uintptr_t addr
+    cdef size_t len_bytes        # asked for
+    cdef size_t mapped_bytes     # whole pages
+    cdef object region_id
+
+    def __cinit__(self, object core, size_t len_bytes):
+        cdef sys_error err
+        cdef size_t page = sys_page_bytes()
+        cdef void* memory
+        error_clear(&err)
+        if len_bytes == 0 or len_bytes > <size_t>-1 // 2 - page:
+            raise ValueError(f"cannot make {len_bytes} bytes of memory")
+        self.len_bytes = len_bytes
+        self.mapped_bytes = (len_bytes + page - 1) // page * page
+        with nogil:
+            memory = sys_map_anon(self.mapped_bytes, &err)
+        if memory == NULL:
+            error_raise(&err, "array")
+        self.addr = <uintptr_t>memory
+        # Even the last page belongs to this memory alone, so all of it is registered.
+        self.region_id = core.add(self.addr, self.mapped_bytes // page, 0)
+        self.core = core
+
+    def __dealloc__(self):
+        cdef sys_error ignored
+        error_clear(&ignored)
+        if self.core is not None:
+            # False when it was unregistered before, or belongs to a forked child's parent.
+            self.core.remove(self.region_id, self.addr, False)
+        if self.addr != 0:
+            # Unchecked: a whole mapping of our own.
+            with nogil:
+                sys_unmap(self.addr, self.mapped_bytes, &ignored)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, <void*>self.addr, <Py_ssize_t>self.len_bytes, False, flags)
+
+    def __repr__(self):
+        return f"<ksmcore page memory: {self.len_bytes} bytes at {self.addr:#x}>"

@@ -1,0 +1,77 @@
+"""The handle of one registered buffer.
+
+Called by users and by the engine, which makes it. It owns the buffer export (through the gate's
+`Admission`) until the region is closed.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ksmcore.stats import human_bytes
+
+if TYPE_CHECKING:
+    from ksmcore.engine import Engine
+    from ksmcore.gate import Admission
+
+__all__ = ["Region"]
+
+
+class Region:
+    """The whole pages inside one registered buffer. Made by `register`; close it or leave its `with`.
+
+    While it is open the buffer cannot be freed, resized or closed.
+    """
+
+    __slots__ = ("__weakref__", "_addr", "_admission", "_engine", "_generation", "_id", "_n_pages", "_phase")
+
+    def __init__(self, engine: Engine, region_id: int, admission: Admission) -> None:
+        self._engine = engine
+        self._id = region_id
+        self._admission: Admission | None = admission
+        self._generation = engine._generation
+        self._addr, self._n_pages, self._phase = admission.addr, admission.n_pages, admission.phase
+
+    @property
+    def addr(self) -> int:
+        """Address of the first page."""
+        return self._addr
+
+    @property
+    def n_pages(self) -> int:
+        """Whole pages inside the buffer."""
+        return self._n_pages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pages; the buffer's first and last bytes beyond them are never touched."""
+        return self._n_pages * self._engine.page_bytes
+
+    @property
+    def closed(self) -> bool:
+        """True once it was unregistered; also in a forked child, whose engine starts empty."""
+        return self._admission is None or self._generation != self._engine._generation_now()
+
+    def close(self) -> None:
+        """Make the pages plain private memory again, with the same bytes, and let the buffer go.
+
+        A second call does nothing.
+
+        Raises:
+            MemoryError: not enough memory, or mappings, to give each page its own memory again. The
+                region is still registered and all its bytes are right.
+        """
+        self._engine._close_region(self)
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else human_bytes(self.nbytes)
+        return f"<ksmcore.Region: {self._n_pages} pages at {self._addr:#x}, {state}>"

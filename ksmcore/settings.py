@@ -1,0 +1,109 @@
+"""Settings of an engine: their names, defaults, allowed values, and the texts for wrong ones.
+
+Called by the engine. A `Settings` object is valid as a whole or does not come into being.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+__all__ = ["Settings"]
+
+# What can be asked for by name. "auto" stands for the first of the others.
+ORDERS = ("digest", "content")
+CHECKSUMS = ("jhash", "mmh3")
+GUARDS = ("mprotect",)
+DIRTY_TRACKERS = ("checksum",)
+
+# Bound when the engine is made: trees and table are built with them.
+FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How an engine works. Raises TypeError or ValueError naming what would be allowed."""
+
+    use_zero_pages: bool = True
+    """Give back pages that hold only zeros; they need no shared page."""
+    max_shared_pages: int | None = None
+    """Most pages that the store may hold; None: no limit."""
+    map_budget: int | Literal["auto"] = "auto"
+    """Most memory mappings the engine may use; "auto": half of what is free without it."""
+    rmap_hash_size: int = 64
+    """Buckets that the rmap hash begins with; it grows by itself. Fixed."""
+    checksum: Literal["jhash", "mmh3"] = "jhash"
+    """What tells whether a page changed. Fixed."""
+    order: Literal["digest", "content"] = "digest"
+    """Key of both trees: checksum, then bytes; or the bytes alone, as the 2009 original. Fixed."""
+    guard: Literal["auto", "mprotect"] = "auto"
+    """What keeps writers out of a page that is being merged. Fixed."""
+    dirty: Literal["auto", "checksum"] = "auto"
+    """What tells which pages changed since the last pass. Fixed."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.use_zero_pages, bool):
+            raise TypeError(f"use_zero_pages must be True or False, not {self.use_zero_pages!r}")
+        _whole("max_shared_pages", self.max_shared_pages, 0, "None (no limit)", None)
+        _whole("map_budget", self.map_budget, 0, '"auto"', "auto")
+        _whole("rmap_hash_size", self.rmap_hash_size, 1)
+        if self.rmap_hash_size > 2**28:
+            raise ValueError(f"rmap_hash_size is at most 2**28 buckets, not {self.rmap_hash_size}")
+        _choice("checksum", self.checksum, CHECKSUMS)
+        _choice("order", self.order, ORDERS)
+        _choice("guard", self.guard, ("auto", *GUARDS))
+        _choice("dirty", self.dirty, ("auto", *DIRTY_TRACKERS))
+
+    def changed(self, **changes: Any) -> Settings:
+        """These settings with `changes`; ValueError for one that is fixed, TypeError for an unknown."""
+        check_names(changes)
+        for name in changes:
+            if name in FIXED:
+                free = ", ".join(f.name for f in fields(Settings) if f.name not in FIXED)
+                raise ValueError(
+                    f"{name} is fixed when an engine is made: make another one, as in "
+                    f"ksmcore.Engine({name}={changes[name]!r}). Changeable are {free}"
+                )
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def guard_in_use(self) -> str:
+        return GUARDS[0] if self.guard == "auto" else self.guard
+
+    @property
+    def dirty_in_use(self) -> str:
+        return DIRTY_TRACKERS[0] if self.dirty == "auto" else self.dirty
+
+
+def check_names(given: dict[str, Any]) -> None:
+    """Raise TypeError naming the valid settings when `given` has another one."""
+    known = [f.name for f in fields(Settings)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown setting {name!r}; the settings are {', '.join(known)}")
+
+
+_NO_WORD = object()
+
+
+def _whole(
+    name: str, value: object, least: int, word_text: str = "", word: object = _NO_WORD
+) -> None:
+    """Check a whole number that is at least `least`, or one special value."""
+    if word is not _NO_WORD and value == word and type(value) is type(word):
+        return
+    allowed = f"a whole number of at least {least}" + (f" or {word_text}" if word_text else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {allowed}, not {value!r}")
+    if value < least or value >= 2**62:
+        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(repr(word) for word in allowed)
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}={value!r} is not to be had here; one of {listed}")
