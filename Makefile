@@ -65,7 +65,7 @@ style: dev
 
 types: dev build
 	$(PY) -m mypy
-	$(if $(STUBBED),$(PY) -m mypy.stubtest --ignore-disjoint-bases $(STUBBED))
+	$(if $(STUBBED),$(PY) -m mypy.stubtest --mypy-config-file pyproject.toml --ignore-disjoint-bases $(STUBBED))
 
 format: dev ## Rewrite the Python files in the project's style
 	$(PY) -m ruff check --fix $(LINTED)

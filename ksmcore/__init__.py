@@ -5,9 +5,9 @@
     report = ksmcore.scan()              # one pass; or dedup(a, b, c): register and merge now
     ksmcore.unregister(region)           # plain private memory again, same bytes
 
-Equal pages are found, kept once, mapped copy-on-write, and the rest goes back to the operating system.
-Writes keep working and never show through. The functions of this module use a default engine; `Engine`
-makes further ones, which share nothing with each other.
+Equal pages are found, kept once, mapped copy-on-write, and the rest goes back to the operating
+system. Writes keep working and never show through. The functions of this module use a default
+engine; `Engine` makes further ones, which share nothing with each other.
 """
 
 from ksmcore._platform import require_linux
@@ -83,8 +83,8 @@ def register(buffer: object, *, privatize: bool = False) -> Region:
 
 
 def unregister(buffer: Region | object) -> None:
-    """Make a region's or a registered buffer's pages plain private memory again, whichever engine has
-    the region (a bare buffer is looked up in the default engine). See `Engine.unregister`."""
+    """Make a region's or a registered buffer's pages plain private memory again, whichever engine
+    has the region (a bare buffer is looked up in the default engine). See `Engine.unregister`."""
     if isinstance(buffer, Region):
         buffer.close()
     else:
@@ -112,14 +112,18 @@ def stats() -> Stats:
 
 
 def empty(
-    shape: "SupportsIndex | Sequence[SupportsIndex]", dtype: "DTypeLike" = float, order: "Order" = "C"
+    shape: "SupportsIndex | Sequence[SupportsIndex]",
+    dtype: "DTypeLike" = float,
+    order: "Order" = "C",
 ) -> "NDArray[Any]":
     """`Engine.empty` of the default engine: a page-aligned, registered array."""
     return default_engine().empty(shape, dtype, order)
 
 
 def zeros(
-    shape: "SupportsIndex | Sequence[SupportsIndex]", dtype: "DTypeLike" = float, order: "Order" = "C"
+    shape: "SupportsIndex | Sequence[SupportsIndex]",
+    dtype: "DTypeLike" = float,
+    order: "Order" = "C",
 ) -> "NDArray[Any]":
     """`Engine.zeros` of the default engine: a page-aligned, registered array of zeros."""
     return default_engine().zeros(shape, dtype, order)
@@ -128,15 +132,15 @@ def zeros(
 def full(
     shape: "SupportsIndex | Sequence[SupportsIndex]",
     fill_value: Any,
-    dtype: "DTypeLike" = None,
+    dtype: "DTypeLike | None" = None,
     order: "Order" = "C",
 ) -> "NDArray[Any]":
     """`Engine.full` of the default engine: a page-aligned, registered array of one value."""
     return default_engine().full(shape, fill_value, dtype, order)
 
 
-def array(source: "ArrayLike", dtype: "DTypeLike" = None) -> "NDArray[Any]":
-    """`Engine.array` of the default engine: a page-aligned, registered copy of anything array-like."""
+def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any]":
+    """`Engine.array` of the default engine: a page-aligned, registered copy of any array-like."""
     return default_engine().array(source, dtype)
 
 

@@ -308,11 +308,13 @@ cdef class Core:
         cdef sys_error err
         cdef size_t first_page, n_pages, done = 0
         cdef size_t page_bytes = sys_page_bytes()
+        cdef bint entered
         cdef int rc
         error_clear(&err)
         self._own()
         with nogil:
             rc = guard_enter(&err)
+            entered = rc == 0
             while rc == 0 and done < max_pages and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
                 region = core_region_at(&self.c, cursor)
@@ -332,7 +334,7 @@ cdef class Core:
                         cursor += n_pages * page_bytes
                         done += n_pages
                 PyThread_release_lock(self.lock)
-            if rc == 0 or err.call != <int>CALL_MPROTECT:
+            if entered:
                 guard_leave()
         if rc != 0:
             if err.call == <int>CALL_MPROTECT:

@@ -9,7 +9,7 @@ fails with EFAULT, because the kernel asks for the permission without raising a 
 
 One window exists per process. Its lock is the fork gate, so a fork never happens inside a window, and
 the handler needs to look at one range only. Lock order: engine lock, then install lock; engine lock,
-then gate. The install lock and the gate are never held together.
+then gate; install lock, then gate.
 """
 
 from libc.stdint cimport uint32_t, uintptr_t
@@ -25,6 +25,8 @@ cdef extern from "_segv.h":
         uint32_t n_waits
         uint32_t n_windows
         uint32_t installed
+        uintptr_t stuck_lo
+        uintptr_t stuck_hi
         sigaction_t previous
     segv_state segv
     void segv_open(uintptr_t lo, uintptr_t hi) nogil
@@ -151,8 +153,21 @@ cdef int guard_enter(sys_error* err) noexcept nogil:
             segv.installed = 0
     if rc == 0:
         _n_users_add(1)
+        _unstick()
     guard_unlock_install()
     return rc
+
+
+cdef void _unstick() noexcept nogil:
+    """Ask again for the permission that a close could not get."""
+    cdef sys_error ignored
+    if segv.stuck_lo == segv.stuck_hi:
+        return
+    error_clear(&ignored)
+    gate_lock()
+    if sys_protect(segv.stuck_lo, segv.stuck_hi - segv.stuck_lo, True, &ignored) == 0:
+        segv.stuck_lo = segv.stuck_hi = 0
+    gate_unlock()
 
 
 cdef void _n_users_add(int delta) noexcept nogil:
@@ -171,7 +186,7 @@ cdef void guard_leave() noexcept nogil:
     error_clear(&err)
     guard_lock_install()
     _n_users_add(-1)
-    if guard_n_users == 0 and segv.installed:
+    if guard_n_users == 0 and segv.installed and segv.stuck_lo == segv.stuck_hi:
         if segv.n_windows == 0 or guard_quiesce(QUIESCE_LIMIT_MS):
             if sys_sigaction(SIGSEGV, NULL, &now, &err) == 0:
                 if not segv_is_installed(&now):
@@ -197,7 +212,8 @@ cdef int guard_close(uintptr_t addr, size_t len_bytes, bint all_remapped, sys_er
     """Give writers the range back, wake them, release the gate.
 
     `all_remapped`: every page of the range got a new, writable mapping, so no permission is missing.
-    -1 when the kernel would not give the permission back; the caller must report that.
+    -1 when the kernel would not give the permission back; the caller must report that. Then the handler
+    stays installed, and asks again for a thread that writes.
     """
     cdef int rc = 0
     cdef int tries
@@ -209,8 +225,15 @@ cdef int guard_close(uintptr_t addr, size_t len_bytes, bint all_remapped, sys_er
             if rc == 0:
                 break
             sys_pause()
-        if rc != 0 and err.code == 0:
-            err[0] = again
+        if rc != 0:
+            if err.code == 0:
+                err[0] = again
+            if segv.stuck_lo == segv.stuck_hi:
+                segv.stuck_lo = addr
+                segv.stuck_hi = addr + len_bytes
+            else:
+                segv.stuck_lo = min(segv.stuck_lo, addr)
+                segv.stuck_hi = max(segv.stuck_hi, addr + len_bytes)
     segv_close()
     gate_unlock()
     return rc

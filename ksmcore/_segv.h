@@ -20,6 +20,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <ucontext.h>
@@ -36,6 +37,7 @@ static struct {
     uint32_t n_waiting;         /* writers asleep on seq */
     uint32_t n_waits;           /* writers that had to wait, ever */
     uint32_t installed;
+    uintptr_t stuck_lo, stuck_hi; /* pages whose permission the kernel refused to give back; lo == hi: none */
     uint32_t n_windows;         /* windows opened since the handler was installed */
     struct sigaction previous;  /* where other faults go */
     /* A handler that was installed over ours while a scan ran keeps ours as its own predecessor. When
@@ -96,6 +98,10 @@ static int segv_ours(const siginfo_t *info, void *context) {
            be written, that is what happened. If it cannot, and no window opened or closed while we
            asked, the program made the page so itself, and the fault is a true one. */
         if (segv_writable(addr)) return 1;
+        /* Or in one that could not be given back its permission: the writer asks for it once more. */
+        if (addr >= segv.stuck_lo && addr < segv.stuck_hi &&
+            mprotect((void *)segv.stuck_lo, segv.stuck_hi - segv.stuck_lo, PROT_READ | PROT_WRITE) == 0)
+            return 1;
         if (__atomic_load_n(&segv.seq, __ATOMIC_ACQUIRE) == seq) return 0;
     }
 }

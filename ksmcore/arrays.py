@@ -1,12 +1,13 @@
 """Page-aligned NumPy arrays, registered with an engine from birth.
 
-Called by the engine, whose methods of the same names these are. Equal arrays share pages only when they
-begin at the same offset within a page; these all begin at offset 0.
+Called by the engine, whose methods of the same names these are. Equal arrays share pages only when
+they begin at the same offset within a page; these all begin at offset 0.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
@@ -25,10 +26,11 @@ Order = Literal["C", "F"]
 
 def _sizes(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
     """A shape as NumPy takes it, checked."""
+    given: Any = shape
     try:
-        sizes = (int(shape.__index__()),)  # type: ignore[union-attr]
-    except AttributeError:
-        sizes = tuple(int(size.__index__()) for size in shape)  # type: ignore[union-attr]
+        sizes: tuple[int, ...] = (operator.index(given),)
+    except TypeError:
+        sizes = tuple(operator.index(size) for size in given)
     if any(size < 0 for size in sizes):
         raise ValueError(f"negative dimensions are not allowed: {sizes}")
     return sizes
@@ -42,25 +44,28 @@ def _check_order(order: str) -> None:
 def empty(
     core: Core, shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike, order: Order
 ) -> NDArray[Any]:
-    """An array of zeros that touches no memory yet (fresh pages are zero, and cost nothing to be so)."""
+    """An array of zeros that touches no memory yet: fresh pages are zero at no cost."""
     _check_order(order)
     kind = np.dtype(dtype)
     if kind.hasobject:
-        raise TypeError(f"an array of dtype {kind} holds references to objects, and cannot be merged")
+        raise TypeError(
+            f"an array of dtype {kind} holds references to objects, and cannot be merged"
+        )
     sizes = _sizes(shape)
     n_bytes = math.prod(sizes) * kind.itemsize
     if n_bytes == 0:
         return np.empty(sizes, kind, order)
     if n_bytes > 2**63 - 1:
         raise ValueError(f"array is too big: {n_bytes} bytes")
-    return np.ndarray(sizes, kind, buffer=PageMemory(core, n_bytes), order=order)
+    memory: Any = PageMemory(core, n_bytes)  # Any: NumPy's stubs take listed buffers only
+    return np.ndarray(sizes, kind, buffer=memory, order=order)
 
 
 def full(
     core: Core,
     shape: SupportsIndex | Sequence[SupportsIndex],
     fill_value: Any,
-    dtype: DTypeLike,
+    dtype: DTypeLike | None,
     order: Order,
 ) -> NDArray[Any]:
     kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
@@ -69,7 +74,7 @@ def full(
     return made
 
 
-def array(core: Core, source: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+def array(core: Core, source: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
     """A page-aligned copy of anything that NumPy can make an array of; keeps a Fortran order."""
     given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
     if isinstance(given, np.ma.MaskedArray):

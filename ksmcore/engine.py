@@ -1,11 +1,12 @@
 """The engine: owns regions, trees, store and settings, and walks over the pages.
 
-Called by users, directly or through the module-level functions, which use a default engine. The work is
-done by `ksmcore._core.Core`; this is its thin face: gate, buffer exports, reports.
+Called by users, directly or through the module-level functions, which use a default engine. The
+work is done by `ksmcore._core.Core`; this is its thin face: gate, buffer exports, reports.
 
-Two locks, always taken in this order: the pass lock (one pass at a time) and the registration lock (one
-registration at a time in the process, so that two engines cannot take the same buffer). Neither is held
-by finalisers. A forked child makes both anew: threads that held them do not exist there.
+Two locks, always taken in this order: the pass lock (one pass at a time) and the registration lock
+(one registration at a time in the process, so that two engines cannot take the same buffer).
+Neither is held by finalisers. A forked child makes both anew: threads that held them do not exist
+there.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ if TYPE_CHECKING:
     from typing import SupportsIndex
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from typing_extensions import Self
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("ksmcore")
 
-# Pages between two looks at signals: 16 MiB of 4 KiB pages, some tens of milliseconds when all merge.
+# Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
 BATCH_PAGES = 4096
 # Buffers smaller than this are not worth a warning about their phase.
 PHASE_PAGES = 16
-# How often dedup goes over pages that the map budget left out, giving short runs more of it each time.
+# How often dedup goes over pages that the map budget left out, giving short runs more each time.
 BUDGET_ROUNDS = 6
 END_OF_MEMORY = 2**64 - 1
 
@@ -87,8 +89,8 @@ class Engine:
         """Change settings; they hold from the next batch on. Returns all settings.
 
         Raises:
-            TypeError, ValueError: an unknown name, a wrong value, or a setting that is fixed. Nothing
-                was changed.
+            TypeError, ValueError: an unknown name, a wrong value, or a setting that is fixed.
+                Nothing was changed.
         """
         self._check_open()
         self._settings = self._settings.changed(**changes)
@@ -104,16 +106,16 @@ class Engine:
     def register(self, buffer: object, *, privatize: bool = False) -> Region:
         """Let the pages of a writable, contiguous buffer be merged.
 
-        The whole pages inside the buffer are scanned; a first and last page that it shares with other
-        memory are never touched. The buffer is held until the region is closed.
+        The whole pages inside the buffer are scanned; a first and last page that it shares with
+        other memory are never touched. The buffer is held until the region is closed.
 
         `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
         memory in place, with the same bytes; other processes then no longer see what is written.
 
         Raises:
             TypeError: not a buffer, or one that holds references to objects.
-            ValueError: read-only, not contiguous, no whole page inside, registered already (in part or
-                whole), or memory that cannot be merged; the message says why and what to do.
+            ValueError: read-only, not contiguous, no whole page inside, registered already (in part
+                or whole), or memory that cannot be merged; the message says why and what to do.
         """
         self._check_open()
         with _registering:
@@ -141,8 +143,13 @@ class Engine:
             admission.release()
             raise
         region = Region(self, region_id, admission)
-        self._warn_of_phase(admission)
         self._regions[region_id] = region
+        try:
+            self._warn_of_phase(admission)
+        except BaseException:
+            # A warning that the caller has turned into an error: nothing is half done.
+            region.close()
+            raise
         return region
 
     def _find(self, addr: int, n_pages: int) -> tuple[int, int, int] | None:
@@ -182,7 +189,7 @@ class Engine:
 
         Raises:
             ValueError: it is not registered with this engine.
-            MemoryError: not enough memory to unmerge; it is still registered and all bytes are right.
+            MemoryError: not enough memory to unmerge; it is still registered, all bytes are right.
         """
         self._check_open()
         if isinstance(buffer, Region):
@@ -224,8 +231,8 @@ class Engine:
         """One full pass over everything registered, by the rules of KSM; the GIL is released.
 
         A page is merged when it is equal to a shared page, or when it did not change since the last
-        pass and equals another such page: so nothing new is merged before the second pass. See `dedup`
-        for merging at once.
+        pass and equals another such page: so nothing new is merged before the second pass. See
+        `dedup` for merging at once.
 
         `progress`: True for a bar, or a callback (pages done, pages in all). Ctrl-C ends the pass
         between two batches; memory is right at any moment.
@@ -244,7 +251,7 @@ class Engine:
         """Register what is not yet registered, and merge equal pages of these buffers now.
 
         Without arguments: of everything registered. The pages are compared with each other and with
-        all shared pages; nothing waits for a second pass. Buffers that it registers stay registered.
+        all shared pages; nothing waits for a second pass. What it registers stays registered.
 
         Raises as `register` does, before anything is registered or merged.
         """
@@ -264,7 +271,7 @@ class Engine:
             return self._report(started)
 
     def _register_all(self, buffers: tuple[object, ...]) -> list[tuple[int, int]]:
-        """Register the buffers that are not, all of them or none; returns the page ranges of all."""
+        """Register the buffers that are not, all or none of them; returns all page ranges."""
         ranges: list[tuple[int, int]] = []
         missing: list[object] = []
         with _registering:
@@ -353,8 +360,8 @@ class Engine:
     def estimate(self, *buffers: object, progress: Progress = None) -> Estimate:
         """What merging these buffers would save at most; without arguments, everything registered.
 
-        Registers, maps, protects and faults in nothing. Pages merged already count as duplicates too.
-        Not considered: the map budget, which may leave isolated pages out.
+        Registers, maps, protects and faults in nothing. Pages merged already count as duplicates
+        too. Not considered: the map budget, which may leave isolated pages out.
 
         Raises as `register` does for buffers that could not be merged.
         """
@@ -362,7 +369,8 @@ class Engine:
         tally = Tally(self._settings.checksum)
         with contextlib.ExitStack() as held:
             ranges = [
-                (addr, n_pages * self.page_bytes) for addr, n_pages in self._held_ranges(buffers, held)
+                (addr, n_pages * self.page_bytes)
+                for addr, n_pages in self._held_ranges(buffers, held)
             ]
             n_pages = sum(len_bytes for _, len_bytes in ranges) // self.page_bytes
             with reporting(progress, "ksmcore estimate", n_pages) as tell:
@@ -423,7 +431,7 @@ class Engine:
         dtype: DTypeLike = float,
         order: arrays.Order = "C",
     ) -> NDArray[Any]:
-        """A page-aligned array, registered from birth and given back when its last view is collected.
+        """A page-aligned array, registered from birth, given back when its last view is collected.
 
         As `numpy.empty`, except that the memory is zero. Raises TypeError for object dtypes.
         """
@@ -443,14 +451,14 @@ class Engine:
         self,
         shape: SupportsIndex | Sequence[SupportsIndex],
         fill_value: Any,
-        dtype: DTypeLike = None,
+        dtype: DTypeLike | None = None,
         order: arrays.Order = "C",
     ) -> NDArray[Any]:
         """A page-aligned, registered array filled with a value, as `numpy.full`."""
         self._check_open()
         return arrays.full(self._core, shape, fill_value, dtype, order)
 
-    def array(self, source: ArrayLike, dtype: DTypeLike = None) -> NDArray[Any]:
+    def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """A page-aligned, registered array with the contents of `source`, always copied."""
         self._check_open()
         return arrays.array(self._core, source, dtype)
@@ -467,7 +475,7 @@ class Engine:
         Arrays made by the engine stay valid. A second call does nothing.
 
         Raises:
-            MemoryError: not enough memory to unmerge all; the engine stays open, all bytes are right.
+            MemoryError: not enough memory to unmerge all; the engine stays open, all bytes right.
         """
         if self._closed:
             return
@@ -484,19 +492,27 @@ class Engine:
     def closed(self) -> bool:
         return self._closed
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and self._regions and not self._is_inherited():
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self)
-            with contextlib.suppress(MemoryError):
-                self.close()
+            try:
+                # Where warnings are errors this raises, which must not keep the memory merged.
+                warnings.warn(
+                    f"{self!r} was never closed", ResourceWarning, stacklevel=1, source=self
+                )
+            finally:
+                with contextlib.suppress(MemoryError):
+                    self.close()
 
     def __repr__(self) -> str:
         if self._closed:

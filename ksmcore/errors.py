@@ -1,7 +1,7 @@
 """The one exception of ksmcore's own.
 
-Callers' mistakes are TypeError and ValueError; what the kernel refuses is OSError, or MemoryError when
-it is out of memory or of mappings.
+Callers' mistakes are TypeError and ValueError; what the kernel refuses is OSError, or MemoryError
+when it is out of memory or of mappings.
 """
 
 

@@ -165,8 +165,8 @@ def admit_all(
 
 @contextmanager
 def hold(buffer: object, *, page_bytes: int) -> Iterator[tuple[int, int]]:
-    """Only the first half of the gate: (address of the first whole page, whole pages), and the buffer
-    held until the block is left. For buffers whose mappings are known, or are not to be judged.
+    """Only the first half of the gate: (address of the first whole page, whole pages), and the
+    buffer held until the block is left. For buffers whose mappings are known, or are not judged.
 
     Raises:
         TypeError, ValueError: as `admit`, for the buffer itself.

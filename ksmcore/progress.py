@@ -17,8 +17,8 @@ Progress = bool | Callable[[int, int], object] | None
 def reporting(progress: Progress, what: str, n_pages: int) -> Iterator[Callable[[int], object]]:
     """Give a function that takes the pages done so far.
 
-    `progress`: True for a bar (tqdm if it is installed, else a line on stderr at the end), a callback,
-    or None. Raises TypeError for anything else.
+    `progress`: True for a bar (tqdm if it is installed, else a line on stderr at the end), a
+    callback, or None. Raises TypeError for anything else.
     """
     if progress is None or progress is False:
         yield lambda done: None

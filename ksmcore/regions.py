@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from ksmcore.stats import human_bytes
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ksmcore.engine import Engine
     from ksmcore.gate import Admission
 
@@ -19,12 +21,21 @@ __all__ = ["Region"]
 
 
 class Region:
-    """The whole pages inside one registered buffer. Made by `register`; close it or leave its `with`.
+    """The whole pages inside one registered buffer. Made by `register`; ended by `close` or `with`.
 
     While it is open the buffer cannot be freed, resized or closed.
     """
 
-    __slots__ = ("__weakref__", "_addr", "_admission", "_engine", "_generation", "_id", "_n_pages", "_phase")
+    __slots__ = (
+        "__weakref__",
+        "_addr",
+        "_admission",
+        "_engine",
+        "_generation",
+        "_id",
+        "_n_pages",
+        "_phase",
+    )
 
     def __init__(self, engine: Engine, region_id: int, admission: Admission) -> None:
         self._engine = engine
@@ -45,7 +56,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole pages; the buffer's first and last bytes beyond them are never touched."""
+        """Bytes of the whole pages; the buffer's bytes before and after them are never touched."""
         return self._n_pages * self._engine.page_bytes
 
     @property
@@ -64,11 +75,14 @@ class Region:
         """
         self._engine._close_region(self)
 
-    def __enter__(self) -> Region:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

@@ -55,7 +55,7 @@ class Settings:
         _choice("dirty", self.dirty, ("auto", *DIRTY_TRACKERS))
 
     def changed(self, **changes: Any) -> Settings:
-        """These settings with `changes`; ValueError for one that is fixed, TypeError for an unknown."""
+        """These settings with `changes`; ValueError for a fixed one, TypeError for an unknown."""
         check_names(changes)
         for name in changes:
             if name in FIXED:

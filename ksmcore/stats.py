@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -34,11 +34,10 @@ class _Numbers:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, and the derived numbers, as plain Python values (ready for json)."""
-        plain = {
+        return {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in ((name, getattr(self, name)) for name in self._names())
         }
-        return plain
 
     @classmethod
     def _names(cls) -> list[str]:
@@ -49,7 +48,8 @@ class _Numbers:
 
 @dataclass(frozen=True, repr=False)
 class Stats(_Numbers):
-    """The state of an engine at one moment. The names are those of /sys/kernel/mm/ksm where it has them."""
+    """The state of an engine at one moment, under the names of /sys/kernel/mm/ksm where it has
+    them."""
 
     page_bytes: int
     """Size of a page in bytes."""
@@ -100,8 +100,8 @@ class Stats(_Numbers):
     dirty: str
     """What tells changed pages."""
     presence: str
-    """What tells present and shared pages: "pagemap", or "mincore" with byte compares, which takes a
-    private copy with unchanged bytes for still shared."""
+    """What tells present and shared pages: "pagemap", or "mincore" with byte compares, which takes
+    a private copy with unchanged bytes for still shared."""
 
     @property
     def bytes_saved(self) -> int:
@@ -157,9 +157,9 @@ class PassReport(_Numbers):
 
     def __repr__(self) -> str:
         return (
-            f"<ksmcore.PassReport: {human_bytes(self.bytes_saved)} saved, {self.pages_merged} merged, "
-            f"{self.pages_zeroed} zero, {self.pages_skipped} skipped of {self.pages_scanned} pages "
-            f"in {self.seconds:.3f} s>"
+            f"<ksmcore.PassReport: {human_bytes(self.bytes_saved)} saved, "
+            f"{self.pages_merged} merged, {self.pages_zeroed} zero, {self.pages_skipped} skipped "
+            f"of {self.pages_scanned} pages in {self.seconds:.3f} s>"
         )
 
 
@@ -221,8 +221,8 @@ STORE_PATH = "/memfd:ksmcore-store"
 def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
     """Ask the kernel for this process's memory; `store_fds` are the memory files of its engines.
 
-    Nothing here comes from ksmcore's own counters: the figures are those of /proc/self/smaps and of the
-    memory files' blocks. Zero pages that were given back do not show in `saved`, only in `pss`.
+    Nothing here comes from ksmcore's own counters: the figures are those of /proc/self/smaps and of
+    the memory files' blocks. Zero pages that were given back do not show in `saved`, only in `pss`.
     """
     totals = vmas.smaps_rollup()
     unsharing = 0

@@ -9,7 +9,7 @@ from itertools import permutations
 import pytest
 
 from ksmcore import _pages
-from ksmcore._trees import Tree
+from ksmcore._tree_shell import Tree
 
 PAGE_BYTES = 64
 ORDERS = ["digest", "content"]

@@ -2,8 +2,6 @@ from typing import Literal, final
 
 from typing_extensions import Buffer
 
-__pyx_capi__: dict[str, object]  # the C functions, for other Cython modules
-
 @final
 class Tree:
     def __new__(

@@ -1,0 +1,10 @@
+import sys
+from typing import final
+
+from ksmcore._core import Core
+
+@final
+class PageMemory:
+    def __new__(cls, core: Core, len_bytes: int) -> PageMemory: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...

@@ -1,0 +1,117 @@
+/* System calls that need more than one line of C, and the fork gate. Included by _sys.pyx only. */
+
+#ifndef KSMCORE_SYS_H
+#define KSMCORE_SYS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Newer than some C libraries; the values are part of the kernel's interface. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 8U
+#endif
+#ifndef MFD_CLOEXEC
+#define MFD_CLOEXEC 1U
+#endif
+
+/* memfd_create as a raw call: C libraries before glibc 2.27 lack the wrapper. Kernels from 6.3 on
+   want to be told that nobody will execute the file; older ones refuse the flag. */
+static int ksm_memfd(const char *name) {
+    int fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
+    if (fd < 0 && errno == EINVAL)
+        fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC);
+    return fd;
+}
+
+static void *ksm_map(void *addr, size_t len, int prot, int flags, int fd, off_t offset) {
+    void *p = mmap(addr, len, prot, flags, fd, offset);
+    return p == MAP_FAILED ? (void *)0 : p;
+}
+
+static void *ksm_grow(void *old, size_t old_len, size_t new_len) {
+    void *p = mremap(old, old_len, new_len, MREMAP_MAYMOVE);
+    return p == MAP_FAILED ? (void *)0 : p;
+}
+
+static int ksm_move(void *source, void *target, size_t len) {
+    void *p = mremap(source, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, target);
+    return p == MAP_FAILED ? -1 : 0;
+}
+
+/* The fork gate. pthread_atfork covers every fork() of the C library, Python's and plain C's alike.
+   In the child only the forking thread exists, so the lock is made anew rather than released:
+   the thread that prepared the fork holds it, and nobody can wait for it. */
+static pthread_mutex_t ksm_gate = PTHREAD_MUTEX_INITIALIZER;
+static uint32_t ksm_n_forks, ksm_generation;
+
+static void ksm_gate_prepare(void) {
+    pthread_mutex_lock(&ksm_gate);
+    ksm_n_forks++;
+}
+static void ksm_gate_parent(void) { pthread_mutex_unlock(&ksm_gate); }
+static void ksm_gate_child(void) {
+    pthread_mutex_init(&ksm_gate, 0);
+    ksm_n_forks = 0;
+    __atomic_add_fetch(&ksm_generation, 1, __ATOMIC_RELEASE);
+}
+static int ksm_gate_install(void) {
+    return pthread_atfork(ksm_gate_prepare, ksm_gate_parent, ksm_gate_child);
+}
+static void ksm_pause(void) {
+    struct timespec t = {0, 1000000L};
+    nanosleep(&t, 0);
+}
+static void ksm_gate_lock(void) { pthread_mutex_lock(&ksm_gate); }
+static void ksm_gate_unlock(void) { pthread_mutex_unlock(&ksm_gate); }
+static uint32_t ksm_gate_generation(void) {
+    return __atomic_load_n(&ksm_generation, __ATOMIC_ACQUIRE);
+}
+
+/* Count the lines of /proc/self/maps and those that hold `needle`, with a small buffer on the
+   stack and no allocation. A line longer than the buffer is counted once. */
+static int ksm_count_maps(int fd, const char *needle, uint32_t *n_maps, uint32_t *n_named) {
+    char buf[16384];
+    size_t kept = 0;
+    uint32_t maps = 0, named = 0;
+    for (;;) {
+        ssize_t got = read(fd, buf + kept, sizeof buf - kept);
+        if (got < 0) {
+            if (errno == EINTR) continue;
+            return -1;
+        }
+        size_t len = kept + (size_t)got, start = 0;
+        char *end;
+        while ((end = memchr(buf + start, '\n', len - start))) {
+            size_t line = (size_t)(end - (buf + start));
+            maps++;
+            if (memmem(buf + start, line, needle, strlen(needle))) named++;
+            start += line + 1;
+        }
+        if (got == 0) break;
+        kept = len - start;
+        if (kept == sizeof buf) kept = 0;
+        else memmove(buf, buf + start, kept);
+    }
+    *n_maps = maps;
+    *n_named = named;
+    return 0;
+}
+
+#endif

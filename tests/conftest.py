@@ -1,0 +1,99 @@
+"""What all tests share: the report header, fixed seeds, and fixtures that leave nothing behind."""
+
+import mmap
+import os
+import platform
+import weakref
+
+import hypothesis
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _guard, _sys, vmas
+
+SEED = 20090331
+
+# Derandomized: a run is the same everywhere and always. No deadline: machines of a CI are slow at times.
+hypothesis.settings.register_profile(
+    "ksmcore",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    stateful_step_count=40,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ksmcore")
+
+
+def pytest_report_header():
+    features = ", ".join(
+        f"{name}: {'yes' if why_not is None else f'no ({why_not})'}"
+        for name, why_not in ksmcore.features().items()
+    )
+    return [
+        f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
+        f"kernel {platform.release()} ({platform.machine()}), page {mmap.PAGESIZE} bytes, "
+        f"vm.max_map_count {vmas.max_map_count()}, uid {os.getuid()}",
+        f"features: {features}",
+    ]
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("KSMCORE_STRESS", "0") not in ("", "0"):
+        return
+    skip = pytest.mark.skip(reason="long; set KSMCORE_STRESS=1")
+    for item in items:
+        if "stress" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def rng():
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(SEED)
+
+
+@pytest.fixture
+def engine():
+    """An engine of the test's own. Afterwards all its invariants must hold, and its handler be gone."""
+    engine = ksmcore.Engine()
+    try:
+        yield engine
+        if not engine.closed:
+            engine._core.check()
+    finally:
+        _sys.inject_clear()
+        engine.close()
+    assert not _guard.handler_installed()
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left():
+    """No failure that one test ordered hits another one."""
+    yield
+    _sys.inject_clear()
+
+
+@pytest.fixture
+def private_buffer():
+    """Maker of plain private anonymous memory, n pages of zeros: what any engine takes."""
+    made = []
+
+    def make(n_pages):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, n_pages * mmap.PAGESIZE, flags=flags)
+        made.append(weakref.ref(memory))
+        return memory
+
+    yield make
+    for reference in made:
+        memory = reference()
+        if memory is not None:
+            try:
+                memory.close()
+            except BufferError:
+                # Somebody still looks at it; it goes with the last of them.
+                pass

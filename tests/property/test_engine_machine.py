@@ -1,0 +1,168 @@
+"""Any order of operations, against a model of plain bytes; every invariant after every step."""
+
+import gc
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+import ksmcore
+from ksmcore import _pagemap
+
+PAGE = ksmcore.Engine.page_bytes
+MAX_PAGES = 24
+
+# A few contents, so that pages meet; the last differ from others in their last or first bytes only.
+CONTENTS = [np.full(PAGE, value, np.uint8) for value in (0, 1, 2)]
+CONTENTS += [CONTENTS[1].copy(), CONTENTS[2].copy()]
+CONTENTS[3][-1] = 9
+CONTENTS[4][0] = 9
+
+
+class Held:
+    """One array, what it must contain, and its region if it has one."""
+
+    def __init__(self, array: np.ndarray, region: ksmcore.Region | None) -> None:
+        self.array = array
+        self.model = array.copy()
+        self.region = region
+
+
+class EngineMachine(RuleBasedStateMachine):
+    held = Bundle("held")
+
+    @initialize(order=st.sampled_from(["digest", "content"]), zero_pages=st.booleans())
+    def make_engine(self, order, zero_pages):
+        self.engine = ksmcore.Engine(order=order, use_zero_pages=zero_pages)
+        self.alive = []
+        self.scanned = False
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.close()
+            for held in self.alive:
+                assert np.array_equal(held.array, held.model)
+
+    @rule(target=held, n_pages=st.integers(1, MAX_PAGES))
+    def make_array(self, n_pages):
+        held = Held(self.engine.empty((n_pages, PAGE), np.uint8), None)
+        self.alive.append(held)
+        self.scanned = False
+        return held
+
+    @rule(target=held, n_pages=st.integers(1, MAX_PAGES))
+    def register_plain_memory(self, n_pages):
+        memory = np.zeros((n_pages + 2) * PAGE, np.uint8)
+        start = -memory.__array_interface__["data"][0] % PAGE
+        array = memory[start : start + n_pages * PAGE].reshape(n_pages, PAGE)
+        region = self.engine.register(array)
+        held = Held(array, region)
+        self.alive.append(held)
+        self.scanned = False
+        return held
+
+    @rule(held=held, page=st.integers(0, MAX_PAGES - 1), content=st.integers(0, len(CONTENTS) - 1))
+    def write_a_page(self, held, page, content):
+        page %= len(held.array)
+        held.array[page] = CONTENTS[content]
+        held.model[page] = CONTENTS[content]
+        self.scanned = False
+
+    @rule(held=held, page=st.integers(0, MAX_PAGES - 1), n=st.integers(1, MAX_PAGES), data=st.data())
+    def write_a_stretch(self, held, page, n, data):
+        content = data.draw(st.integers(0, len(CONTENTS) - 1))
+        held.array[page : page + n] = CONTENTS[content]
+        held.model[page : page + n] = CONTENTS[content]
+        self.scanned = False
+
+    @rule(held=held, at=st.integers(0, MAX_PAGES * PAGE - 1), value=st.integers(0, 255))
+    def write_a_byte(self, held, at, value):
+        at %= held.array.size
+        held.array.reshape(-1)[at] = value
+        held.model.reshape(-1)[at] = value
+        self.scanned = False
+
+    @rule(source=held, sink=held)
+    def copy(self, source, sink):
+        n = min(len(source.array), len(sink.array))
+        np.copyto(sink.array[:n], source.array[:n])
+        sink.model[:n] = source.model[:n].copy()
+        self.scanned = False
+
+    @rule()
+    def scan(self):
+        self.engine.scan()
+        self.scanned = True
+
+    @rule()
+    def dedup_everything(self):
+        self.engine.dedup()
+        self.scanned = True
+
+    @rule(held=held)
+    def dedup_one(self, held):
+        addr = held.array.__array_interface__["data"][0]
+        if self.engine._core.find(addr, held.array.nbytes) is not None:
+            self.engine.dedup(held.array)
+            self.scanned = False
+
+    @rule(held=held)
+    def unregister(self, held):
+        addr = held.array.__array_interface__["data"][0]
+        if self.engine._core.find(addr, held.array.nbytes) is not None:
+            self.engine.unregister(held.array)
+            self.scanned = False
+
+    @rule(held=held)
+    def register_again(self, held):
+        addr = held.array.__array_interface__["data"][0]
+        if self.engine._core.find(addr, held.array.nbytes) is None:
+            held.region = self.engine.register(held.array)
+            self.scanned = False
+
+    @rule(held=consumes(held))
+    def drop(self, held):
+        """Forget the last name of an array: its memory goes, registered or not."""
+        self.alive.remove(held)
+        if held.region is not None:
+            held.region.close()
+        held.array = held.model = held.region = None
+        gc.collect()
+        self.scanned = False
+
+    @invariant()
+    def contents_are_those_of_the_model(self):
+        for held in getattr(self, "alive", ()):
+            assert np.array_equal(held.array, held.model)
+
+    @invariant()
+    def nothing_is_broken_inside(self):
+        if hasattr(self, "engine"):
+            self.engine._core.check()
+
+    @invariant()
+    def counters_add_up_after_a_pass(self):
+        if not getattr(self, "scanned", False):
+            return
+        stats = self.engine.stats()
+        tracked = absent_shared = 0
+        for _, addr, n_pages in self.engine._core.regions():
+            flags = _pagemap.query(addr, n_pages)
+            tracked += sum(bool(flag & 1) for flag in flags)
+            absent_shared += sum(not flag & 1 for flag in flags)
+        # A merged page that was not read since is not present; a zero page that was read since is.
+        assert stats.pages_tracked <= tracked + absent_shared
+        assert stats.pages_shared + stats.pages_sharing + stats.pages_unshared + (
+            stats.pages_volatile
+        ) == stats.pages_tracked
+        assert stats.bytes_saved == (stats.pages_sharing + stats.ksm_zero_pages) * PAGE
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestEngineMachine = EngineMachine.TestCase

@@ -1,0 +1,120 @@
+"""examples/demo.py at a tiny scale: it ends well, says what it saved, and notices what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ksmcore
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
+TINY = ("--scale", "0.01")
+
+pytestmark = pytest.mark.skipif(not DEMO.exists(), reason="no examples beside these tests")
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module of this process."""
+    spec = importlib.util.spec_from_file_location("ksmcore_demo", DEMO)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look up the types of the fields.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def saved_mib(output: str) -> float:
+    """What the demonstration says that ksmcore counted as saved."""
+    found = re.search(r"^Saved, by ksmcore's count: ([\d.,]+) MiB", output, re.MULTILINE)
+    assert found is not None, output
+    return float(found[1].replace(",", ""))
+
+
+def test_as_a_script_with_a_progress_bar() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(DEMO), *TINY],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert saved_mib(done.stdout) > 5
+    assert "PSS" in done.stdout
+    assert "Done" in done.stdout
+    assert "ksmcore dedup" in done.stderr
+
+
+def test_twice_in_one_process_leaves_nothing_registered(
+    demo: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    regions_before = ksmcore.default_engine().regions
+    for _ in range(2):
+        assert demo.main([*TINY, "--no-progress"]) == 0
+        shown = capsys.readouterr()
+        assert saved_mib(shown.out) > 5
+        assert shown.err == ""
+    assert ksmcore.default_engine().regions == regions_before
+
+
+@pytest.mark.parametrize("broken", ["scan", "unregister"])
+def test_a_changed_array_is_noticed(
+    demo: ModuleType,
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One flipped bit, in an array that the demonstration itself does not write to, ends it with 1."""
+    kept: list[Any] = []
+    hold, real = demo.hold, getattr(ksmcore, broken)
+
+    def keep(*args: Any) -> Any:
+        kept.append(hold(*args))
+        return kept[0]
+
+    def corrupt(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        victim = kept[0].arrays["model3.block2.down"]
+        victim.view(np.uint8)[0, 0] |= 1
+        victim.view(np.uint8)[0, 1] ^= 1
+        return result
+
+    monkeypatch.setattr(demo, "hold", keep)
+    monkeypatch.setattr(ksmcore, broken, corrupt)
+    assert demo.main([*TINY, "--no-progress"]) == 1
+    monkeypatch.undo()
+    assert "WRONG: " in (wrong := capsys.readouterr().err)
+    assert "model3.block2.down has other bytes" in wrong
+    for region in ksmcore.default_engine().regions:
+        region.close()
+
+
+def test_nothing_saved_is_a_failure(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = ksmcore.dedup
+
+    def dedup_nothing(*buffers: object, progress: bool) -> ksmcore.PassReport:
+        return real(progress=progress)
+
+    monkeypatch.setattr(ksmcore, "dedup", dedup_nothing)
+    monkeypatch.setattr(ksmcore, "empty", np.empty)
+    assert demo.main([*TINY, "--no-progress"]) == 1
+    assert "WRONG: nothing was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "1e9", "much"])
+def test_a_scale_out_of_range_is_refused(demo: ModuleType, scale: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        demo.main([f"--scale={scale}"])

@@ -1,0 +1,258 @@
+"""Failing system calls: the merge is undone, memory stays right, the reason is counted."""
+
+import errno
+import gc
+import os
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _guard, _sys
+
+PAGE = ksmcore.Engine.page_bytes
+
+
+def pages(rng: np.random.Generator, n_pages: int) -> np.ndarray:
+    return rng.integers(1, 256, n_pages * PAGE, dtype=np.uint8)
+
+
+def open_fds() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, rng):
+    source = pages(rng, 64)
+    a, b = engine.array(source), engine.array(source)
+    engine.dedup(engine.array(pages(rng, 1)))  # the engine's own arrays exist now
+    _sys.inject("mmap", errno.ENOMEM, after=0, count=1000)
+    report = engine.dedup(a, b)
+    assert _sys.inject_clear() < 1000
+    assert report.bytes_saved == 0
+    assert report.skipped["store"] + report.skipped["refused"] > 0
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+    engine._core.check()
+    assert engine.dedup(a, b).bytes_saved == 64 * PAGE
+
+
+def test_one_failing_remap_undoes_both_halves(engine, rng):
+    source = pages(rng, 8)
+    warm_a, warm_b = engine.array(source), engine.array(source)
+    engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
+    new = pages(rng, 8)
+    a, b = engine.array(new), engine.array(new)
+    _sys.inject("mmap", errno.ENOMEM)
+    report = engine.dedup(a, b)
+    assert _sys.inject_clear() == 0
+    assert report.skipped["refused"] == 8
+    assert report.skipped["partner"] == 8
+    assert report.bytes_saved == 0
+    stats = engine.stats()
+    assert (stats.pages_shared, stats.pages_sharing) == (8, 8)
+    assert np.array_equal(a, new)
+    assert np.array_equal(b, new)
+    a[0] ^= 1
+    assert b[0] == new[0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM, errno.EIO])
+def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
+    source = pages(rng, 64)
+    a, b = engine.array(source), engine.array(source)
+    _sys.inject("pwrite", code)
+    report = engine.dedup(a, b)
+    assert _sys.inject_clear() == 0
+    assert report.skipped["store"] == 128
+    assert report.bytes_saved == 0
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+    engine._core.check()
+    assert engine.dedup(a, b).bytes_saved == 64 * PAGE
+
+
+def test_a_store_that_cannot_be_made_is_counted(engine, rng):
+    source = pages(rng, 4)
+    a, b = engine.array(source), engine.array(source)
+    _sys.inject("memfd_create", errno.EMFILE, count=100)
+    report = engine.dedup(a, b)
+    assert report.skipped["store"] == 4
+    assert report.bytes_saved == 0
+    assert np.array_equal(a, b)
+    _sys.inject_clear()
+    assert engine.dedup(a, b).bytes_saved == 4 * PAGE
+
+
+def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
+    source = pages(rng, 32)
+    a, b = engine.array(source), engine.array(source)
+    engine.dedup(a, b)
+    _sys.inject("fallocate", errno.EOPNOTSUPP, count=100)
+    a[::PAGE] ^= 1
+    b[::PAGE] ^= 2
+    engine.scan()
+    assert _sys.inject_clear() < 100
+    assert engine.stats().store_pages == 0
+    new = pages(rng, 32)
+    a[:] = b[:] = new
+    engine.dedup(a, b)
+    assert np.array_equal(a, new)
+    assert np.array_equal(b, new)
+
+
+def test_protection_that_is_refused_skips_the_window(engine, rng):
+    source = pages(rng, 16)
+    a, b = engine.array(source), engine.array(source)
+    _sys.inject("mprotect", errno.ENOMEM)
+    report = engine.dedup(a, b)
+    assert _sys.inject_clear() == 0
+    assert report.skipped["refused"] + report.skipped["partner"] > 0
+    a[:] += 1  # must be writable everywhere
+    assert np.array_equal(b, source)
+
+
+def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engine, rng):
+    source = pages(rng, 16)
+    a, b = engine.array(source), engine.array(source)
+    engine.dedup(engine.array(pages(rng, 1)))
+    _sys.inject("mmap", errno.ENOMEM, after=2, count=1)
+    _sys.inject("mprotect", errno.ENOMEM, after=1, count=50)
+    engine.dedup(a, b)
+    _sys.inject_clear()
+    a[:] += 1
+    b[:] += 2
+    assert np.array_equal(a, source + 1)
+    assert np.array_equal(b, source + 2)
+
+
+def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
+    with ksmcore.Engine() as engine:
+        zero = engine.empty(4 * PAGE, np.uint8)
+        zero[:] = 1
+        zero[:] = 0
+        # Giving zero pages back keeps the mapping, so its permission is asked for: in vain.
+        _sys.inject("mprotect", errno.ENOMEM, after=1, count=10**6)
+        with pytest.raises(ksmcore.InternalError, match="writable"):
+            engine.dedup(zero)
+        _sys.inject_clear()
+        assert _guard.handler_installed()
+        zero[0] = 1  # the handler asks once more on behalf of the writer
+        assert zero[0] == 1
+        engine.scan()
+        zero[PAGE:] = 2
+    assert not _guard.handler_installed()
+
+
+def test_unregister_without_memory_changes_nothing(rng):
+    source = pages(rng, 600)
+    with ksmcore.Engine() as engine:
+        a, b = engine.array(source), engine.array(source)
+        engine.dedup(a, b)
+        for call, after in (("mmap", 0), ("mremap", 0), ("mremap", 2), ("madvise", 1)):
+            _sys.inject(call, errno.ENOMEM, after=after)
+            with pytest.raises(MemoryError, match="unregister"):
+                engine.unregister(a)
+            assert _sys.inject_clear() == 0
+            assert np.array_equal(a, source)
+            engine._core.check()
+            assert engine.stats().regions == 2
+        engine.unregister(a)
+        assert engine.stats().regions == 1
+        assert np.array_equal(a, source)
+        assert np.array_equal(b, source)
+
+
+def test_a_region_that_cannot_be_closed_stays_open(rng):
+    source = pages(rng, 600)
+    buffer = bytearray(source.tobytes())
+    with ksmcore.Engine() as engine:
+        b = engine.array(source)
+        with engine.register(buffer) as region:
+            engine.dedup()
+            merged = engine.stats().pages_sharing
+            _sys.inject("mmap", errno.ENOMEM)
+            if merged:
+                with pytest.raises(MemoryError):
+                    region.close()
+                assert not region.closed
+                with pytest.raises(BufferError):
+                    buffer.append(1)
+            _sys.inject_clear()
+        assert region.closed
+        buffer.append(1)
+        assert bytes(buffer[:-1]) == source.tobytes()
+        assert np.array_equal(b, source)
+
+
+def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
+    a = engine.array(pages(rng, 4))
+    _sys.inject("pread", errno.EIO)
+    with pytest.raises(OSError, match="pread") as caught:
+        engine.scan()
+    assert caught.value.errno == errno.EIO
+    engine.scan()
+    assert a.size == 4 * PAGE
+
+
+def test_a_handler_that_cannot_be_installed_is_an_oserror(engine):
+    _sys.inject("sigaction", errno.EPERM)
+    with pytest.raises(OSError, match="sigaction"):
+        engine.scan()
+
+
+CODES = {
+    "mmap": (errno.ENOMEM, errno.EAGAIN),
+    "munmap": (errno.ENOMEM,),
+    "mremap": (errno.ENOMEM, errno.EAGAIN),
+    "mprotect": (errno.ENOMEM,),
+    "madvise": (errno.EAGAIN, errno.EINVAL, errno.ENOMEM),
+    "memfd_create": (errno.EMFILE, errno.ENOMEM),
+    "ftruncate": (errno.EFBIG, errno.ENOSPC),
+    "fallocate": (errno.EINTR, errno.EOPNOTSUPP),
+    "pwrite": (errno.ENOSPC, errno.EFAULT),
+    "pread": (errno.EIO, errno.ENOMEM),
+    "open": (errno.EMFILE, errno.EACCES),
+    "sigaction": (errno.EINVAL,),
+}
+
+
+@pytest.mark.parametrize("call", sorted(CODES))
+def test_any_call_may_fail_at_any_time(call, rng):
+    """Each call, each errno, at its first to n-th use, through a whole life of an engine."""
+    source = pages(rng, 300)
+    fds = open_fds()
+    for code in CODES[call]:
+        for after in (0, 1, 2, 5, 11):
+            _sys.inject(call, code, after=after, count=2)
+            engine = None
+            arrays = []
+            try:
+                engine = ksmcore.Engine()
+                for _ in range(3):
+                    arrays.append(engine.array(source))
+                arrays.append(engine.empty(40 * PAGE, np.uint8))
+                arrays[3][:] = 0
+                engine.scan()
+                arrays[0][5 * PAGE] ^= 1
+                engine.scan()
+                arrays[0][5 * PAGE] ^= 1
+                engine.dedup()
+                engine.unregister(arrays[1])
+            except (OSError, MemoryError):
+                pass
+            _sys.inject_clear()
+            for array in arrays[:3]:
+                assert np.array_equal(array[6 * PAGE :], source[6 * PAGE :])
+                assert np.array_equal(array[: 5 * PAGE], source[: 5 * PAGE])
+                array += 1
+                assert np.array_equal(array[6 * PAGE :], source[6 * PAGE :] + 1)
+            if engine is not None:
+                engine._core.check()
+                engine.dedup()
+                engine._core.check()
+                engine.close()
+            engine = array = None
+            arrays.clear()
+            assert not _guard.handler_installed()
+    assert open_fds() == fds

@@ -1,0 +1,265 @@
+"""The rules of a pass (KSM's), by counters whose truth test_merge.py proves."""
+
+import mmap
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _pagemap, _sys
+
+PAGE = ksmcore.Engine.page_bytes
+
+
+def pages(rng: np.random.Generator, n_pages: int) -> np.ndarray:
+    return rng.integers(1, 256, n_pages * PAGE, dtype=np.uint8)
+
+
+def tracked(engine: ksmcore.Engine) -> tuple[int, int, int, int]:
+    stats = engine.stats()
+    return stats.pages_shared, stats.pages_sharing, stats.pages_unshared, stats.pages_volatile
+
+
+def test_nothing_new_is_merged_before_the_second_pass(engine, rng):
+    source = pages(rng, 32)
+    a, b = engine.array(source), engine.array(source)
+    assert engine.scan().pages_merged == 0
+    assert tracked(engine) == (0, 0, 0, 64)
+    assert engine.scan().pages_merged == 64
+    assert tracked(engine) == (32, 32, 0, 0)
+    assert np.array_equal(a, b)
+
+
+def test_a_newcomer_joins_a_shared_page_in_its_first_pass(engine, rng):
+    source = pages(rng, 32)
+    a, b = engine.array(source), engine.array(source)
+    engine.dedup(a, b)
+    c = engine.array(source)
+    assert engine.scan().pages_merged == 32
+    assert tracked(engine) == (32, 64, 0, 0)
+    assert np.array_equal(c, source)
+
+
+def test_dedup_does_not_wait(engine, rng):
+    source = pages(rng, 32)
+    a, b = engine.array(source), engine.array(source)
+    report = engine.dedup(a, b)
+    assert report.pages_merged == 64
+    assert report.bytes_saved == 32 * PAGE
+    assert engine.stats().full_scans == 0
+
+
+def test_volatile_pages_wait_until_they_hold_still(engine, rng):
+    source = pages(rng, 16)
+    a, b = engine.array(source), engine.array(source)
+    for change in range(1, 4):
+        a[::PAGE] = b[::PAGE] = change
+        engine.scan()
+        assert tracked(engine) == (0, 0, 0, 32)
+    engine.scan()
+    assert tracked(engine) == (16, 16, 0, 0)
+
+
+def test_unique_pages_are_unshared(engine, rng):
+    a = engine.array(pages(rng, 100))
+    engine.scan()
+    engine.scan()
+    assert tracked(engine) == (0, 0, 100, 0)
+    assert a.size == 100 * PAGE
+
+
+def test_a_broken_share_is_noticed_and_waits(engine, rng):
+    source = pages(rng, 8)
+    a, b = engine.array(source), engine.array(source)
+    engine.dedup(a, b)
+    a[0] ^= 0xFF
+    report = engine.scan()
+    assert report.cow_breaks == 1
+    assert report.bytes_saved == -PAGE
+    assert tracked(engine) == (8, 7, 0, 1)
+    engine.scan()
+    assert tracked(engine) == (8, 7, 1, 0)
+
+
+def test_untouched_pages_are_never_faulted_in(engine, rng):
+    a = engine.empty(1000 * PAGE, np.uint8)
+    a[10 * PAGE : 20 * PAGE] = 5
+    addr = a.__array_interface__["data"][0]
+    before = _pagemap.query(addr, 1000)
+    engine.scan()
+    engine.scan()
+    assert [bool(flag & 1) for flag in before] == [10 <= i < 20 for i in range(1000)]
+    after = _pagemap.query(addr, 1000)
+    assert not any(flag for i, flag in enumerate(after) if not 10 <= i < 20)
+    stats = engine.stats()
+    assert stats.pages_tracked == 10
+    assert stats.pages_scanned == 20
+
+
+def test_the_kernels_zero_page_is_no_memory_to_save(engine):
+    a = engine.empty(64 * PAGE, np.uint8)
+    assert not a.any()  # reads, so the zero page is mapped everywhere
+    report = engine.dedup(a)
+    assert report.pages_zeroed == 0
+    assert engine.stats().pages_tracked == 0
+
+
+def test_pages_that_went_away_are_forgotten(engine, rng):
+    with mmap.mmap(-1, 32 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+        buffer[:] = pages(rng, 32).tobytes()
+        with engine.register(buffer):
+            engine.scan()
+            engine.scan()
+            assert engine.stats().pages_unshared == 32
+            buffer.madvise(mmap.MADV_DONTNEED, 0, 16 * PAGE)
+            engine.scan()
+            assert engine.stats().pages_tracked == 16
+
+
+def test_the_rules_hold_with_zero_pages_off(rng):
+    with ksmcore.Engine(use_zero_pages=False) as engine:
+        a = engine.empty(64 * PAGE, np.uint8)
+        a[:] = 1
+        a[:] = 0
+        engine.dedup(a)
+        stats = engine.stats()
+        assert stats.ksm_zero_pages == 0
+        assert stats.pages_shared + stats.pages_sharing == 64
+        assert stats.pages_sharing >= 60
+
+
+def test_a_region_can_go_in_the_middle_of_a_pass(engine, rng):
+    source = pages(rng, 8192)
+    a, b = engine.array(source), engine.array(source)
+    extra = mmap.mmap(-1, 8192 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    extra[:] = source.tobytes()
+    region = engine.register(extra)
+    calls = []
+
+    def remove(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 4:
+            region.close()
+
+    engine.dedup(progress=remove)
+    engine._core.check()
+    assert len(calls) > 4
+    assert region.closed
+    assert extra[:] == source.tobytes()
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+    extra.close()
+
+
+def test_regions_come_and_go_while_another_thread_scans(engine, rng):
+    source = pages(rng, 64)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def scan() -> None:
+        try:
+            while not stop.is_set():
+                engine.scan()
+        except BaseException as error:
+            failures.append(error)
+
+    scanner = threading.Thread(target=scan)
+    scanner.start()
+    kept = []
+    for i in range(200):
+        array = engine.array(source)
+        array[0] = i % 251
+        kept.append((array, i % 251))
+        if len(kept) > 20:
+            old, first = kept.pop(i % 10)
+            assert old[0] == first
+            assert np.array_equal(old[1:], source[1:])
+    stop.set()
+    scanner.join()
+    assert failures == []
+    for array, first in kept:
+        assert array[0] == first
+        assert np.array_equal(array[1:], source[1:])
+
+
+def test_ctrl_c_ends_a_pass_between_batches(engine, rng):
+    source = pages(rng, 16384)
+    a, b = engine.array(source), engine.array(source)
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.scan(progress=interrupt)
+    stats = engine.stats()
+    assert 0 < stats.pages_scanned < 32768
+    assert stats.full_scans == 0
+    engine._core.check()
+    engine.dedup(a, b)
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+
+
+def test_without_pagemap_residency_and_bytes_serve(rng):
+    _sys.inject("open", 13)
+    with ksmcore.Engine() as engine:
+        assert engine.stats().presence == "mincore"
+        source = pages(rng, 64)
+        a, b = engine.array(source), engine.array(source)
+        untouched = engine.empty(64 * PAGE, np.uint8)
+        engine.scan()
+        engine.scan()
+        assert tracked(engine) == (64, 64, 0, 0)
+        a[0] ^= 0xFF
+        report = engine.scan()
+        assert report.cow_breaks == 1
+        assert np.array_equal(b, source)
+        addr = untouched.__array_interface__["data"][0]
+        assert not any(_pagemap.query(addr, 64))
+        engine._core.check()
+
+
+def test_two_engines_share_nothing(rng):
+    source = pages(rng, 16)
+    with ksmcore.Engine() as one, ksmcore.Engine() as two:
+        a, b = one.array(source), two.array(source)
+        one.dedup()
+        two.dedup()
+        assert one.stats().pages_sharing == two.stats().pages_sharing == 0
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+@pytest.mark.parametrize("checksum", ["jhash", "mmh3"])
+def test_a_random_mixture_merges_completely(rng, order, checksum):
+    contents = pages(rng, 40).reshape(40, PAGE)
+    which = rng.integers(0, 40, 1000)
+    with ksmcore.Engine(order=order, checksum=checksum) as engine:
+        a = engine.array(contents[which])
+        engine.scan()
+        engine._core.check()
+        engine.scan()
+        engine._core.check()
+        stats = engine.stats()
+        assert stats.pages_skipped == 0
+        assert stats.pages_shared + stats.pages_sharing + stats.pages_unshared == 1000
+        # every content is kept once, but for copies that long stretches are given on purpose
+        assert stats.pages_shared + stats.pages_unshared == len(np.unique(which))
+        assert np.array_equal(a, contents[which])
+
+
+def test_the_unstable_tree_outlives_256_passes(engine, rng):
+    source = pages(rng, 4)
+    a = engine.array(source)
+    for _ in range(260):
+        engine.scan()
+    engine._core.check()
+    b = engine.array(source)
+    engine.scan()
+    engine.scan()
+    assert engine.stats().pages_sharing == 4
+    assert np.array_equal(a, b)

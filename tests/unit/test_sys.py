@@ -1,0 +1,160 @@
+"""ksmcore._sys: what Python sees of it, and what a failing call turns into."""
+
+import errno
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _sys
+
+CALLS = (
+    "mmap munmap mremap mprotect madvise mincore memfd_create ftruncate fallocate pwrite pread open "
+    "sigaction"
+).split()
+
+
+def test_page_bytes():
+    assert _sys.page_bytes() == mmap.PAGESIZE == ksmcore.Engine.page_bytes
+
+
+def test_generation_is_constant():
+    assert _sys.generation() == _sys.generation()
+
+
+def test_generation_grows_in_a_child():
+    before = _sys.generation()
+    child = os.fork()
+    if child == 0:
+        os._exit(_sys.generation() - before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert _sys.generation() == before
+
+
+class TestFeatures:
+    def test_names(self):
+        assert {"pagemap", "memfd"} <= set(_sys.features())
+
+    def test_values(self):
+        for name, why_not in _sys.features().items():
+            assert isinstance(name, str)
+            assert why_not is None or (isinstance(why_not, str) and why_not)
+
+    def test_is_the_public_function(self):
+        assert ksmcore.features() == _sys.features()
+
+    def test_says_why_not(self):
+        _sys.inject("memfd_create", errno.EPERM)
+        assert _sys.features()["memfd"] == os.strerror(errno.EPERM)
+
+    def test_one_missing_does_not_hide_another(self):
+        _sys.inject("open", errno.EACCES)
+        found = _sys.features()
+        assert found["pagemap"] == os.strerror(errno.EACCES)
+        assert found["memfd"] is None
+
+    def test_leaves_no_descriptor(self):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            _sys.features()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestInject:
+    @pytest.mark.parametrize("call", CALLS)
+    def test_names(self, call):
+        _sys.inject(call, errno.EIO)
+        assert _sys.inject_clear() == 1
+
+    @pytest.mark.parametrize("call", ["none", "", "MMAP", "read"])
+    def test_unknown_names_are_told_the_known(self, call):
+        with pytest.raises(ValueError, match="unknown call") as caught:
+            _sys.inject(call, errno.EIO)
+        assert all(name in str(caught.value) for name in CALLS)
+        assert _sys.inject_clear() == 0
+
+    def test_wrong_type(self):
+        with pytest.raises(TypeError):
+            _sys.inject(b"mmap", errno.EIO)
+
+    def test_after_and_count(self):
+        _sys.inject("memfd_create", errno.EMFILE, after=2, count=2)
+        answers = [_sys.features()["memfd"] for _ in range(6)]
+        failed = os.strerror(errno.EMFILE)
+        assert answers == [None, None, failed, failed, None, None]
+        assert _sys.inject_clear() == 0
+
+    def test_clear_counts_what_is_left(self):
+        _sys.inject("mmap", errno.ENOMEM, after=10**6, count=3)
+        _sys.inject("open", errno.EACCES, after=10**6, count=4)
+        assert _sys.inject_clear() == 7
+        assert _sys.inject_clear() == 0
+
+    def test_clear_lets_calls_through(self):
+        _sys.inject("memfd_create", errno.EPERM, count=100)
+        _sys.inject_clear()
+        assert _sys.features()["memfd"] is None
+
+    def test_two_calls_at_once(self):
+        _sys.inject("memfd_create", errno.EPERM)
+        _sys.inject("open", errno.EACCES)
+        assert set(_sys.features().values()) == {
+            os.strerror(errno.EPERM),
+            os.strerror(errno.EACCES),
+        }
+
+
+class TestErrors:
+    """One helper turns a failed call into an exception: errno, call, range, reason."""
+
+    def test_no_memory_is_a_memory_error(self, engine):
+        _sys.inject("mmap", errno.ENOMEM)
+        with pytest.raises(MemoryError) as caught:
+            engine.empty(10 * mmap.PAGESIZE, np.uint8)
+        text = str(caught.value)
+        assert f"[Errno {errno.ENOMEM}]" in text
+        assert "mmap" in text
+        assert f"{10 * mmap.PAGESIZE} bytes" in text
+        assert "vm.max_map_count" in text
+
+    @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EPERM, errno.EINVAL])
+    def test_others_are_os_errors_with_errno(self, engine, code):
+        _sys.inject("mmap", code)
+        with pytest.raises(OSError, match=r"mmap of \d+ bytes") as caught:
+            engine.empty(10 * mmap.PAGESIZE, np.uint8)
+        assert caught.value.errno == code
+        assert os.strerror(code) in caught.value.strerror
+
+    def test_the_class_follows_errno(self, engine):
+        _sys.inject("mmap", errno.EPERM)
+        with pytest.raises(PermissionError):
+            engine.empty(10 * mmap.PAGESIZE, np.uint8)
+
+    def test_nothing_is_left_of_what_failed(self, engine):
+        _sys.inject("mmap", errno.ENOMEM)
+        with pytest.raises(MemoryError):
+            engine.empty(10 * mmap.PAGESIZE, np.uint8)
+        assert engine.stats().regions == 0
+
+    def test_names_the_address(self, engine, private_buffer):
+        buffer = private_buffer(10)
+        region = engine.register(buffer)
+        buffer[:] = b"x" * len(buffer)
+        engine.dedup()
+        _sys.inject("mmap", errno.ENOMEM)
+        with pytest.raises(MemoryError, match="unregister: mmap"):
+            region.close()
+        _sys.inject_clear()
+        _sys.inject("mprotect", errno.EACCES)
+        with pytest.raises(PermissionError, match=f"mprotect of [0-9]+ bytes at {region.addr:#x}"):
+            region.close()
+        _sys.inject_clear()
+        region.close()
+        assert buffer[:] == b"x" * len(buffer)
+
+    def test_an_engine_without_memory(self):
+        _sys.inject("mmap", errno.ENOMEM)
+        with pytest.raises(MemoryError, match="engine: mmap"):
+            ksmcore.Engine()
