@@ -226,7 +226,7 @@ def mib(n_bytes: float) -> str:
 
 def build(scale: float) -> Holdings:
     started = time.perf_counter()
-    # Grids of whole pages, of up to 64 KiB: snapshots that begin at other offsets would share little.
+    # Grids of whole pages, even of 64 KiB ones: snapshots then begin at the same offset in a page.
     side = 128 * max(1, round(8 * scale**0.5))
     history = simulate(side)
     say("Wildfire", f"{N_SNAPSHOTS} snapshots of {side} x {side} cells, {mib(history.nbytes)}")

@@ -28,6 +28,10 @@ cdef extern from "_jhash.h" nogil:
     checksum_pages_t ksm_kernel(int i) noexcept
     const char* ksm_kernel_names[]
 
+cdef extern from "Python.h":
+    int PyGC_Disable()
+    int PyGC_Enable()
+
 cdef extern from "<dlfcn.h>" nogil:
     enum:
         RTLD_NOW
@@ -106,11 +110,24 @@ cdef void _mmh3_pages_by_python(const uint8_t* const* pages, size_t n_pages, siz
                                 uint32_t* digests) noexcept with gil:
     # A failure here (no memory for a small object) cannot be raised: Cython reports it as unraisable and the digests
     # not yet computed stay zero. That is harmless, because a checksum only tells that a page may have changed.
-    cdef size_t i
+    # The scanner calls this with its engine's lock held. A garbage collection in here could run the finaliser of an
+    # array, which waits for that lock: for ever, being in the same thread. So there is none.
+    cdef bint collects = PyGC_Disable()
     memset(digests, 0, n_pages * sizeof(uint32_t))
+    try:
+        _mmh3_digests_by_python(pages, n_pages, len_bytes, digests)
+    finally:
+        if collects:
+            PyGC_Enable()
+
+
+cdef int _mmh3_digests_by_python(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
+                                 uint32_t* digests) except -1:
+    cdef size_t i
     for i in range(n_pages):
         digest = _mmh3_digest(PyMemoryView_FromMemory(<char*>pages[i], <Py_ssize_t>len_bytes, PyBUF_READ))
         digests[i] = <uint32_t>int.from_bytes(digest[:4], "little")
+    return 0
 
 
 cdef bint _murmur_is_right(_murmur_t murmur) except -1:
