@@ -236,22 +236,29 @@ cdef bint _affords(map_budget* budget, int64_t cost, uint32_t n_pages) noexcept 
     return budget.used + cost <= budget.allowed - (reserve >> budget.reserve_shift)
 
 
-cdef void _spend(batch* b) noexcept nogil:
-    """Take each run that the budget allows, leave the others."""
+cdef bint _makes_mappings(const intent* first) noexcept nogil:
+    """Dropping memory makes no mapping."""
+    return first.kind == INTENT_MERGE or (first.kind == INTENT_ZERO and first.over_store)
+
+
+cdef void _choose(batch* b) noexcept nogil:
+    """Take each run that the budget allows, leave the others.
+
+    What the runs that are taken cost together is only put down when they are carried out: some may
+    still be given up for want of a partner.
+    """
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
+    cdef map_budget budget = b.budget
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
             continue
         end = _run_end(b, start)
-        # Dropping memory makes no mapping.
-        if b.intents[start].kind == INTENT_MERGE or (
-            b.intents[start].kind == INTENT_ZERO and b.intents[start].over_store
-        ):
+        if _makes_mappings(&b.intents[start]):
             cost = _cost(b, start, end)
-            if _affords(&b.budget, cost, end - start):
-                b.budget.used += cost
+            if _affords(&budget, cost, end - start):
+                budget.used += cost
             else:
                 for i in range(start, end):
                     _leave(b, &b.intents[i], SKIP_MAP_BUDGET)
@@ -288,7 +295,8 @@ cdef void _give_up_unwanted(batch* b) noexcept nogil:
     for i in range(b.n_pendings):
         if b.pendings[i].n_accepted <= b.pendings[i].n_copies:
             b.pendings[i].fate = LEFT
-    _leave_all_of(b, SKIP_PARTNER)
+    # Both halves are accepted but for the budget, so it is the reason for the other half too.
+    _leave_all_of(b, SKIP_MAP_BUDGET)
 
 
 cdef void _write_pendings(batch* b) noexcept nogil:
@@ -398,6 +406,8 @@ cdef int _carry_out(batch* b) noexcept nogil:
         n = end - start
         addr = <uintptr_t>(first.page_no * b.page_bytes)
         error_clear(&err)
+        if _makes_mappings(first):
+            b.budget.used += _cost(b, start, end)
         if first.kind == INTENT_MERGE:
             rc = merge_run(b.store, addr, first.slot, n, first.flags, b.outcomes, &err)
         elif first.kind == INTENT_RESHARE:
@@ -462,7 +472,7 @@ cdef int batch_flush(batch* b) noexcept nogil:
     """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
     cdef int rc
     qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
-    _spend(b)
+    _choose(b)
     _give_up_unwanted(b)
     _write_pendings(b)
     _check_written(b)

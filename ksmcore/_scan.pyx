@@ -28,7 +28,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._pagemap cimport (
-    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap_close, pagemap_open, pagemap_query,
+    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_close, pagemap_open,
+    pagemap_query,
 )
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._rmap cimport (
@@ -220,14 +221,17 @@ cdef size_t _classify(engine_core* c, uintptr_t addr, size_t n_pages) noexcept n
 
 
 cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
-    """A tracked page that is not there to be read: never touched since it was merged, swapped out, or
-    given up by the program."""
-    if flag == 0 or flag == PAGE_UNSURE:
-        if c.rmap.tags[item].state == PAGE_SHARED or c.rmap.tags[item].state == PAGE_ZERO:
-            return
-    elif c.rmap.tags[item].state == PAGE_SHARED:
-        c.counters.cow_breaks += 1
-        drop_sharer(&c.b, item)
+    """A tracked page that is not there to be read: not touched since it was merged, swapped out, being
+    moved by the kernel, or given up by the program.
+
+    A sharer stays one: its share is broken only when a private page is seen in its place. To forget a
+    sharer whose mapping still shows the slot would let the slot be released under it; to keep one whose
+    private copy happens to be swapped out only delays that.
+    """
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        return
+    if c.rmap.tags[item].state == PAGE_ZERO and not flag & PAGE_SWAPPED:
+        return
     if c.rmap.tags[item].over_store:
         # Kept, so that the mapping can be put right when the region is removed.
         _leave_unstable(c, item)

@@ -258,9 +258,10 @@ class Engine:
         self._check_open()
         pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
         with self._passing() as started:
+            before = after = started
             # Pages that the map budget left out get another chance with a smaller reserve.
             for again in range(BUDGET_ROUNDS):
-                before = self._core.snapshot()
+                before = after
                 self._core.begin_pass()
                 self._walk(pages, True, progress if again == 0 else None, "ksmcore dedup")
                 after = self._core.snapshot()
@@ -268,7 +269,8 @@ class Engine:
                 if left == 0 or after["maps_used"] >= after["maps_allowed"]:
                     break
                 self._core.spend_reserve()
-            return self._report(started)
+            # What is left out is what the last round left out; it looked at all pages again.
+            return self._report(started, last_round=before)
 
     def _register_all(self, buffers: tuple[object, ...]) -> list[tuple[int, int]]:
         """Register the buffers that are not, all or none of them; returns all page ranges."""
@@ -336,20 +338,25 @@ class Engine:
                     tell(done)
             tell(n_pages)
 
-    def _report(self, before: dict[str, Any]) -> PassReport:
+    def _report(
+        self, before: dict[str, Any], last_round: dict[str, Any] | None = None
+    ) -> PassReport:
         after = self._core.snapshot()
+        last_round = last_round or before
         grown = {
             name: after[name] - before[name]
-            for name in ("pages_scanned", "pages_merged", "pages_zeroed", "cow_breaks")
+            for name in ("pages_merged", "pages_zeroed", "cow_breaks")
         }
         skipped = {
-            reason: count - before["skipped"][reason] for reason, count in after["skipped"].items()
+            reason: count - last_round["skipped"][reason]
+            for reason, count in after["skipped"].items()
         }
         saved = (after["pages_sharing"] + after["ksm_zero_pages"]) - (
             before["pages_sharing"] + before["ksm_zero_pages"]
         )
         return PassReport(
             bytes_saved=saved * self.page_bytes,
+            pages_scanned=after["pages_scanned"] - last_round["pages_scanned"],
             skipped=frozen_counts(skipped),
             seconds=time.perf_counter() - self._started,
             **grown,
@@ -368,13 +375,15 @@ class Engine:
         self._check_open()
         tally = Tally(self._settings.checksum)
         with contextlib.ExitStack() as held:
-            ranges = [
-                (addr, n_pages * self.page_bytes)
-                for addr, n_pages in self._held_ranges(buffers, held)
-            ]
+            ranges = _disjoint(
+                [
+                    (addr, n_pages * self.page_bytes)
+                    for addr, n_pages in self._held_ranges(buffers, held)
+                ]
+            )
             n_pages = sum(len_bytes for _, len_bytes in ranges) // self.page_bytes
             with reporting(progress, "ksmcore estimate", n_pages) as tell:
-                for addr, len_bytes in _disjoint(ranges):
+                for addr, len_bytes in ranges:
                     for start in range(addr, addr + len_bytes, BATCH_PAGES * self.page_bytes):
                         rest = (addr + len_bytes - start) // self.page_bytes
                         tally.add(start, min(rest, BATCH_PAGES))
