@@ -45,8 +45,8 @@ dev: $(DEV_STAMP) ## Install the linters and the sdist builder into the venv too
 demo: build ## Run the demonstration
 	$(PY) examples/demo.py
 
-test: build ## Run the unit and property tests
-	$(PY) -m pytest $(wildcard tests/unit tests/property) $(ARGS)
+test: build ## Run the tests, the stress tests in short form
+	$(PY) -m pytest tests $(ARGS)
 
 stress: build ## Run the long stress tests
 	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress $(ARGS)

@@ -22,7 +22,7 @@ from ksmcore._sys import features  # noqa: E402
 from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
-from ksmcore.gate import PhaseWarning  # noqa: E402
+from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import Region  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402

@@ -65,16 +65,15 @@ cdef class Core:
     cdef int _begin(self) except -1:
         cdef sys_error err
         error_clear(&err)
-        self.generation = gate_generation()
-        self.lock = PyThread_allocate_lock()
-        if self.lock == NULL:
-            raise MemoryError("no lock")
         if core_init(&self.c, self.n_buckets, self.with_pagemap, &err) != 0:
-            PyThread_free_lock(self.lock)
-            self.lock = NULL
             if err.code == 0:
                 raise MemoryError("no memory for an engine")
             error_raise(&err, "engine")
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            core_destroy(&self.c, False)
+            raise MemoryError("no lock")
+        self.generation = gate_generation()
         return 0
 
     cdef int _own(self) except -1:
@@ -83,7 +82,10 @@ cdef class Core:
         The lock is not freed: a thread that does not exist here may hold it.
         """
         if self.generation != gate_generation():
-            core_destroy(&self.c, True)
+            if self.lock != NULL:
+                core_destroy(&self.c, True)
+                self.lock = NULL
+            # When this fails, the next call tries again.
             self._begin()
         return 0
 

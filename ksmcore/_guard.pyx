@@ -4,8 +4,9 @@ Called by: _merge (windows), _scan (enter and leave). Calls: _sys.
 
 The mprotect guard takes the write permission away and installs a SIGSEGV handler (_segv.h) that makes
 a thread writing into the window wait until it is closed, then lets it try again. What it guarantees:
-a user store is never lost and never fails. What it does not: a system call that writes into the window
-fails with EFAULT, because the kernel asks for the permission without raising a signal.
+the store of a user thread is never lost and never fails, provided that the thread has SIGSEGV unblocked
+(the kernel ends a process that faults with it blocked). What it does not: a system call that writes into
+the window fails with EFAULT, because the kernel asks for the permission without raising a signal.
 
 One window exists per process. Its lock is the fork gate, so a fork never happens inside a window, and
 the handler needs to look at one range only. Lock order: engine lock, then install lock; engine lock,
@@ -35,6 +36,7 @@ cdef extern from "_segv.h":
     void segv_fill(sigaction_t* act) nogil
     void segv_remember(const sigaction_t* now) nogil
     void segv_displaced(const sigaction_t* now) nogil
+    void segv_forget_windows() nogil
     void segv_child()
 
 cdef extern from *:
@@ -87,12 +89,15 @@ cdef extern from *:
 
     /* A thread that faulted in the last window may still be on its way to the handler: runnable, in
        the kernel, not yet given its signal. Return 1 once that can be true of no thread: each has been
-       seen asleep, or has used processor time since (the way to the handler takes microseconds and
-       never sleeps after the fault was judged). 0: not within `limit_ms`, or /proc does not tell. */
+       seen asleep, or has used GUARD_RAN_NS of processor time since (the way to the handler takes
+       microseconds and never sleeps after the fault was judged). The kernel brings the processor time
+       up to date at a tick or a switch only, so the first change seen may be of time used before; it
+       is from that change on that the thread must have run. 0: not within `limit_ms`, or /proc does
+       not tell. */
     #define GUARD_RAN_NS 100000u
     #define GUARD_MAX_THREADS 256
     static int guard_quiesce(int limit_ms) {
-        struct { char tid[16]; uint64_t ran_ns; } busy[GUARD_MAX_THREADS];
+        struct { char tid[16]; uint64_t ran_ns; int changed; } busy[GUARD_MAX_THREADS];
         int n_busy = 0, asleep, tasks;
         uint64_t ran_ns = 0;
         char self[16];
@@ -107,6 +112,7 @@ cdef extern from *:
             if (asleep) continue;
             if (n_busy == GUARD_MAX_THREADS || strlen(entry->d_name) > 15) { n_busy = -1; break; }
             strcpy(busy[n_busy].tid, entry->d_name);
+            busy[n_busy].changed = 0;
             busy[n_busy++].ran_ns = ran_ns;
         }
         while (n_busy > 0 && limit_ms-- > 0) {
@@ -114,7 +120,12 @@ cdef extern from *:
             nanosleep(&pause, 0);
             for (int i = n_busy - 1; i >= 0; i--) {
                 if (guard_thread(tasks, busy[i].tid, &ran_ns, &asleep) != 0) continue;
-                if (asleep || ran_ns - busy[i].ran_ns >= GUARD_RAN_NS) busy[i] = busy[--n_busy];
+                if (asleep || (busy[i].changed && ran_ns - busy[i].ran_ns >= GUARD_RAN_NS)) {
+                    busy[i] = busy[--n_busy];
+                } else if (!busy[i].changed && ran_ns != busy[i].ran_ns) {
+                    busy[i].changed = 1;
+                    busy[i].ran_ns = ran_ns;
+                }
             }
         }
         closedir(dir);
@@ -135,22 +146,32 @@ cdef enum:
     QUIESCE_LIMIT_MS = 1000
 
 
-cdef int guard_enter(sys_error* err) noexcept nogil:
-    """Install the handler, or check that it is still there; returns -1 with *err when it cannot be."""
+cdef int _install_locked(sys_error* err) noexcept nogil:
+    """Put our handler where it is not. The caller holds the install lock."""
     cdef sigaction_t now
     cdef sigaction_t ours
-    cdef int rc = 0
+    if sys_sigaction(SIGSEGV, NULL, &now, err) != 0:
+        return -1
+    if segv_is_installed(&now):
+        return 0
+    # Either nobody scans, or somebody put another handler over ours while a scan runs.
+    if segv.installed:
+        segv_displaced(&now)
+    segv_remember(&now)
+    segv_fill(&ours)
+    if sys_sigaction(SIGSEGV, &ours, NULL, err) != 0:
+        segv.installed = 0
+        return -1
+    return 0
+
+
+cdef int guard_enter(sys_error* err) noexcept nogil:
+    """Install the handler, or check that it is still there; -1 with *err when it cannot be."""
+    cdef int rc
     guard_lock_install()
-    rc = sys_sigaction(SIGSEGV, NULL, &now, err)
-    if rc == 0 and not segv_is_installed(&now):
-        # Either nobody scans, or somebody replaced the handler while another engine does.
-        if segv.installed:
-            segv_displaced(&now)
-        segv_remember(&now)
-        segv_fill(&ours)
-        rc = sys_sigaction(SIGSEGV, &ours, NULL, err)
-        if rc != 0:
-            segv.installed = 0
+    if guard_n_users == 0 and not segv.installed:
+        segv_forget_windows()
+    rc = _install_locked(err)
     if rc == 0:
         _n_users_add(1)
         _unstick()
@@ -185,7 +206,9 @@ cdef void guard_leave() noexcept nogil:
     cdef sys_error err
     error_clear(&err)
     guard_lock_install()
-    _n_users_add(-1)
+    if guard_n_users > 0:
+        # Zero in a forked child: the enter was the parent's.
+        _n_users_add(-1)
     if guard_n_users == 0 and segv.installed and segv.stuck_lo == segv.stuck_hi:
         if segv.n_windows == 0 or guard_quiesce(QUIESCE_LIMIT_MS):
             if sys_sigaction(SIGSEGV, NULL, &now, &err) == 0:
@@ -198,7 +221,20 @@ cdef void guard_leave() noexcept nogil:
 
 
 cdef int guard_open(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
-    """Take the gate, announce the window, then protect it: a fault never precedes its window."""
+    """Take the gate, announce the window, then protect it: a fault never precedes its window.
+
+    Somebody may have put another handler over ours since guard_enter (faulthandler.enable does): looked
+    at here, and mended, because a writer that waits would otherwise reach that one. What is left is the
+    time from here to the end of the window.
+    """
+    cdef sigaction_t now
+    cdef int rc = sys_sigaction(SIGSEGV, NULL, &now, err)
+    if rc == 0 and not segv_is_installed(&now):
+        guard_lock_install()
+        rc = _install_locked(err)
+        guard_unlock_install()
+    if rc != 0:
+        return -1
     gate_lock()
     segv_open(addr, addr + len_bytes)
     if sys_protect(addr, len_bytes, False, err) != 0:
@@ -226,8 +262,7 @@ cdef int guard_close(uintptr_t addr, size_t len_bytes, bint all_remapped, sys_er
                 break
             sys_pause()
         if rc != 0:
-            if err.code == 0:
-                err[0] = again
+            err[0] = again
             if segv.stuck_lo == segv.stuck_hi:
                 segv.stuck_lo = addr
                 segv.stuck_hi = addr + len_bytes

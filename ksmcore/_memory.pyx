@@ -18,8 +18,9 @@ from ksmcore._sys cimport error_clear, error_raise, sys_error, sys_map_anon, sys
 cdef class PageMemory:
     """`len_bytes` bytes of zeros that begin on a page; a writable buffer."""
 
+    cdef object __weakref__
     cdef object core
-    cdef uintptr_t addr
+    cdef readonly uintptr_t addr
     cdef size_t len_bytes        # asked for
     cdef size_t mapped_bytes     # whole pages
     cdef object region_id
@@ -55,6 +56,10 @@ cdef class PageMemory:
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, <void*>self.addr, <Py_ssize_t>self.len_bytes, False, flags)
+
+    @property
+    def n_pages(self):
+        return self.mapped_bytes // sys_page_bytes()
 
     def __repr__(self):
         return f"<ksmcore page memory: {self.len_bytes} bytes at {self.addr:#x}>"

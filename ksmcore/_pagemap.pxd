@@ -9,7 +9,7 @@ from ksmcore._sys cimport sys_error
 cdef enum page_flag:
     PAGE_PRESENT = 1         # has memory that can be read without a fault that allocates
     PAGE_OF_FILE = 2         # PRESENT and still a page of a file: not copied by a write
-    PAGE_SWAPPED = 4         # not readable at once: swapped out, or being moved by the kernel
+    PAGE_SWAPPED = 4         # a private page, swapped out or being moved by the kernel
     PAGE_EXCLUSIVE = 8       # PRESENT and mapped only here; the zero page never is
     PAGE_UNSURE = 16         # only residency is known (no pagemap): OF_FILE and EXCLUSIVE mean nothing
 

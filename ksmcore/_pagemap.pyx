@@ -63,7 +63,8 @@ cdef int pagemap_query(
                     flag |= PAGE_OF_FILE
                 if entry >> BIT_EXCLUSIVE & 1:
                     flag |= PAGE_EXCLUSIVE
-            elif entry >> BIT_SWAPPED & 1:
+            elif entry >> BIT_SWAPPED & 1 and not entry >> BIT_FILE & 1:
+                # With the file bit it is a page of the store that the kernel is moving: still mapped.
                 flag = PAGE_SWAPPED
             flags[done + i] = flag
         done += n

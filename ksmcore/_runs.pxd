@@ -92,6 +92,9 @@ cdef uint32_t batch_new_block(
 cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
 ) noexcept nogil
+cdef void stable_insert(
+    rb_tree* stable, uint32_t slot, uint32_t digest, const uint8_t* page
+) noexcept nogil
 cdef int batch_flush(batch* b) noexcept nogil
 cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil
 cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil

@@ -24,7 +24,7 @@ from ksmcore._store cimport (
     store_unshare, store_write,
 )
 from ksmcore._sys cimport error_clear, sys_count_maps, sys_error
-from ksmcore._trees cimport rb_erase
+from ksmcore._trees cimport rb_erase, rb_find, rb_insert, rb_insert_before, rb_place, rb_tree
 
 cdef enum:
     WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
@@ -268,8 +268,9 @@ cdef void _choose(batch* b) noexcept nogil:
 # ---- pending shared pages -----------------------------------------------------------------------
 
 cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
-    """The pending block that an intent leads to, or NULL for a shared page that existed before."""
-    if wanted.kind != INTENT_MERGE or not b.store.uses[wanted.slot].pending:
+    """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
+    can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
+    if wanted.kind == INTENT_ZERO or not b.store.uses[wanted.slot].pending:
         return NULL
     return &b.pendings[b.store.uses[wanted.slot].n_sharers]
 
@@ -357,17 +358,43 @@ cdef void _check_written(batch* b) noexcept nogil:
     _leave_all_of(b, SKIP_CHANGED)
 
 
+cdef void stable_insert(rb_tree* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """Put a slot into the stable tree; before those with an equal key, so that it is found first."""
+    cdef rb_place place
+    cdef uint32_t same = rb_find(stable, digest, page, &place)
+    if same != 0:
+        rb_insert_before(stable, slot, same)
+    else:
+        rb_insert(stable, slot, place)
+
+
 cdef void _settle_pendings(batch* b) noexcept nogil:
-    """From here on written slots are shared pages without sharers; the given up ones are released."""
-    cdef uint32_t i, copy, slot
+    """From here on written slots are shared pages without sharers, and the given up ones are released.
+
+    The place of a slot in the stable tree was found by comparing candidates, which could change. Now
+    that its bytes are fixed it is given the place that they ask for. Where checksums come first that
+    matters only for the few nodes with equal ones, which a search for the slot itself then misses.
+    """
+    cdef uint32_t i, copy, slot, digest
     for i in range(b.n_pendings):
         slot = b.pendings[i].slot
+        if b.stable.by_content or b.pendings[i].fate != OPEN:
+            rb_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
             b.store.uses[slot + copy].pending = 0
             b.store.uses[slot + copy].n_sharers = 0
         if b.pendings[i].fate != OPEN:
-            rb_erase(b.stable, slot)
             store_release(b.store, slot)
+    for i in range(b.n_pendings):
+        if b.pendings[i].fate != OPEN:
+            continue
+        slot = b.pendings[i].slot
+        digest = b.store.nodes[slot].digest
+        if not b.stable.by_content:
+            if rb_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
+                continue
+            rb_erase(b.stable, slot)
+        stable_insert(b.stable, slot, digest, store_page(b.store, slot))
 
 
 # ---- carrying out ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Called by: _core, _unmerge. Calls: _pagemap, _pages, _rmap, _trees, _store, _run
 
     which pages are present, written, still shared   pagemap_query, _classify
     -> checksum                                      core.checksum
-    -> rmap item                                     _item_of
+    -> rmap item                                     _settle_items
     -> stable tree, unstable tree                    _match_stable, _match_unstable
     -> intent, runs, guard, account                  batch_add, batch_flush
 
@@ -25,7 +25,7 @@ What becomes of a page, in the order of the questions asked (rules of design sec
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 
 from ksmcore._pagemap cimport (
     PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_close, pagemap_open,
@@ -38,10 +38,10 @@ from ksmcore._rmap cimport (
 )
 from ksmcore._runs cimport (
     INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
-    batch_flush, batch_init, batch_new_block, drop_sharer, stable_page_of,
+    batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
 from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
-from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes
+from ksmcore._sys cimport error_clear, sys_close, sys_error, sys_page_bytes, sys_pause
 from ksmcore._trees cimport rb_clear, rb_erase, rb_find, rb_init, rb_insert, rb_insert_before, rb_place
 
 cdef enum:
@@ -50,6 +50,12 @@ cdef enum:
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
     MAX_COPIES = 512
+
+# What a page that is looked at was before.
+cdef enum:
+    WAS_KNOWN
+    IS_NEW
+    WAS_BROKEN                 # shared or zero, and written since
 
 
 cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil:
@@ -104,10 +110,19 @@ cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_er
 
 
 cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
-    """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file."""
+    """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file.
+
+    `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
+    been in the middle of changing it. So nothing but the descriptors is given back; the rest is leaked
+    on purpose, and costs memory only where the parent changes its own.
+    """
+    if in_child:
+        pagemap_close(&c.pm)
+        sys_close(c.store.fd)
+        return
     batch_destroy(&c.b)
     rmap_destroy(&c.rmap)
-    store_destroy(&c.store, in_child)
+    store_destroy(&c.store)
     pagemap_close(&c.pm)
     free(c.regions)
     c.regions = NULL
@@ -273,14 +288,18 @@ cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogi
 # ---- stage 3: matching ----------------------------------------------------------------------
 
 cdef uint32_t _new_block(
-    engine_core* c, uint32_t n_copies, const uint8_t* source, uint32_t digest
+    engine_core* c, uint32_t* n_copies, const uint8_t* source, uint32_t digest
 ) noexcept nogil:
-    """A pending block, or 0 with the reason counted."""
+    """A pending block of *n_copies slots, or of what the limit leaves; 0 with the reason counted."""
     cdef uint32_t slot
-    if c.max_shared_pages >= 0 and <int64_t>c.store.n_used + n_copies > c.max_shared_pages:
-        c.counters.skips[<int>SKIP_MAX_SHARED] += 1
-        return 0
-    slot = batch_new_block(&c.b, n_copies, source, digest)
+    cdef int64_t room
+    if c.max_shared_pages >= 0:
+        room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
+        if room <= 0:
+            c.counters.skips[<int>SKIP_MAX_SHARED] += 1
+            return 0
+        n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
+    slot = batch_new_block(&c.b, n_copies[0], source, digest)
     if slot == 0:
         c.counters.skips[<int>SKIP_STORE] += 1
     return slot
@@ -300,8 +319,8 @@ cdef uint32_t _match_stable(
     if first == 0:
         return 0
     store_block(&c.store, first, &n_copies)
-    if n_wanted >= 2 * n_copies:
-        larger = _new_block(c, n_wanted, page, digest)
+    if n_wanted >= 2 * n_copies and c.stretch_end - page_no > n_wanted:
+        larger = _new_block(c, &n_wanted, page, digest)
         if larger != 0:
             rb_insert_before(&c.stable, larger, first)
             first = larger
@@ -329,12 +348,11 @@ cdef void _match_unstable(
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
-    slot = _new_block(c, n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
+    slot = _new_block(c, &n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
-    rb_find(&c.stable, digest, page, &place)
-    rb_insert(&c.stable, slot, place)
+    stable_insert(&c.stable, slot, digest, page)
     _leave_unstable(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
@@ -344,41 +362,45 @@ cdef void _match_unstable(
     batch_add(&c.b, INTENT_MERGE, page_no, item, slot + <uint32_t>(page_no % n_wanted), region.flags, True)
 
 
-cdef uint32_t _item_of(
-    engine_core* c, uint32_t item, uint64_t page_no, bint* is_new, bint* was_broken, sys_error* err
-) noexcept nogil:
-    """The item of a page that is looked at, out of every tree and no longer a sharer; 0 without memory."""
-    is_new[0] = was_broken[0] = False
-    if item == 0:
-        is_new[0] = True
-        return rmap_add(&c.rmap, page_no, err)
-    if c.rmap.tags[item].state == PAGE_SHARED:
-        c.counters.cow_breaks += 1
-        was_broken[0] = True
-        drop_sharer(&c.b, item)
-    elif c.rmap.tags[item].state == PAGE_ZERO:
-        was_broken[0] = True
-        rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
-    else:
-        _leave_unstable(c, item)
-    return item
+cdef void _settle_items(engine_core* c, size_t n_look, sys_error* err) noexcept nogil:
+    """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory.
+
+    All of them before the first is matched: a slot may lose its last sharer here and be released, and
+    no intent may lead to a slot that is. c.flags[i] tells from here on what page i was.
+    """
+    cdef size_t i
+    cdef uint32_t item
+    for i in range(n_look):
+        item = c.items[i]
+        c.flags[i] = WAS_KNOWN
+        if item == 0:
+            c.items[i] = rmap_add(&c.rmap, <uintptr_t>c.pages[i] // c.page_bytes, err)
+            c.flags[i] = IS_NEW
+        elif c.rmap.tags[item].state == PAGE_SHARED:
+            c.counters.cow_breaks += 1
+            c.flags[i] = WAS_BROKEN
+            drop_sharer(&c.b, item)
+        elif c.rmap.tags[item].state == PAGE_ZERO:
+            c.flags[i] = WAS_BROKEN
+            rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+        else:
+            _leave_unstable(c, item)
 
 
 cdef void _match(
-    engine_core* c, const region_t* region, size_t i, size_t n_look, bint immediate, sys_error* err
+    engine_core* c, const region_t* region, size_t i, size_t n_look, bint immediate
 ) noexcept nogil:
     """One page that needs a look: wait, merge, or stand in the unstable tree."""
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef uint32_t n_wanted = _copies_for(_stretch_at(c, i, n_look))
-    cdef uint32_t item, slot
-    cdef bint is_new, was_broken, unchanged
-    item = _item_of(c, c.items[i], page_no, &is_new, &was_broken, err)
+    cdef uint32_t item = c.items[i], slot
+    cdef bint unchanged
     if item == 0:
         return
-    unchanged = not is_new and not was_broken and c.rmap.nodes[item].digest == digest
-    if not unchanged and not is_new and not immediate:
+    unchanged = c.flags[i] == WAS_KNOWN and c.rmap.nodes[item].digest == digest
+    if not unchanged and c.flags[i] != IS_NEW and not immediate:
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
@@ -407,12 +429,18 @@ cdef int core_scan_span(
     cdef int rc
     if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
         return -1
+    if immediate and memchr(c.flags, PAGE_SWAPPED, n_pages) != NULL:
+        # Most likely the kernel is moving some pages just now; there is no next pass to wait for.
+        sys_pause()
+        if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
+            return -1
     n_look = _classify(c, addr, n_pages)
     if n_look > 0:
         c.checksum(c.pages, n_look, c.page_bytes, c.digests)
         c.counters.pages_hashed += n_look
+        _settle_items(c, n_look, err)
         for i in range(n_look):
-            _match(c, region, i, n_look, immediate, err)
+            _match(c, region, i, n_look, immediate)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)
     if rc != 0:

@@ -60,9 +60,11 @@ static int segv_writable(uintptr_t addr) {
     return segv_futex(&dummy, FUTEX_WAKE_OP, 0, (void *)0, (uint32_t *)(addr & ~(uintptr_t)3), (uint32_t)op) >= 0;
 }
 
+/* Was it a jump into data rather than a write? Then trying again would never end. */
 static int segv_is_jump(uintptr_t addr, void *context) {
 #if defined(__x86_64__)
-    return addr == (uintptr_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+    const greg_t *regs = ((ucontext_t *)context)->uc_mcontext.gregs;
+    return addr == (uintptr_t)regs[REG_RIP] || (regs[REG_ERR] & 16); /* bit 4: instruction fetch */
 #elif defined(__aarch64__)
     return addr == (uintptr_t)((ucontext_t *)context)->uc_mcontext.pc;
 #else
@@ -176,10 +178,14 @@ static void segv_remember(const struct sigaction *now) {
     segv.cyclic = segv.was_displaced && now->sa_sigaction == segv.displaced_by.sa_sigaction;
     segv.previous = *now;
     segv.passing_tid = 0;
+    segv.installed = 1;
+}
+
+/* Nobody scans, so no window is open and no thread can be on its way here: begin a new hull. */
+static void segv_forget_windows(void) {
     segv.hull_lo = UINTPTR_MAX;
     segv.hull_hi = 0;
     segv.n_windows = 0;
-    segv.installed = 1;
 }
 
 /* `now` stands where ours was put: somebody installed it while a scan ran. It is left alone. */

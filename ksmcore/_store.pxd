@@ -28,7 +28,7 @@ cdef extern from *:
         uint32_t pending       # not written yet; its bytes are still the candidate's
 
 cdef enum:
-    MAX_SHARERS = 0x0ffffff0   # what n_sharers can hold, with room to spare
+    MAX_SHARERS = 0x0fff0000   # what n_sharers can hold, less what one batch can add
     EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
     MAX_RELEASES = 1024        # slots waiting to be punched together
 
@@ -47,6 +47,7 @@ ctypedef struct store_t:
     uint32_t cursor            # where the next search for a free slot starts
     uint32_t n_used
     uint32_t n_frozen
+    uint32_t n_dead            # of the frozen: released here, kept only for other processes
     uint32_t n_shared          # slots with at least one sharer
     uint32_t seen_forks
     uint32_t n_releases
@@ -54,7 +55,7 @@ ctypedef struct store_t:
 
 
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil
-cdef void store_destroy(store_t* store, bint in_child) noexcept nogil
+cdef void store_destroy(store_t* store) noexcept nogil
 cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil
 cdef int store_write(

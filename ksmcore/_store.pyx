@@ -44,19 +44,16 @@ cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     store.page_bytes = page_bytes
     store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
     store.top = store.cursor = 1
+    store.seen_forks = gate_n_forks()
 
 
-cdef void store_destroy(store_t* store, bint in_child) noexcept nogil:
-    """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right.
-
-    `in_child`: this is a forked child's copy. The views were not inherited, and something else may
-    stand at their addresses by now.
-    """
+cdef void store_destroy(store_t* store) noexcept nogil:
+    """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right."""
     cdef sys_error ignored
     cdef uint32_t i
     error_clear(&ignored)
     # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
-    for i in range(store.n_extents if not in_child else 0):
+    for i in range(store.n_extents):
         sys_unmap(<uintptr_t>store.views[i], EXTENT_BYTES, &ignored)
     if store.nodes != NULL:
         sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
@@ -270,6 +267,7 @@ cdef void store_trim(store_t* store) noexcept nogil:
         slot = store.releases[i]
         if store.uses[slot].frozen:
             store.uses[slot].copy = 0
+            store.n_dead += 1
             i += 1
             continue
         n = 1

@@ -1,6 +1,6 @@
 """Page-aligned NumPy arrays, registered with an engine from birth.
 
-Called by the engine, whose methods of the same names these are. Equal arrays share pages only when
+Called by users, as methods of an engine. Equal arrays share pages only when
 they begin at the same offset within a page; these all begin at offset 0.
 """
 
@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from ksmcore._memory import PageMemory
+from ksmcore.errors import InternalError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ksmcore._core import Core
+    from ksmcore._memory import PageMemory
 
-Shape = "SupportsIndex | Sequence[SupportsIndex]"
 Order = Literal["C", "F"]
 
 
@@ -41,45 +40,76 @@ def _check_order(order: str) -> None:
         raise ValueError(f'order must be "C" or "F", not {order!r}')
 
 
-def empty(
-    core: Core, shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike, order: Order
-) -> NDArray[Any]:
-    """An array of zeros that touches no memory yet: fresh pages are zero at no cost."""
-    _check_order(order)
-    kind = np.dtype(dtype)
-    if kind.hasobject:
-        raise TypeError(
-            f"an array of dtype {kind} holds references to objects, and cannot be merged"
-        )
-    sizes = _sizes(shape)
-    n_bytes = math.prod(sizes) * kind.itemsize
-    if n_bytes == 0:
-        return np.empty(sizes, kind, order)
-    if n_bytes > 2**63 - 1:
-        raise ValueError(f"array is too big: {n_bytes} bytes")
-    memory: Any = PageMemory(core, n_bytes)  # Any: NumPy's stubs take listed buffers only
-    return np.ndarray(sizes, kind, buffer=memory, order=order)
+class ArrayMaker:
+    """The part of an engine that makes arrays; the rest of it allocates their memory."""
 
+    def _allocate(self, n_bytes: int) -> PageMemory:
+        """New registered memory; ValueError when the engine is closed."""
+        raise InternalError("an engine must know how to allocate")
 
-def full(
-    core: Core,
-    shape: SupportsIndex | Sequence[SupportsIndex],
-    fill_value: Any,
-    dtype: DTypeLike | None,
-    order: Order,
-) -> NDArray[Any]:
-    kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
-    made = empty(core, shape, kind, order)
-    made[...] = fill_value
-    return made
+    def empty(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned array, registered from birth, given back when its last view is collected.
 
+        As `numpy.empty`, except that the memory is zero, which costs nothing: fresh pages are, and
+        none is touched.
 
-def array(core: Core, source: ArrayLike, dtype: DTypeLike | None) -> NDArray[Any]:
-    """A page-aligned copy of anything that NumPy can make an array of; keeps a Fortran order."""
-    given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError("masked arrays hold two arrays: copy .data and .mask")
-    fortran = given.flags.f_contiguous and not given.flags.c_contiguous
-    made = empty(core, given.shape, given.dtype, "F" if fortran else "C")
-    made[...] = given
-    return made
+        Raises:
+            TypeError: a dtype that holds references to objects.
+            ValueError: a negative size, an unknown order, or an engine that is closed.
+            MemoryError: no memory.
+        """
+        _check_order(order)
+        kind = np.dtype(dtype)
+        if kind.hasobject:
+            raise TypeError(
+                f"an array of dtype {kind} holds references to objects, and cannot be merged"
+            )
+        sizes = _sizes(shape)
+        n_bytes = math.prod(sizes) * kind.itemsize
+        if n_bytes == 0:
+            return np.empty(sizes, kind, order)
+        if n_bytes > 2**63 - 1:
+            raise ValueError(f"array is too big: {n_bytes} bytes")
+        memory: Any = self._allocate(n_bytes)  # Any: NumPy's stubs take listed buffers only
+        return np.ndarray(sizes, kind, buffer=memory, order=order)
+
+    def zeros(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned, registered array of zeros; takes no memory until it is written."""
+        return self.empty(shape, dtype, order)
+
+    def full(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        fill_value: Any,
+        dtype: DTypeLike | None = None,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned, registered array filled with a value, as `numpy.full`."""
+        kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
+        made = self.empty(shape, kind, order)
+        made[...] = fill_value
+        return made
+
+    def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
+        """A page-aligned, registered copy of anything array-like; keeps a Fortran order."""
+        given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
+        if isinstance(given, np.ma.MaskedArray):
+            raise TypeError("masked arrays hold two arrays: copy .data and .mask")
+        fortran = given.flags.f_contiguous and not given.flags.c_contiguous
+        made = self.empty(given.shape, given.dtype, "F" if fortran else "C")
+        made[...] = given
+        return made
+
+    def copy(self, source: NDArray[Any]) -> NDArray[Any]:
+        """A page-aligned, registered copy of an array: same shape, dtype and memory order."""
+        return self.array(source)

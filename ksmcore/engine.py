@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import threading
 import time
 import warnings
@@ -22,19 +23,17 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ksmcore import _sys, arrays, gate, vmas
+from ksmcore import _sys, estimates, gate, vmas
 from ksmcore._core import Core
-from ksmcore._estimate import Tally
+from ksmcore._memory import PageMemory
+from ksmcore.arrays import ArrayMaker
+from ksmcore.phase import warn_of_phase
 from ksmcore.progress import Progress, reporting
-from ksmcore.regions import Region
+from ksmcore.regions import Region, disjoint
 from ksmcore.settings import Settings, check_names
 from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats, frozen_counts, memory_info
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import SupportsIndex
-
-    from numpy.typing import ArrayLike, DTypeLike, NDArray
     from typing_extensions import Self
 
 __all__ = ["Engine"]
@@ -43,8 +42,6 @@ log = logging.getLogger("ksmcore")
 
 # Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
 BATCH_PAGES = 4096
-# Buffers smaller than this are not worth a warning about their phase.
-PHASE_PAGES = 16
 # How often dedup goes over pages that the map budget left out, giving short runs more each time.
 BUDGET_ROUNDS = 6
 END_OF_MEMORY = 2**64 - 1
@@ -53,7 +50,16 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _registering = threading.RLock()
 
 
-class Engine:
+def _renew_lock() -> None:
+    """In a forked child: a thread that was registering is not there to release the lock."""
+    global _registering
+    _registering = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Engine(ArrayMaker):
     """Finds equal pages in the buffers registered with it, and keeps each content once.
 
     Two engines share nothing: equal pages of different engines are not merged. Settings are keyword
@@ -67,7 +73,9 @@ class Engine:
         self._settings = Settings(**settings)
         self._generation = _sys.generation()
         self._regions: dict[int, Region] = {}
+        self._memories: weakref.WeakSet[PageMemory] = weakref.WeakSet()
         self._pass_lock = threading.Lock()
+        self._pass_owner = 0
         self._closed = False
         self._core = Core(
             order=self._settings.order,
@@ -125,6 +133,7 @@ class Engine:
                         f"this buffer ({n_pages} pages at {addr:#x}) is already registered"
                     )
             admission = gate.admit(buffer, page_bytes=self.page_bytes, privatize=privatize)
+            self._warn_of_phase([admission])
             return self._add(admission)
 
     def _add(self, admission: gate.Admission) -> Region:
@@ -135,20 +144,18 @@ class Engine:
             | admission.hugepage << 2
             | admission.nohugepage << 3
         )
+        region_id = 0
         try:
             if admission.must_privatize:
                 self._core.privatize(admission.addr, admission.n_pages, flags)
             region_id = self._core.add(admission.addr, admission.n_pages, flags)
+            region = Region(self, region_id, admission)
+            self._regions[region_id] = region
         except BaseException:
+            # Nothing was merged yet: the region is taken out before the buffer may go.
+            self._core.remove(region_id, admission.addr, False)
+            self._regions.pop(region_id, None)
             admission.release()
-            raise
-        region = Region(self, region_id, admission)
-        self._regions[region_id] = region
-        try:
-            self._warn_of_phase(admission)
-        except BaseException:
-            # A warning that the caller has turned into an error: nothing is half done.
-            region.close()
             raise
         return region
 
@@ -170,19 +177,15 @@ class Engine:
                 )
         return self._core.find(addr, len_bytes)
 
-    def _warn_of_phase(self, admission: gate.Admission) -> None:
-        if admission.n_pages < PHASE_PAGES:
-            return
-        for region in self._regions.values():
-            other = region._admission
-            if (
-                other is not None
-                and other.len_bytes == admission.len_bytes
-                and other.phase != admission.phase
-            ):
-                text = gate.phase_advice(admission.len_bytes, admission.phase, other.phase)
-                warnings.warn(text, gate.PhaseWarning, stacklevel=4)
-                return
+    def _warn_of_phase(self, admissions: list[gate.Admission]) -> None:
+        """Before they are registered; where warnings are errors, all of them are let go."""
+        held = [region._admission for region in list(self._regions.values())]
+        try:
+            warn_of_phase(admissions, [admission for admission in held if admission is not None])
+        except BaseException:
+            for admission in admissions:
+                admission.release()
+            raise
 
     def unregister(self, buffer: Region | object) -> None:
         """Make the pages of a region, or of a registered buffer, plain private memory again.
@@ -290,6 +293,7 @@ class Engine:
                 ranges.append((addr, end))
             made: list[Region] = []
             admissions = gate.admit_all(missing, page_bytes=self.page_bytes)
+            self._warn_of_phase(admissions)
             try:
                 while admissions:
                     made.append(self._add(admissions.pop(0)))
@@ -299,13 +303,13 @@ class Engine:
                 for region in made:
                     region.close()
                 raise
-        return ranges
+        return disjoint(ranges)
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[dict[str, Any]]:
         """One pass at a time, with the guard ready; gives the counters from before."""
         self._check_open()
-        with self._pass_lock:
+        with self._alone():
             self._check_open()
             self._started = time.perf_counter()
             self._core.refresh_budget(self._asked_budget(), vmas.max_map_count())
@@ -314,6 +318,21 @@ class Engine:
                 yield self._core.snapshot()
             finally:
                 self._core.leave_guard()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the pass lock; RuntimeError where that would wait for itself."""
+        if self._pass_owner == threading.get_ident():
+            raise RuntimeError(
+                "this thread is in the middle of a pass of this engine (in a progress callback, "
+                "or a signal handler): let it end first"
+            )
+        with self._pass_lock:
+            self._pass_owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._pass_owner = 0
 
     def _asked_budget(self) -> int:
         return -1 if self._settings.map_budget == "auto" else self._settings.map_budget
@@ -373,51 +392,37 @@ class Engine:
         Raises as `register` does for buffers that could not be merged.
         """
         self._check_open()
-        tally = Tally(self._settings.checksum)
         with contextlib.ExitStack() as held:
-            ranges = _disjoint(
-                [
-                    (addr, n_pages * self.page_bytes)
-                    for addr, n_pages in self._held_ranges(buffers, held)
-                ]
-            )
-            n_pages = sum(len_bytes for _, len_bytes in ranges) // self.page_bytes
-            with reporting(progress, "ksmcore estimate", n_pages) as tell:
-                for addr, len_bytes in ranges:
-                    for start in range(addr, addr + len_bytes, BATCH_PAGES * self.page_bytes):
-                        rest = (addr + len_bytes - start) // self.page_bytes
-                        tally.add(start, min(rest, BATCH_PAGES))
-                        tell(tally.n_pages)
-            return Estimate(
-                page_bytes=self.page_bytes,
-                pages=tally.n_pages,
-                pages_present=tally.n_present,
-                pages_zero=tally.n_zero,
-                pages_distinct=tally.distinct(),
-            )
+            ranges = self._held_ranges(buffers, held)
+            return estimates.tally(ranges, self.page_bytes, self._settings.checksum, progress)
 
     def _held_ranges(
         self, buffers: tuple[object, ...], held: contextlib.ExitStack
     ) -> list[tuple[int, int]]:
-        """(address, pages) of each buffer, kept mapped until `held` is closed."""
+        """(address, end) of each buffer's pages, kept mapped until `held` is closed."""
+        ranges: list[tuple[int, int]] = []
+
+        def hold(buffer: object) -> tuple[int, int]:
+            addr, n_pages = held.enter_context(gate.hold(buffer, page_bytes=self.page_bytes))
+            ranges.append((addr, addr + n_pages * self.page_bytes))
+            return addr, n_pages
+
         if not buffers:
-            # Closing a region waits for the pass lock's owner only through the registration lock.
-            held.enter_context(_registering)
-            return [(region.addr, region.n_pages) for region in self.regions]
-        found: list[tuple[int, int]] = []
+            for memory in list(self._memories):
+                hold(memory)
+            for region in self.regions:
+                # One that another thread closes meanwhile is simply not counted.
+                with contextlib.suppress(ValueError):
+                    hold(region._view())
+            return ranges
         unknown: list[object] = []
         for buffer in buffers:
-            if isinstance(buffer, Region):
-                if buffer.closed or buffer._admission is None:
-                    raise ValueError(f"{buffer!r} is closed")
-                buffer = buffer._admission.view
-            addr, n_pages = held.enter_context(gate.hold(buffer, page_bytes=self.page_bytes))
-            found.append((addr, n_pages))
-            if self._find(addr, n_pages) is None:
-                unknown.append(buffer)
+            exported = buffer._view() if isinstance(buffer, Region) else buffer
+            if self._find(*hold(exported)) is None:
+                unknown.append(exported)
         for admission in gate.admit_all(unknown, page_bytes=self.page_bytes):
             held.callback(admission.release)
-        return found
+        return ranges
 
     def stats(self) -> Stats:
         """All counters of this moment."""
@@ -432,49 +437,11 @@ class Engine:
             **numbers,
         )
 
-    # ---- arrays -------------------------------------------------------------------------------
-
-    def empty(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        dtype: DTypeLike = float,
-        order: arrays.Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned array, registered from birth, given back when its last view is collected.
-
-        As `numpy.empty`, except that the memory is zero. Raises TypeError for object dtypes.
-        """
+    def _allocate(self, n_bytes: int) -> PageMemory:
         self._check_open()
-        return arrays.empty(self._core, shape, dtype, order)
-
-    def zeros(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        dtype: DTypeLike = float,
-        order: arrays.Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned, registered array of zeros; takes no memory until it is written."""
-        return self.empty(shape, dtype, order)
-
-    def full(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        fill_value: Any,
-        dtype: DTypeLike | None = None,
-        order: arrays.Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned, registered array filled with a value, as `numpy.full`."""
-        self._check_open()
-        return arrays.full(self._core, shape, fill_value, dtype, order)
-
-    def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
-        """A page-aligned, registered array with the contents of `source`, always copied."""
-        self._check_open()
-        return arrays.array(self._core, source, dtype)
-
-    def copy(self, source: NDArray[Any]) -> NDArray[Any]:
-        """A page-aligned, registered copy of an array: same shape, dtype and memory order."""
-        return self.array(source)
+        memory = PageMemory(self._core, n_bytes)
+        self._memories.add(memory)
+        return memory
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -489,7 +456,7 @@ class Engine:
         if self._closed:
             return
         self._own()
-        with self._pass_lock:
+        with self._alone():
             for region in list(self._regions.values()):
                 region.close()
             for region_id, addr, _ in self._core.regions():
@@ -545,22 +512,12 @@ class Engine:
         if not self._is_inherited():
             return
         regions, self._regions = self._regions, {}
+        self._memories = weakref.WeakSet()
         self._pass_lock = threading.Lock()
+        self._pass_owner = 0
         self._generation = _sys.generation()
         for region in regions.values():
             region.close()
-
-
-def _disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same addresses, each once: (address, length) ranges sorted, with overlaps cut off."""
-    disjoint: list[tuple[int, int]] = []
-    covered = 0
-    for addr, len_bytes in sorted(ranges):
-        start = max(addr, covered)
-        if addr + len_bytes > start:
-            disjoint.append((start, addr + len_bytes - start))
-            covered = addr + len_bytes
-    return disjoint
 
 
 def process_memory_info() -> MemoryInfo:

@@ -35,32 +35,11 @@ from ksmcore import vmas
 __all__ = [
     "Admission",
     "MappingTraits",
-    "PhaseWarning",
     "admit",
     "admit_all",
     "check_mappings",
     "hold",
-    "phase_advice",
 ]
-
-
-class PhaseWarning(UserWarning):
-    """Two buffers of one size begin at different offsets within a page, so cannot share pages."""
-
-
-def phase_advice(len_bytes: int, phase: int, other_phase: int) -> str:
-    """Text of a `PhaseWarning` for a new buffer of `len_bytes` bytes.
-
-    `phase` and `other_phase` are the offsets in bytes within a page at which the new buffer and a
-    registered one of the same size begin.
-    """
-    return (
-        f"this buffer of {len_bytes:,} bytes begins {phase} bytes into a page, a registered buffer "
-        f"of the same size {other_phase} bytes. Equal arrays share pages only if they begin at the "
-        "same offset; so these two will share next to nothing. Page-aligned arrays always match: "
-        "make them with ksmcore.empty, zeros, full or array, copy what exists with ksmcore.copy, "
-        "or create arrays inside `with ksmcore.allocator():`."
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq would compare the bytes of the views

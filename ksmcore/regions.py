@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from ksmcore.engine import Engine
     from ksmcore.gate import Admission
 
-__all__ = ["Region"]
+__all__ = ["Region", "disjoint"]
+
+
+def disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same addresses, each once: (address, end) ranges sorted, with overlaps cut off."""
+    found: list[tuple[int, int]] = []
+    covered = 0
+    for start, end in sorted(ranges):
+        start = max(start, covered)
+        if end > start:
+            found.append((start, end))
+            covered = end
+    return found
 
 
 class Region:
@@ -63,6 +75,13 @@ class Region:
     def closed(self) -> bool:
         """True once it was unregistered; also in a forked child, whose engine starts empty."""
         return self._admission is None or self._generation != self._engine._generation_now()
+
+    def _view(self) -> memoryview:
+        """The registered buffer's bytes, head and tail included; ValueError once it is closed."""
+        admission = self._admission
+        if self.closed or admission is None:
+            raise ValueError(f"{self!r} is closed")
+        return admission.view[:]
 
     def close(self) -> None:
         """Make the pages plain private memory again, with the same bytes, and let the buffer go.

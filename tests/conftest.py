@@ -1,5 +1,6 @@
 """What all tests share: the report header, fixed seeds, and fixtures that leave nothing behind."""
 
+import contextlib
 import mmap
 import os
 import platform
@@ -14,7 +15,7 @@ from ksmcore import _guard, _sys, vmas
 
 SEED = 20090331
 
-# Derandomized: a run is the same everywhere and always. No deadline: machines of a CI are slow at times.
+# Derandomized: a run is the same everywhere and always. No deadline: CI machines are slow at times.
 hypothesis.settings.register_profile(
     "ksmcore",
     derandomize=True,
@@ -34,7 +35,8 @@ def pytest_report_header():
         for name, why_not in ksmcore.features().items()
     )
     return [
-        f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
+        f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}",
         f"kernel {platform.release()} ({platform.machine()}), page {mmap.PAGESIZE} bytes, "
         f"vm.max_map_count {vmas.max_map_count()}, uid {os.getuid()}",
         f"features: {features}",
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="long; set KSMCORE_STRESS=1")
     for item in items:
-        if "stress" in item.keywords:
+        if item.get_closest_marker("stress"):
             item.add_marker(skip)
 
 
@@ -58,7 +60,7 @@ def rng():
 
 @pytest.fixture
 def engine():
-    """An engine of the test's own. Afterwards all its invariants must hold, and its handler be gone."""
+    """An engine of the test's own; afterwards its invariants must hold and its handler be gone."""
     engine = ksmcore.Engine()
     try:
         yield engine
@@ -92,8 +94,6 @@ def private_buffer():
     for reference in made:
         memory = reference()
         if memory is not None:
-            try:
+            # Where somebody still looks at it, it goes with the last of them.
+            with contextlib.suppress(BufferError):
                 memory.close()
-            except BufferError:
-                # Somebody still looks at it; it goes with the last of them.
-                pass

@@ -69,7 +69,9 @@ class EngineMachine(RuleBasedStateMachine):
         held.model[page] = CONTENTS[content]
         self.scanned = False
 
-    @rule(held=held, page=st.integers(0, MAX_PAGES - 1), n=st.integers(1, MAX_PAGES), data=st.data())
+    @rule(
+        held=held, page=st.integers(0, MAX_PAGES - 1), n=st.integers(1, MAX_PAGES), data=st.data()
+    )
     def write_a_stretch(self, held, page, n, data):
         content = data.draw(st.integers(0, len(CONTENTS) - 1))
         held.array[page : page + n] = CONTENTS[content]
@@ -153,9 +155,10 @@ class EngineMachine(RuleBasedStateMachine):
             absent_shared += sum(not flag & 1 for flag in flags)
         # A merged page that was not read since is not present; a zero page that was read since is.
         assert stats.pages_tracked <= tracked + absent_shared
-        assert stats.pages_shared + stats.pages_sharing + stats.pages_unshared + (
-            stats.pages_volatile
-        ) == stats.pages_tracked
+        assert (
+            stats.pages_shared + stats.pages_sharing + stats.pages_unshared + (stats.pages_volatile)
+            == stats.pages_tracked
+        )
         assert stats.bytes_saved == (stats.pages_sharing + stats.ksm_zero_pages) * PAGE
 
 

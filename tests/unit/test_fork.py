@@ -82,7 +82,9 @@ def test_the_childs_engine_starts_empty_and_works(engine, rng):
         c, d = engine.array(source), engine.array(source)
         saved = engine.dedup(c, d).bytes_saved
         engine._core.check()
-        right = np.array_equal(a, source) and np.array_equal(c, source) and np.array_equal(d, source)
+        right = (
+            np.array_equal(a, source) and np.array_equal(c, source) and np.array_equal(d, source)
+        )
         engine.close()
         return empty and saved == 64 * PAGE and right and np.array_equal(b, source)
 

@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ksmcore import gate, vmas
+from ksmcore import gate, phase, vmas
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 16
@@ -1067,7 +1067,7 @@ def test_fresh_memory_is_looked_up_where_nobody_tells_of_locks(mapped, monkeypat
 
 
 def test_phase_advice_names_both_phases_and_the_way_out():
-    text = gate.phase_advice(8_000_000, 16, 1856)
+    text = phase.phase_advice(8_000_000, 16, 1856)
     assert "8,000,000 bytes" in text
     assert "begins 16 bytes into a page" in text
     assert "1856 bytes" in text
@@ -1076,6 +1076,6 @@ def test_phase_advice_names_both_phases_and_the_way_out():
 
 
 def test_phase_warning_is_a_user_warning():
-    assert issubclass(gate.PhaseWarning, UserWarning)
-    with pytest.warns(gate.PhaseWarning, match="share pages only"):
-        warnings.warn(gate.phase_advice(1, 2, 3), gate.PhaseWarning, stacklevel=1)
+    assert issubclass(phase.PhaseWarning, UserWarning)
+    with pytest.warns(phase.PhaseWarning, match="share pages only"):
+        warnings.warn(phase.phase_advice(1, 2, 3), phase.PhaseWarning, stacklevel=1)

@@ -151,8 +151,8 @@ def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():
             mended.append(sig)
             libc.mprotect(ctypes.c_void_p(addr), ctypes.c_size_t(page), 3)
         class SigAction(ctypes.Structure):
-            _fields_ = [("handler", HANDLER), ("mask", ctypes.c_ulong * 16), ("flags", ctypes.c_int),
-                        ("restorer", ctypes.c_void_p)]
+            _fields_ = [("handler", HANDLER), ("mask", ctypes.c_ulong * 16),
+                        ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
         action = SigAction(mend, (ctypes.c_ulong * 16)(), 4, None)
         assert libc.sigaction(11, ctypes.byref(action), None) == 0
         engine = ksmcore.Engine()
@@ -172,7 +172,7 @@ def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():
 
 
 def test_no_write_is_lost_while_pages_merge(engine):
-    """Writers count up in every page, and bring all pages back to the same contents again and again;
+    """Writers count up in every page and so bring all pages to the same contents again and again;
     each reads back what it wrote. The scanner merges without pause."""
     n_pages, n_words, stop = 64, PAGE // 8, threading.Event()
     arrays = [engine.empty((n_pages, n_words), np.uint64) for _ in range(2)]

@@ -263,3 +263,42 @@ def test_the_unstable_tree_outlives_256_passes(engine, rng):
     engine.scan()
     assert engine.stats().pages_sharing == 4
     assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("immediate", [True, False])
+def test_a_page_may_join_a_shared_page_whose_sharers_all_left(engine, rng, immediate):
+    """One page becomes equal to a shared page while, further on in the same pass, the last
+    sharers of that turn out to be broken."""
+    a = engine.array(pages(rng, 64)).reshape(64, PAGE)
+    content = pages(rng, 1)
+    a[10] = a[11] = content
+    engine.dedup()
+    a[0] = content
+    if not immediate:
+        engine.scan()
+    a[10, 0] ^= 0xFF
+    a[11, 5] ^= 0xFF
+    expected = a.copy()
+    if immediate:
+        engine.dedup()
+    else:
+        engine.scan()
+    engine._core.check()
+    assert np.array_equal(a, expected)
+    for _ in range(3):
+        engine.scan()
+        assert np.array_equal(a, expected)
+
+
+def test_a_buffer_given_twice_is_looked_at_once(engine, rng):
+    a = engine.array(pages(rng, 64))
+    report = engine.dedup(a, a, a[: 32 * PAGE])
+    assert report.pages_scanned == 64
+
+
+def test_a_pass_within_a_pass_is_refused(engine, rng):
+    a = engine.array(pages(rng, 8))
+    for call in (engine.scan, engine.dedup, engine.close):
+        with pytest.raises(RuntimeError, match="in the middle of a pass"):
+            engine.scan(progress=lambda done, total, call=call: call())
+    assert a.size == 8 * PAGE

@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import ksmcore
 from ksmcore import _sys
 
 CALLS = (
-    "mmap munmap mremap mprotect madvise mincore memfd_create ftruncate fallocate pwrite pread open "
-    "sigaction"
+    "mmap munmap mremap mprotect madvise mincore memfd_create ftruncate fallocate pwrite pread "
+    "open sigaction"
 ).split()
 
 
@@ -26,7 +27,9 @@ def test_generation_is_constant():
 
 def test_generation_grows_in_a_child():
     before = _sys.generation()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy's threads, since Python 3.12
+        child = os.fork()
     if child == 0:
         os._exit(_sys.generation() - before)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
