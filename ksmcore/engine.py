@@ -1,12 +1,11 @@
-"""The engine: owns regions, trees, store and settings, and walks over the pages.
+"""The engine: settings, passes and numbers over what is registered with it.
 
 Called by users, directly or through the module-level functions, which use a default engine. The
-work is done by `ksmcore._core.Core`; this is its thin face: gate, buffer exports, reports.
+work is done by `ksmcore._core.Core`; this is its thin face.
 
-Two locks, always taken in this order: the pass lock (one pass at a time) and the registration lock
-(one registration at a time in the process, so that two engines cannot take the same buffer).
-Neither is held by finalisers. A forked child makes both anew: threads that held them do not exist
-there.
+Two locks, always taken in this order: the pass lock (one pass at a time) and the registration
+lock (see `ksmcore.registration`). Neither is held by finalisers. A forked child makes both anew:
+threads that held them do not exist there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
 import threading
 import time
 import warnings
@@ -23,13 +21,10 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ksmcore import _sys, estimates, gate, vmas
+from ksmcore import estimates, vmas
 from ksmcore._core import Core
-from ksmcore._memory import PageMemory
-from ksmcore.arrays import ArrayMaker
-from ksmcore.phase import warn_of_phase
 from ksmcore.progress import Progress, reporting
-from ksmcore.regions import Region, disjoint
+from ksmcore.registration import Registrar
 from ksmcore.settings import Settings, check_names
 from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats, frozen_counts, memory_info
 
@@ -47,44 +42,33 @@ BUDGET_ROUNDS = 6
 END_OF_MEMORY = 2**64 - 1
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_registering = threading.RLock()
 
 
-def _renew_lock() -> None:
-    """In a forked child: a thread that was registering is not there to release the lock."""
-    global _registering
-    _registering = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-class Engine(ArrayMaker):
+class Engine(Registrar):
     """Finds equal pages in the buffers registered with it, and keeps each content once.
 
     Two engines share nothing: equal pages of different engines are not merged. Settings are keyword
     arguments, see `ksmcore.Settings`.
     """
 
-    page_bytes: int = _sys.page_bytes()
-
     def __init__(self, **settings: Any) -> None:
         check_names(settings)
         self._settings = Settings(**settings)
-        self._generation = _sys.generation()
-        self._regions: dict[int, Region] = {}
-        self._memories: weakref.WeakSet[PageMemory] = weakref.WeakSet()
-        self._pass_lock = threading.Lock()
-        self._pass_owner = 0
-        self._closed = False
-        self._core = Core(
-            order=self._settings.order,
-            checksum=self._settings.checksum,
-            with_pagemap=True,
-            n_buckets=self._settings.rmap_hash_size,
+        super().__init__(
+            Core(
+                order=self._settings.order,
+                checksum=self._settings.checksum,
+                with_pagemap=True,
+                n_buckets=self._settings.rmap_hash_size,
+            )
         )
+        self._renew()
         self._apply_settings()
         _engines.add(self)
+
+    def _renew(self) -> None:
+        self._pass_lock = threading.Lock()
+        self._pass_owner = 0
 
     # ---- settings -----------------------------------------------------------------------------
 
@@ -108,125 +92,6 @@ class Engine(ArrayMaker):
     def _apply_settings(self) -> None:
         limit = self._settings.max_shared_pages
         self._core.configure(self._settings.use_zero_pages, -1 if limit is None else limit)
-
-    # ---- registration -------------------------------------------------------------------------
-
-    def register(self, buffer: object, *, privatize: bool = False) -> Region:
-        """Let the pages of a writable, contiguous buffer be merged.
-
-        The whole pages inside the buffer are scanned; a first and last page that it shares with
-        other memory are never touched. The buffer is held until the region is closed.
-
-        `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
-        memory in place, with the same bytes; other processes then no longer see what is written.
-
-        Raises:
-            TypeError: not a buffer, or one that holds references to objects.
-            ValueError: read-only, not contiguous, no whole page inside, registered already (in part
-                or whole), or memory that cannot be merged; the message says why and what to do.
-        """
-        self._check_open()
-        with _registering:
-            with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
-                if self._find(addr, n_pages) is not None:
-                    raise ValueError(
-                        f"this buffer ({n_pages} pages at {addr:#x}) is already registered"
-                    )
-            admission = gate.admit(buffer, page_bytes=self.page_bytes, privatize=privatize)
-            self._warn_of_phase([admission])
-            return self._add(admission)
-
-    def _add(self, admission: gate.Admission) -> Region:
-        """Register what the gate has let in; on any error the buffer is let go."""
-        flags = (
-            admission.dontfork
-            | admission.dontdump << 1
-            | admission.hugepage << 2
-            | admission.nohugepage << 3
-        )
-        region_id = 0
-        try:
-            if admission.must_privatize:
-                self._core.privatize(admission.addr, admission.n_pages, flags)
-            region_id = self._core.add(admission.addr, admission.n_pages, flags)
-            region = Region(self, region_id, admission)
-            self._regions[region_id] = region
-        except BaseException:
-            # Nothing was merged yet: the region is taken out before the buffer may go.
-            self._core.remove(region_id, admission.addr, False)
-            self._regions.pop(region_id, None)
-            admission.release()
-            raise
-        return region
-
-    def _find(self, addr: int, n_pages: int) -> tuple[int, int, int] | None:
-        """The region of this engine that holds these pages; ValueError when only some of them are
-        registered, or any with another engine."""
-        len_bytes = n_pages * self.page_bytes
-        for other in list(_engines):
-            if other is self or other._closed:
-                continue
-            try:
-                taken = other._core.find(addr, len_bytes) is not None
-            except ValueError:
-                taken = True
-            if taken:
-                raise ValueError(
-                    f"this buffer ({n_pages} pages at {addr:#x}) is registered, at least in part, "
-                    "with another engine; unregister it there first"
-                )
-        return self._core.find(addr, len_bytes)
-
-    def _warn_of_phase(self, admissions: list[gate.Admission]) -> None:
-        """Before they are registered; where warnings are errors, all of them are let go."""
-        held = [region._admission for region in list(self._regions.values())]
-        try:
-            warn_of_phase(admissions, [admission for admission in held if admission is not None])
-        except BaseException:
-            for admission in admissions:
-                admission.release()
-            raise
-
-    def unregister(self, buffer: Region | object) -> None:
-        """Make the pages of a region, or of a registered buffer, plain private memory again.
-
-        Raises:
-            ValueError: it is not registered with this engine.
-            MemoryError: not enough memory to unmerge; it is still registered, all bytes are right.
-        """
-        self._check_open()
-        if isinstance(buffer, Region):
-            if buffer._engine is not self:
-                raise ValueError("this region belongs to another engine")
-            buffer.close()
-            return
-        with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
-            found = self._find(addr, n_pages)
-            if found is None or found[1:] != (addr, n_pages):
-                raise ValueError(
-                    f"this buffer ({n_pages} pages at {addr:#x}) is not registered with this engine"
-                )
-            region = self._regions.get(found[0])
-            if region is None:
-                self._core.remove(found[0], addr, True)
-        if region is not None:
-            region.close()
-
-    def _close_region(self, region: Region) -> None:
-        admission = region._admission
-        if admission is None:
-            return
-        if not region.closed:
-            self._core.remove(region._id, region._addr, True)
-            self._regions.pop(region._id, None)
-        region._admission = None
-        admission.release()
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """The open regions, in the order of their registration; arrays made by the engine aside."""
-        self._own()
-        return tuple(self._regions.values())
 
     # ---- passes -------------------------------------------------------------------------------
 
@@ -274,36 +139,6 @@ class Engine(ArrayMaker):
                 self._core.spend_reserve()
             # What is left out is what the last round left out; it looked at all pages again.
             return self._report(started, last_round=before)
-
-    def _register_all(self, buffers: tuple[object, ...]) -> list[tuple[int, int]]:
-        """Register the buffers that are not, all or none of them; returns all page ranges."""
-        ranges: list[tuple[int, int]] = []
-        missing: list[object] = []
-        with _registering:
-            for buffer in buffers:
-                if isinstance(buffer, Region):
-                    if buffer._engine is not self or buffer.closed:
-                        raise ValueError(f"{buffer!r} is not registered with this engine")
-                    ranges.append((buffer.addr, buffer.addr + buffer.nbytes))
-                    continue
-                with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
-                    end = addr + n_pages * self.page_bytes
-                    if (addr, end) not in ranges and self._find(addr, n_pages) is None:
-                        missing.append(buffer)
-                ranges.append((addr, end))
-            made: list[Region] = []
-            admissions = gate.admit_all(missing, page_bytes=self.page_bytes)
-            self._warn_of_phase(admissions)
-            try:
-                while admissions:
-                    made.append(self._add(admissions.pop(0)))
-            except BaseException:
-                for admission in admissions:
-                    admission.release()
-                for region in made:
-                    region.close()
-                raise
-        return disjoint(ranges)
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[dict[str, Any]]:
@@ -396,34 +231,6 @@ class Engine(ArrayMaker):
             ranges = self._held_ranges(buffers, held)
             return estimates.tally(ranges, self.page_bytes, self._settings.checksum, progress)
 
-    def _held_ranges(
-        self, buffers: tuple[object, ...], held: contextlib.ExitStack
-    ) -> list[tuple[int, int]]:
-        """(address, end) of each buffer's pages, kept mapped until `held` is closed."""
-        ranges: list[tuple[int, int]] = []
-
-        def hold(buffer: object) -> tuple[int, int]:
-            addr, n_pages = held.enter_context(gate.hold(buffer, page_bytes=self.page_bytes))
-            ranges.append((addr, addr + n_pages * self.page_bytes))
-            return addr, n_pages
-
-        if not buffers:
-            for memory in list(self._memories):
-                hold(memory)
-            for region in self.regions:
-                # One that another thread closes meanwhile is simply not counted.
-                with contextlib.suppress(ValueError):
-                    hold(region._view())
-            return ranges
-        unknown: list[object] = []
-        for buffer in buffers:
-            exported = buffer._view() if isinstance(buffer, Region) else buffer
-            if self._find(*hold(exported)) is None:
-                unknown.append(exported)
-        for admission in gate.admit_all(unknown, page_bytes=self.page_bytes):
-            held.callback(admission.release)
-        return ranges
-
     def stats(self) -> Stats:
         """All counters of this moment."""
         numbers = self._core.snapshot()
@@ -436,12 +243,6 @@ class Engine(ArrayMaker):
             presence="pagemap" if with_pagemap else "mincore",
             **numbers,
         )
-
-    def _allocate(self, n_bytes: int) -> PageMemory:
-        self._check_open()
-        memory = PageMemory(self._core, n_bytes)
-        self._memories.add(memory)
-        return memory
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -494,30 +295,6 @@ class Engine(ArrayMaker):
         if self._closed:
             return "<ksmcore.Engine: closed>"
         return f"<ksmcore.Engine: {self._core.snapshot()['regions']} regions>"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("this engine is closed")
-        self._own()
-
-    @staticmethod
-    def _generation_now() -> int:
-        return _sys.generation()
-
-    def _is_inherited(self) -> bool:
-        return self._generation != _sys.generation()
-
-    def _own(self) -> None:
-        """In a forked child: begin empty. The parent's regions count as closed here."""
-        if not self._is_inherited():
-            return
-        regions, self._regions = self._regions, {}
-        self._memories = weakref.WeakSet()
-        self._pass_lock = threading.Lock()
-        self._pass_owner = 0
-        self._generation = _sys.generation()
-        for region in regions.values():
-            region.close()
 
 
 def process_memory_info() -> MemoryInfo:

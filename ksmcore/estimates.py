@@ -5,6 +5,8 @@ Called by the engine, which holds the memory meanwhile. Calls _estimate, which l
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ksmcore._estimate import Tally
 from ksmcore.progress import Progress, reporting
 from ksmcore.regions import disjoint
@@ -15,7 +17,10 @@ BATCH_PAGES = 4096
 
 
 def tally(
-    ranges: list[tuple[int, int]], page_bytes: int, checksum: str, progress: Progress
+    ranges: list[tuple[int, int]],
+    page_bytes: int,
+    checksum: Literal["jhash", "mmh3"],
+    progress: Progress,
 ) -> Estimate:
     """Count the equal pages in `ranges` of whole pages (address, end), each address once."""
     counts = Tally(checksum)

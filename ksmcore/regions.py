@@ -14,8 +14,8 @@ from ksmcore.stats import human_bytes
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ksmcore.engine import Engine
     from ksmcore.gate import Admission
+    from ksmcore.registration import Registrar
 
 __all__ = ["Region", "disjoint"]
 
@@ -49,7 +49,7 @@ class Region:
         "_phase",
     )
 
-    def __init__(self, engine: Engine, region_id: int, admission: Admission) -> None:
+    def __init__(self, engine: Registrar, region_id: int, admission: Admission) -> None:
         self._engine = engine
         self._id = region_id
         self._admission: Admission | None = admission

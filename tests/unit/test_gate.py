@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import pytest
 
-from ksmcore import gate, phase, vmas
+from ksmcore import gate, mappings, phase, vmas
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 16
@@ -706,12 +706,12 @@ def judge(head="10000-20000 rw-p 00000000 00:00 0", flags="rd wr mr mw me ac", e
     """Judge the pages 0x10000-0x20000 by the text of one smaps record."""
     text = f"{head}\n{extra}KernelPageSize: 4 kB\nVmFlags: {flags} \n"
     found = list(vmas.parse_smaps(text.splitlines()))
-    return gate.check_mappings(found, 0x10000, 0x20000, page_bytes=4096, **options)
+    return mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=4096, **options)
 
 
 def test_plain_text_is_taken():
-    assert judge() == gate.MappingTraits()
-    assert judge(flags="") == gate.MappingTraits()
+    assert judge() == mappings.MappingTraits()
+    assert judge(flags="") == mappings.MappingTraits()
 
 
 @pytest.mark.parametrize(
@@ -789,25 +789,25 @@ def test_huge_kernel_pages_without_a_flag():
     text = "10000-20000 rw-p 00000000 00:00 0\nKernelPageSize: 2048 kB\n"
     found = list(vmas.parse_smaps(text.splitlines()))
     with pytest.raises(ValueError, match=r"2,097,152 bytes instead of 4,096 \(hugetlb\)"):
-        gate.check_mappings(found, 0x10000, 0x20000, page_bytes=4096)
+        mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=4096)
 
 
 def test_no_mapping_at_all():
     with pytest.raises(ValueError, match="not mapped there"):
-        gate.check_mappings([], 0x10000, 0x20000, page_bytes=4096)
+        mappings.check_mappings([], 0x10000, 0x20000, page_bytes=4096)
 
 
 def test_a_mapping_that_grew_while_it_was_read():
     text = "8000-18000 rw-p 0 0:0 0\n8000-30000 rw-p 0 0:0 0\n"
     found = list(vmas.parse_smaps(text.splitlines()))
-    gate.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
+    mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
 
 
 def test_a_gap_between_two_mappings():
     text = "8000-14000 rw-p 0 0:0 0\n18000-30000 rw-p 0 0:0 0\n"
     found = list(vmas.parse_smaps(text.splitlines()))
     with pytest.raises(ValueError, match="0x14000-0x20000: mapped only in part"):
-        gate.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
+        mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
 
 
 # --- the hold on the buffer -----------------------------------------------------------------------
