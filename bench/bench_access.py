@@ -72,7 +72,7 @@ def all_read(case: Merged) -> Merged:
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("memory", ["off, huge pages", "off", "merged"])
-def test_again(benchmark: BenchmarkFixture, memory: str, reader: str) -> None:
+def test_read_again(benchmark: BenchmarkFixture, memory: str, reader: str) -> None:
     """Pages that were read before. NumPy asks for huge pages, which merged memory cannot have."""
     benchmark.group = f"read {reader}"
     if memory == "merged":
@@ -92,7 +92,7 @@ def test_again(benchmark: BenchmarkFixture, memory: str, reader: str) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("layout", ["in order", "scattered"])
-def test_first(benchmark: BenchmarkFixture, layout: str, reader: str) -> None:
+def test_read_first(benchmark: BenchmarkFixture, layout: str, reader: str) -> None:
     """The first time after the merge: the kernel must look up each page, once."""
     benchmark.group = f"read {reader}"
     n_pages = N_SCATTERED if layout == "scattered" else N
@@ -124,7 +124,7 @@ def write_each(pages: Pages) -> None:
 
 @pytest.mark.benchmark(group="first write")
 @pytest.mark.parametrize("memory", ["new", "present"])
-def test_off(benchmark: BenchmarkFixture, memory: str) -> None:
+def test_first_write_off(benchmark: BenchmarkFixture, memory: str) -> None:
     """Into memory never touched before, and into memory that is there."""
     last: list[tuple[Kernel, Kernel]] = []
 
@@ -147,7 +147,7 @@ def test_off(benchmark: BenchmarkFixture, memory: str) -> None:
 
 
 @pytest.mark.benchmark(group="first write")
-def test_merged(benchmark: BenchmarkFixture) -> None:
+def test_first_write_merged(benchmark: BenchmarkFixture) -> None:
     """Into merged pages that were read before: each is copied. The twin shows none of it."""
     last: list[tuple[Kernel, Kernel]] = []
 
@@ -171,7 +171,7 @@ def test_merged(benchmark: BenchmarkFixture) -> None:
 
 
 @pytest.mark.benchmark(group="unmerge")
-def test_off_copy(benchmark: BenchmarkFixture) -> None:
+def test_unmerge_off_copy(benchmark: BenchmarkFixture) -> None:
     """A copy of the merged array into new memory: the least that unmerging must do."""
 
     def finish(case: Merged, copy: Pages) -> None:
@@ -190,7 +190,7 @@ def test_off_copy(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="unmerge")
 @pytest.mark.parametrize("layout", ["in order", "scattered"])
-def test_unregister(benchmark: BenchmarkFixture, layout: str) -> None:
+def test_unmerge_unregister(benchmark: BenchmarkFixture, layout: str) -> None:
     """One of two copies becomes plain memory; the other keeps the store's pages."""
     scattered = layout == "scattered"
     last: list[tuple[Kernel, Kernel]] = []

@@ -25,7 +25,7 @@ def dedup(case: Merged) -> ksmcore.PassReport:
 
 
 @pytest.mark.benchmark(group="worst case")
-def test_off_copy(benchmark: BenchmarkFixture) -> None:
+def test_worst_off_copy(benchmark: BenchmarkFixture) -> None:
     """What a program that wants two copies pays in any case: writing the second."""
 
     def finish(case: tuple[Pages, Pages], _: None) -> None:
@@ -41,7 +41,7 @@ def test_off_copy(benchmark: BenchmarkFixture) -> None:
 
 
 @pytest.mark.benchmark(group="worst case")
-def test_off_estimate(benchmark: BenchmarkFixture) -> None:
+def test_worst_off_estimate(benchmark: BenchmarkFixture) -> None:
     """Reading all and comparing nothing but checksums."""
 
     def finish(case: Merged, estimate: ksmcore.Estimate) -> None:
@@ -57,7 +57,7 @@ def test_off_estimate(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="worst case")
 @pytest.mark.parametrize("order", ["digest", "content"])
-def test_dedup(benchmark: BenchmarkFixture, order: str) -> None:
+def test_worst_dedup(benchmark: BenchmarkFixture, order: str) -> None:
     last: list[tuple[Kernel, Kernel]] = []
 
     def finish(case: Merged, report: ksmcore.PassReport) -> None:
@@ -80,7 +80,7 @@ def test_dedup(benchmark: BenchmarkFixture, order: str) -> None:
 
 
 @pytest.mark.benchmark(group="best case")
-def test_off_fill(benchmark: BenchmarkFixture) -> None:
+def test_best_off_fill(benchmark: BenchmarkFixture) -> None:
     """Writing such pages for the first time."""
 
     def finish(case: Pages, _: None) -> None:
@@ -94,7 +94,7 @@ def test_off_fill(benchmark: BenchmarkFixture) -> None:
 
 
 @pytest.mark.benchmark(group="best case")
-def test_dedup_repeated(benchmark: BenchmarkFixture) -> None:
+def test_best_dedup(benchmark: BenchmarkFixture) -> None:
     last: list[tuple[Kernel, Kernel]] = []
 
     def finish(case: Merged, report: ksmcore.PassReport) -> None:
@@ -122,7 +122,7 @@ def test_dedup_repeated(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="join")
 @pytest.mark.parametrize("order", ["digest", "content"])
-def test_third_and_fourth_copy(benchmark: BenchmarkFixture, order: str) -> None:
+def test_join_third_and_fourth(benchmark: BenchmarkFixture, order: str) -> None:
     """Two more copies meet a stable tree that holds all their pages."""
     last: list[tuple[Kernel, Kernel]] = []
 

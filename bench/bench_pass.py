@@ -23,7 +23,7 @@ INITVAL = 17
 
 
 @pytest.mark.benchmark(group="idle")
-def test_off_read(benchmark: BenchmarkFixture) -> None:
+def test_idle_off_read(benchmark: BenchmarkFixture) -> None:
     """Reading the memory once, for scale."""
     pages: Pages = np.empty((N, PAGE), np.uint8)
     corpora.fill_random(pages)
@@ -34,7 +34,7 @@ def test_off_read(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="idle")
 @pytest.mark.parametrize("state", ["unique", "merged"])
-def test_scan(benchmark: BenchmarkFixture, state: str) -> None:
+def test_idle_scan(benchmark: BenchmarkFixture, state: str) -> None:
     """The third and further passes, over pages that equal no other, and over merged pages."""
     if state == "unique":
         case = Merged(corpora.fill_random, n_pages=N)
@@ -63,7 +63,7 @@ def test_scan(benchmark: BenchmarkFixture, state: str) -> None:
 
 
 @pytest.mark.benchmark(group="checksum")
-def test_off_memcpy(benchmark: BenchmarkFixture) -> None:
+def test_checksum_off_memcpy(benchmark: BenchmarkFixture) -> None:
     """Copying the pages to memory that is there: bound by memory, as a good checksum should be."""
     pages = random_pages()
     copy = np.zeros_like(pages)
@@ -74,7 +74,7 @@ def test_off_memcpy(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="checksum")
 @pytest.mark.parametrize("kernel", _pages.kernels())
-def test_jhash(benchmark: BenchmarkFixture, kernel: str) -> None:
+def test_checksum_jhash(benchmark: BenchmarkFixture, kernel: str) -> None:
     check_sums(
         benchmark,
         lambda pages: _pages.jhash_many(pages, PAGE, kernel=kernel),
@@ -83,7 +83,7 @@ def test_jhash(benchmark: BenchmarkFixture, kernel: str) -> None:
 
 
 @pytest.mark.benchmark(group="checksum")
-def test_mmh3(benchmark: BenchmarkFixture) -> None:
+def test_checksum_mmh3(benchmark: BenchmarkFixture) -> None:
     check_sums(
         benchmark,
         lambda pages: _pages.checksum_many(pages, PAGE, "mmh3"),

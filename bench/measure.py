@@ -174,7 +174,7 @@ def record(
         before = after = Kernel.now()
     seconds = benchmark.stats.stats.median if benchmark.stats is not None else None
     row = Row(
-        name=f"{benchmark.group}: {benchmark.name.removeprefix('bench_').removeprefix('test_')}",
+        name=benchmark.name.removeprefix("test_"),
         n_pages=n_pages,
         seconds_per_gib=None if seconds is None else seconds * 2**30 / (n_pages * PAGE),
         maps_before=before.n_maps,

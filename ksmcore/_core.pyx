@@ -23,7 +23,7 @@ from ksmcore._merge cimport restore_range
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 from ksmcore._runs cimport (
-    SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED, SKIP_STORE, budget_refresh,
+    SKIP_AWAY, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED, SKIP_STORE, budget_refresh,
 )
 from ksmcore._scan cimport (
     SPAN_PAGES, core_begin_pass, core_bytes, core_destroy, core_init, core_region_at, core_scan_span,
@@ -393,6 +393,7 @@ cdef class Core:
         numbers[23] = c.counters.skips[<int>SKIP_STORE]
         numbers[24] = c.counters.skips[<int>SKIP_MAX_SHARED]
         numbers[25] = c.counters.skips[<int>SKIP_PARTNER]
+        numbers[26] = c.counters.skips[<int>SKIP_AWAY]
         PyThread_release_lock(self.lock)
         return {
             "full_scans": numbers[0],
@@ -423,6 +424,7 @@ cdef class Core:
                 "store": numbers[23],
                 "max_shared_pages": numbers[24],
                 "partner": numbers[25],
+                "away": numbers[26],
             },
         }
 

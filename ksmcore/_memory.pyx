@@ -4,7 +4,7 @@ Called by: arrays.py. Calls: _sys, and the Core that it is registered with.
 
 A `PageMemory` is the base object of an array: as long as any view of the array lives, it lives. The
 engine does not hold it, or it could never be collected; instead it takes itself out of the engine
-before it unmaps its pages.
+before it unmaps its pages. It holds the engine, which therefore lives as long as its arrays do.
 """
 
 cimport cython
@@ -20,12 +20,13 @@ cdef class PageMemory:
 
     cdef object __weakref__
     cdef object core
+    cdef object owner            # the engine; only kept alive
     cdef readonly uintptr_t addr
-    cdef size_t len_bytes        # asked for
+    cdef readonly size_t len_bytes   # asked for
     cdef size_t mapped_bytes     # whole pages
     cdef object region_id
 
-    def __cinit__(self, object core, size_t len_bytes):
+    def __cinit__(self, object core, size_t len_bytes, object owner=None):
         cdef sys_error err
         cdef size_t page = sys_page_bytes()
         cdef void* memory
@@ -42,6 +43,7 @@ cdef class PageMemory:
         # Even the last page belongs to this memory alone, so all of it is registered.
         self.region_id = core.add(self.addr, self.mapped_bytes // page, 0)
         self.core = core
+        self.owner = owner
 
     def __dealloc__(self):
         cdef sys_error ignored

@@ -17,6 +17,7 @@ cdef enum skip_reason:
     SKIP_STORE               # the store could not be grown or written
     SKIP_MAX_SHARED          # max_shared_pages reached
     SKIP_PARTNER             # its partner could not be merged, so the merge was undone
+    SKIP_AWAY                # swapped out, or being moved by the kernel
     N_SKIPS
 
 

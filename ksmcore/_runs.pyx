@@ -164,17 +164,17 @@ cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count
     """Count the mappings of the process, and set what the engine may use.
 
     `asked`: a number of mappings, or -1 for half of what would be free without the engine. A mapping
-    of the store splits the memory around it, so it is taken to cost two.
+    of a store costs itself, and what it cut off behind it; those of other engines count as ours.
     """
-    cdef uint32_t n_maps, n_store
+    cdef uint32_t n_maps, n_ours
     cdef sys_error err
     cdef int64_t ours, free_maps
     error_clear(&err)
-    if sys_count_maps(b"memfd:ksmcore-store", &n_maps, &n_store, &err) != 0:
+    if sys_count_maps(b"memfd:ksmcore-store", &n_maps, &n_ours, &err) != 0:
         # Nothing is known of the room left: allow no more than what is used now.
         budget.allowed = budget.used
         return -1
-    ours = min(2 * <int64_t>n_store, <int64_t>n_maps)
+    ours = n_ours
     free_maps = max_map_count - (<int64_t>n_maps - ours)
     budget.used = ours
     budget.allowed = max(free_maps // 2, <int64_t>0)

@@ -37,7 +37,7 @@ from ksmcore._rmap cimport (
     rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
 )
 from ksmcore._runs cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_AWAY, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
     batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
 from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
@@ -222,6 +222,7 @@ cdef size_t _classify(engine_core* c, uintptr_t addr, size_t n_pages) noexcept n
         if item != 0:
             hint = item
         if not c.flags[i] & PAGE_PRESENT:
+            c.counters.skips[<int>SKIP_AWAY] += c.flags[i] == PAGE_SWAPPED
             if item != 0:
                 _absent(c, item, c.flags[i])
             continue
@@ -288,20 +289,21 @@ cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogi
 # ---- stage 3: matching ----------------------------------------------------------------------
 
 cdef uint32_t _new_block(
-    engine_core* c, uint32_t* n_copies, const uint8_t* source, uint32_t digest
+    engine_core* c, uint32_t* n_copies, const uint8_t* source, uint32_t digest, bint counted
 ) noexcept nogil:
-    """A pending block of *n_copies slots, or of what the limit leaves; 0 with the reason counted."""
+    """A pending block of *n_copies slots, or of what the limit leaves; or 0, with the reason counted
+    unless the page has another shared page to join."""
     cdef uint32_t slot
     cdef int64_t room
     if c.max_shared_pages >= 0:
         room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
         if room <= 0:
-            c.counters.skips[<int>SKIP_MAX_SHARED] += 1
+            c.counters.skips[<int>SKIP_MAX_SHARED] += counted
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
     slot = batch_new_block(&c.b, n_copies[0], source, digest)
     if slot == 0:
-        c.counters.skips[<int>SKIP_STORE] += 1
+        c.counters.skips[<int>SKIP_STORE] += counted
     return slot
 
 
@@ -320,7 +322,7 @@ cdef uint32_t _match_stable(
         return 0
     store_block(&c.store, first, &n_copies)
     if n_wanted >= 2 * n_copies and c.stretch_end - page_no > n_wanted:
-        larger = _new_block(c, &n_wanted, page, digest)
+        larger = _new_block(c, &n_wanted, page, digest, False)
         if larger != 0:
             rb_insert_before(&c.stable, larger, first)
             first = larger
@@ -348,7 +350,7 @@ cdef void _match_unstable(
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
-    slot = _new_block(c, &n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
+    slot = _new_block(c, &n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest, True)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return

@@ -11,6 +11,7 @@
 #include <linux/falloc.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -84,12 +85,15 @@ static uint32_t ksm_gate_generation(void) {
     return __atomic_load_n(&ksm_generation, __ATOMIC_ACQUIRE);
 }
 
-/* Count the lines of /proc/self/maps and those that hold `needle`, with a small buffer on the
-   stack and no allocation. A line longer than the buffer is counted once. */
+/* Count the lines of /proc/self/maps, and those that exist because of a file named `needle`: its
+   mappings, and what follows one of them without a gap, which was cut off by it. A small buffer on the
+   stack and no allocation; a line longer than the buffer is counted once. */
 static int ksm_count_maps(int fd, const char *needle, uint32_t *n_maps, uint32_t *n_named) {
     char buf[16384];
     size_t kept = 0;
     uint32_t maps = 0, named = 0;
+    unsigned long long last_end = 0;
+    int last_named = 0;
     for (;;) {
         ssize_t got = read(fd, buf + kept, sizeof buf - kept);
         if (got < 0) {
@@ -101,7 +105,12 @@ static int ksm_count_maps(int fd, const char *needle, uint32_t *n_maps, uint32_t
         while ((end = memchr(buf + start, '\n', len - start))) {
             size_t line = (size_t)(end - (buf + start));
             maps++;
-            if (memmem(buf + start, line, needle, strlen(needle))) named++;
+            char *dash;
+            unsigned long long from = strtoull(buf + start, &dash, 16);
+            int is_named = memmem(buf + start, line, needle, strlen(needle)) != NULL;
+            named += is_named || (last_named && from == last_end);
+            last_named = is_named;
+            last_end = *dash == '-' ? strtoull(dash + 1, NULL, 16) : 0;
             start += line + 1;
         }
         if (got == 0) break;

@@ -350,7 +350,7 @@ cdef void sys_close(int fd) noexcept nogil:
 cdef int sys_count_maps(
     const char* needle, uint32_t* n_maps, uint32_t* n_named, sys_error* err
 ) noexcept nogil:
-    """Mappings of this process, and those of them whose line holds `needle`."""
+    """Mappings of this process, and those of them that a file named `needle` is the reason for."""
     cdef int fd = sys_open_read(b"/proc/self/maps", err)
     cdef int rc
     if fd < 0:

@@ -65,6 +65,8 @@ class ArrayMaker:
         """
         _check_order(order)
         kind = np.dtype(dtype)
+        if kind.itemsize == 0:
+            kind = np.empty(0, kind).dtype  # as NumPy completes it: "S" gets one character
         if kind.hasobject:
             raise TypeError(
                 f"an array of dtype {kind} holds references to objects, and cannot be merged"
@@ -101,12 +103,15 @@ class ArrayMaker:
         return made
 
     def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
-        """A page-aligned, registered copy of anything array-like; keeps a Fortran order."""
+        """A page-aligned, registered copy of anything array-like; its axes keep their order in
+        memory (as `numpy.copy` with order "K" has it)."""
         given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
         if isinstance(given, np.ma.MaskedArray):
             raise TypeError("masked arrays hold two arrays: copy .data and .mask")
-        fortran = given.flags.f_contiguous and not given.flags.c_contiguous
-        made = self.empty(given.shape, given.dtype, "F" if fortran else "C")
+        # The axis with the longest stride comes first in memory.
+        axes = sorted(range(given.ndim), key=lambda axis: -abs(given.strides[axis]))
+        made = self.empty([given.shape[axis] for axis in axes], given.dtype)
+        made = made.transpose(np.argsort(axes)) if given.ndim > 1 else made
         made[...] = given
         return made
 

@@ -126,19 +126,21 @@ class Engine(Registrar):
         self._check_open()
         pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
         with self._passing() as started:
-            before = after = started
+            before = after = first = started
             # Pages that the map budget left out get another chance with a smaller reserve.
             for again in range(BUDGET_ROUNDS):
                 before = after
                 self._core.begin_pass()
                 self._walk(pages, True, progress if again == 0 else None, "ksmcore dedup")
                 after = self._core.snapshot()
+                first = after if again == 0 else first
                 left = after["skipped"]["map_budget"] - before["skipped"]["map_budget"]
                 if left == 0 or after["maps_used"] >= after["maps_allowed"]:
                     break
                 self._core.spend_reserve()
-            # What is left out is what the last round left out; it looked at all pages again.
-            return self._report(started, last_round=before)
+            # The first round looked at every page; the last one tells what is left out.
+            scanned = first["pages_scanned"] - started["pages_scanned"]
+            return self._report(started, last_round=before, scanned=scanned)
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[dict[str, Any]]:
@@ -193,10 +195,15 @@ class Engine(Registrar):
             tell(n_pages)
 
     def _report(
-        self, before: dict[str, Any], last_round: dict[str, Any] | None = None
+        self,
+        before: dict[str, Any],
+        last_round: dict[str, Any] | None = None,
+        scanned: int | None = None,
     ) -> PassReport:
         after = self._core.snapshot()
         last_round = last_round or before
+        if scanned is None:
+            scanned = after["pages_scanned"] - before["pages_scanned"]
         grown = {
             name: after[name] - before[name]
             for name in ("pages_merged", "pages_zeroed", "cow_breaks")
@@ -210,7 +217,7 @@ class Engine(Registrar):
         )
         return PassReport(
             bytes_saved=saved * self.page_bytes,
-            pages_scanned=after["pages_scanned"] - last_round["pages_scanned"],
+            pages_scanned=scanned,
             skipped=frozen_counts(skipped),
             seconds=time.perf_counter() - self._started,
             **grown,
@@ -221,8 +228,9 @@ class Engine(Registrar):
     def estimate(self, *buffers: object, progress: Progress = None) -> Estimate:
         """What merging these buffers would save at most; without arguments, everything registered.
 
-        Registers, maps, protects and faults in nothing. Pages merged already count as duplicates
-        too. Not considered: the map budget, which may leave isolated pages out.
+        Registers, maps, protects and faults in nothing. Only present pages are counted: those that
+        were merged, and not read since, are not. Not considered: the map budget, which may leave
+        isolated pages out.
 
         Raises as `register` does for buffers that could not be merged.
         """

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,15 +130,22 @@ def admit_all(
     return [export.admission(found) for export, found in zip(exports, traits, strict=True)]
 
 
+# Tells for (address of the first byte, length in bytes) which pages belong to that buffer alone, as
+# (address, pages), when more is known of it than that its whole pages do; else None.
+Known = Callable[[int, int], tuple[int, int] | None]
+
+
 @contextmanager
-def hold(buffer: object, *, page_bytes: int) -> Iterator[tuple[int, int]]:
+def hold(
+    buffer: object, *, page_bytes: int, known: Known | None = None
+) -> Iterator[tuple[int, int]]:
     """Only the first half of the gate: (address of the first whole page, whole pages), and the
     buffer held until the block is left. For buffers whose mappings are known, or are not judged.
 
     Raises:
         TypeError, ValueError: as `admit`, for the buffer itself.
     """
-    export = _Export(buffer, page_bytes)
+    export = _Export(buffer, page_bytes, known)
     try:
         yield export.addr, export.n_pages
     finally:
@@ -150,7 +157,7 @@ class _Export:
 
     __slots__ = ("addr", "first_byte", "len_bytes", "n_pages", "phase", "view")
 
-    def __init__(self, buffer: object, page_bytes: int) -> None:
+    def __init__(self, buffer: object, page_bytes: int, known: Known | None = None) -> None:
         self.view = _writable_view(buffer)
         try:
             self.first_byte = _address_of(self.view)
@@ -159,6 +166,9 @@ class _Export:
             self.addr = self.first_byte + -self.first_byte % page_bytes
             last = self.first_byte + self.len_bytes
             self.n_pages = max((last - last % page_bytes - self.addr) // page_bytes, 0)
+            whole = known(self.first_byte, self.len_bytes) if known is not None else None
+            if whole is not None:
+                self.addr, self.n_pages = whole
             if self.n_pages == 0:
                 raise ValueError(
                     f"no whole page inside this buffer: it has {self.len_bytes:,} bytes and begins "

@@ -14,6 +14,7 @@ import contextlib
 import os
 import threading
 import weakref
+from contextlib import AbstractContextManager
 
 from ksmcore import _sys, gate
 from ksmcore._core import Core
@@ -23,6 +24,8 @@ from ksmcore.phase import warn_of_phase
 from ksmcore.regions import Region, disjoint
 
 __all__ = ["Registrar"]
+
+_Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address
 
 _registrars: weakref.WeakSet[Registrar] = weakref.WeakSet()
 _registering = threading.RLock()
@@ -45,7 +48,7 @@ class Registrar(ArrayMaker):
         self._core = core
         self._generation = _sys.generation()
         self._regions: dict[int, Region] = {}
-        self._memories: weakref.WeakSet[PageMemory] = weakref.WeakSet()
+        self._memories: _Memories = weakref.WeakValueDictionary()
         self._closed = False
         _registrars.add(self)
 
@@ -65,7 +68,7 @@ class Registrar(ArrayMaker):
         """
         self._check_open()
         with _registering:
-            with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
+            with self._hold(buffer) as (addr, n_pages):
                 if self._find(addr, n_pages) is not None:
                     raise ValueError(
                         f"this buffer ({n_pages} pages at {addr:#x}) is already registered"
@@ -96,6 +99,17 @@ class Registrar(ArrayMaker):
             admission.release()
             raise
         return region
+
+    def _hold(self, buffer: object) -> AbstractContextManager[tuple[int, int]]:
+        """(address, pages) of a buffer, held meanwhile. Of an array made by this engine all pages
+        count, also a last one that is not full: nothing else is there."""
+        return gate.hold(buffer, page_bytes=self.page_bytes, known=self._known)
+
+    def _known(self, first_byte: int, len_bytes: int) -> tuple[int, int] | None:
+        memory = self._memories.get(first_byte)
+        if memory is None or memory.len_bytes != len_bytes:
+            return None
+        return memory.addr, memory.n_pages
 
     def _find(self, addr: int, n_pages: int) -> tuple[int, int, int] | None:
         """The region of this engine that holds these pages; ValueError when only some of them are
@@ -138,7 +152,7 @@ class Registrar(ArrayMaker):
                 raise ValueError("this region belongs to another engine")
             buffer.close()
             return
-        with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
+        with self._hold(buffer) as (addr, n_pages):
             found = self._find(addr, n_pages)
             if found is None or found[1:] != (addr, n_pages):
                 raise ValueError(
@@ -169,7 +183,7 @@ class Registrar(ArrayMaker):
     def _register_all(self, buffers: tuple[object, ...]) -> list[tuple[int, int]]:
         """Register the buffers that are not, all or none of them; returns all page ranges."""
         ranges: list[tuple[int, int]] = []
-        missing: list[object] = []
+        missing: list[tuple[int, int, object]] = []
         with _registering:
             for buffer in buffers:
                 if isinstance(buffer, Region):
@@ -177,13 +191,20 @@ class Registrar(ArrayMaker):
                         raise ValueError(f"{buffer!r} is not registered with this engine")
                     ranges.append((buffer.addr, buffer.addr + buffer.nbytes))
                     continue
-                with gate.hold(buffer, page_bytes=self.page_bytes) as (addr, n_pages):
+                with self._hold(buffer) as (addr, n_pages):
                     end = addr + n_pages * self.page_bytes
-                    if (addr, end) not in ranges and self._find(addr, n_pages) is None:
-                        missing.append(buffer)
+                    if self._find(addr, n_pages) is None:
+                        missing.append((addr, -end, buffer))
                 ranges.append((addr, end))
             made: list[Region] = []
-            admissions = gate.admit_all(missing, page_bytes=self.page_bytes)
+            wanted: list[object] = []
+            covered = 0
+            for _, minus_end, buffer in sorted(missing, key=lambda one: one[:2]):
+                # A part of another buffer, or the same once more, comes with that.
+                if -minus_end > covered:
+                    wanted.append(buffer)
+                    covered = -minus_end
+            admissions = gate.admit_all(wanted, page_bytes=self.page_bytes)
             self._warn_of_phase(admissions)
             try:
                 while admissions:
@@ -203,12 +224,12 @@ class Registrar(ArrayMaker):
         ranges: list[tuple[int, int]] = []
 
         def hold(buffer: object) -> tuple[int, int]:
-            addr, n_pages = held.enter_context(gate.hold(buffer, page_bytes=self.page_bytes))
+            addr, n_pages = held.enter_context(self._hold(buffer))
             ranges.append((addr, addr + n_pages * self.page_bytes))
             return addr, n_pages
 
         if not buffers:
-            for memory in list(self._memories):
+            for memory in list(self._memories.values()):
                 hold(memory)
             for region in self.regions:
                 # One that another thread closes meanwhile is simply not counted.
@@ -226,8 +247,8 @@ class Registrar(ArrayMaker):
 
     def _allocate(self, n_bytes: int) -> PageMemory:
         self._check_open()
-        memory = PageMemory(self._core, n_bytes)
-        self._memories.add(memory)
+        memory = PageMemory(self._core, n_bytes, self)
+        self._memories[memory.addr] = memory
         return memory
 
     # ---- whose it is --------------------------------------------------------------------------
@@ -249,7 +270,7 @@ class Registrar(ArrayMaker):
         if not self._is_inherited():
             return
         regions, self._regions = self._regions, {}
-        self._memories = weakref.WeakSet()
+        self._memories = weakref.WeakValueDictionary()
         self._renew()
         self._generation = _sys.generation()
         for region in regions.values():

@@ -5,6 +5,7 @@ Called by the engine. A `Settings` object is valid as a whole or does not come i
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ ORDERS = ("digest", "content")
 CHECKSUMS = ("jhash", "mmh3")
 GUARDS = ("mprotect",)
 DIRTY_TRACKERS = ("checksum",)
+
+_NO_WORD = object()
 
 # Bound when the engine is made: trees and table are built with them.
 FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
@@ -44,15 +47,34 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.use_zero_pages, bool):
             raise TypeError(f"use_zero_pages must be True or False, not {self.use_zero_pages!r}")
-        _whole("max_shared_pages", self.max_shared_pages, 0, "None (no limit)", None)
-        _whole("map_budget", self.map_budget, 0, '"auto"', "auto")
-        _whole("rmap_hash_size", self.rmap_hash_size, 1)
+        self._whole("max_shared_pages", 0, "None (no limit)", None)
+        self._whole("map_budget", 0, '"auto"', "auto")
+        self._whole("rmap_hash_size", 1)
         if self.rmap_hash_size > 2**28:
             raise ValueError(f"rmap_hash_size is at most 2**28 buckets, not {self.rmap_hash_size}")
         _choice("checksum", self.checksum, CHECKSUMS)
         _choice("order", self.order, ORDERS)
         _choice("guard", self.guard, ("auto", *GUARDS))
         _choice("dirty", self.dirty, ("auto", *DIRTY_TRACKERS))
+
+    def _whole(self, name: str, least: int, word_text: str = "", word: object = _NO_WORD) -> None:
+        """Check a field that is a whole number of at least `least`, or one special value.
+
+        Numbers of other libraries (NumPy's) become Python's.
+        """
+        value = getattr(self, name)
+        if word is not _NO_WORD and type(value) is type(word) and value == word:
+            return
+        allowed = f"a whole number of at least {least}" + (f" or {word_text}" if word_text else "")
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or isinstance(value, bool):
+            raise TypeError(f"{name} must be {allowed}, not {value!r}")
+        if number < least or number >= 2**62:
+            raise ValueError(f"{name} must be {allowed}, not {value!r}")
+        object.__setattr__(self, name, number)
 
     def changed(self, **changes: Any) -> Settings:
         """These settings with `changes`; ValueError for a fixed one, TypeError for an unknown."""
@@ -84,22 +106,6 @@ def check_names(given: dict[str, Any]) -> None:
     for name in given:
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; the settings are {', '.join(known)}")
-
-
-_NO_WORD = object()
-
-
-def _whole(
-    name: str, value: object, least: int, word_text: str = "", word: object = _NO_WORD
-) -> None:
-    """Check a whole number that is at least `least`, or one special value."""
-    if word is not _NO_WORD and value == word and type(value) is type(word):
-        return
-    allowed = f"a whole number of at least {least}" + (f" or {word_text}" if word_text else "")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {allowed}, not {value!r}")
-    if value < least or value >= 2**62:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -892,3 +893,41 @@ class TestAdvice:
         region.close()
         for vma in vmas.vmas_in(address(whole), address(whole) + whole.nbytes):
             assert not vma.flags & {code for _, code in ADVICE.values()}
+
+
+class TestArraysOfTheEngine:
+    """An array made by the engine owns its last page too, full or not."""
+
+    def test_a_last_page_that_is_not_full(self, engine):
+        a, b = engine.full(2 * PAGE + 100, 7, np.uint8), engine.full(2 * PAGE + 100, 7, np.uint8)
+        assert engine.dedup(a, b).pages_merged == 6
+        engine.unregister(a)
+        assert engine.stats().regions == 1
+
+    def test_less_than_a_page(self, engine):
+        a, b = engine.full(100, 7, np.uint8), engine.full(100, 7, np.uint8)
+        assert engine.dedup(a, b).bytes_saved == PAGE
+        engine.unregister(a)
+        with pytest.raises(ValueError, match="already registered"):
+            engine.register(b)
+        assert (a == 7).all()
+        assert (b == 7).all()
+
+    def test_they_keep_their_engine(self):
+        engine = ksmcore.Engine()
+        array = engine.full(100 * PAGE, 7, np.uint8)
+        kept = weakref.ref(engine)
+        del engine
+        gc.collect()
+        assert kept() is not None
+        assert kept().stats().regions == 1
+        del array
+        gc.collect()
+        assert kept() is None
+
+
+def test_a_part_of_another_buffer_comes_with_it(engine):
+    buffer = np.zeros(64 * PAGE, np.uint8)
+    engine.dedup(buffer[8 * PAGE : 16 * PAGE], buffer, buffer)
+    assert engine.stats().regions == 1
+    engine.unregister(buffer)
