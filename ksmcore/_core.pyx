@@ -18,12 +18,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memmove
 
+from ksmcore._budget cimport budget_refresh
 from ksmcore._guard cimport guard_enter, guard_leave, guard_n_waits
 from ksmcore._merge cimport restore_range
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 from ksmcore._runs cimport (
-    SKIP_AWAY, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED, SKIP_STORE, budget_refresh,
+    SKIP_AWAY, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED, SKIP_STORE,
 )
 from ksmcore._scan cimport (
     SPAN_PAGES, core_begin_pass, core_bytes, core_destroy, core_init, core_region_at, core_scan_span,

@@ -1,7 +1,8 @@
 """From intents to runs to the merge protocol; see _runs.pyx."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._budget cimport map_budget
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._store cimport store_t
@@ -32,12 +33,6 @@ ctypedef struct scan_counters:
     uint64_t cow_breaks          # shared pages found copied by a write
     uint64_t windows_refused
     uint64_t skips[<int>N_SKIPS]
-
-
-ctypedef struct map_budget:
-    int64_t allowed              # mappings that the engine may use in all
-    int64_t used                 # counted at the last refresh, plus what runs have cost since
-    int reserve_shift            # of the share that is held back for longer runs; grows by passes
 
 
 cdef enum intent_kind:
@@ -98,4 +93,3 @@ cdef void stable_insert(
 ) noexcept nogil
 cdef int batch_flush(batch* b) noexcept nogil
 cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil
-cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil

@@ -1,6 +1,6 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-Called by: _scan, _unmerge. Calls: _merge, _store, _rmap, _trees, _sys.
+Called by: _scan, _unmerge. Calls: _budget, _merge, _store, _rmap, _trees.
 
 The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
@@ -15,6 +15,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memset
 
+from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._merge cimport CHANGED, DONE, merge_run, reshare_run, restore_range, zero_run
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_table,
@@ -23,7 +24,7 @@ from ksmcore._store cimport (
     MAX_SHARERS, store_alloc, store_block, store_page, store_release, store_share, store_t, store_trim,
     store_unshare, store_write,
 )
-from ksmcore._sys cimport error_clear, sys_count_maps, sys_error
+from ksmcore._sys cimport error_clear, sys_error
 from ksmcore._trees cimport rb_erase, rb_find, rb_insert, rb_insert_before, rb_place, rb_tree
 
 cdef enum:
@@ -158,32 +159,7 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
     return end
 
 
-# ---- the map budget ---------------------------------------------------------------------------
-
-cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil:
-    """Count the mappings of the process, and set what the engine may use.
-
-    `asked`: a number of mappings, or -1 for half of what would be free without the engine. A mapping
-    of a store costs itself, and what it cut off behind it; those of other engines count as ours.
-    """
-    cdef uint32_t n_maps, n_ours
-    cdef sys_error err
-    cdef int64_t ours, free_maps
-    error_clear(&err)
-    if sys_count_maps(b"memfd:ksmcore-store", &n_maps, &n_ours, &err) != 0:
-        # Nothing is known of the room left: allow no more than what is used now.
-        budget.allowed = budget.used
-        return -1
-    ours = n_ours
-    free_maps = max_map_count - (<int64_t>n_maps - ours)
-    budget.used = ours
-    budget.allowed = max(free_maps // 2, <int64_t>0)
-    if asked >= 0:
-        # Never more than three quarters of what is free: without room for a few mappings a process
-        # cannot start a thread, load a library or allocate an array.
-        budget.allowed = min(asked, max(free_maps * 3 // 4, <int64_t>0))
-    return 0
-
+# ---- what a run costs -----------------------------------------------------------------------
 
 cdef uint32_t _slot_under(batch* b, uint64_t page_no, uint32_t item) noexcept nogil:
     """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT."""
@@ -221,21 +197,6 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     return cost + _splits(left, first.slot) + _splits(last.slot, right)
 
 
-cdef bint _affords(map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil:
-    """Long runs go first: a share of the budget is held back from short ones. The share shrinks with
-    every pass that left pages behind, so that what long runs did not need is not wasted."""
-    cdef int64_t reserve = 0
-    if cost <= 0:
-        return True
-    if n_pages < 2:
-        reserve = budget.allowed // 2
-    elif n_pages < 4:
-        reserve = budget.allowed // 4
-    elif n_pages < 16:
-        reserve = budget.allowed // 8
-    return budget.used + cost <= budget.allowed - (reserve >> budget.reserve_shift)
-
-
 cdef bint _makes_mappings(const intent* first) noexcept nogil:
     """Dropping memory makes no mapping."""
     return first.kind == INTENT_MERGE or (first.kind == INTENT_ZERO and first.over_store)
@@ -257,7 +218,7 @@ cdef void _choose(batch* b) noexcept nogil:
         end = _run_end(b, start)
         if _makes_mappings(&b.intents[start]):
             cost = _cost(b, start, end)
-            if _affords(&budget, cost, end - start):
+            if budget_affords(&budget, cost, end - start):
                 budget.used += cost
             else:
                 for i in range(start, end):

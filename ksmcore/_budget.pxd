@@ -1,0 +1,13 @@
+"""The map budget; see _budget.pyx."""
+
+from libc.stdint cimport int64_t, uint32_t
+
+
+ctypedef struct map_budget:
+    int64_t allowed              # mappings that the engine may use in all
+    int64_t used                 # counted at the last refresh, plus what runs have cost since
+    int reserve_shift            # of the share that is held back for longer runs; grows by passes
+
+
+cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil
+cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil
