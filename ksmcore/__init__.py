@@ -30,6 +30,7 @@ from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from typing import SupportsIndex
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -55,6 +56,7 @@ __all__ = [
     "estimate",
     "features",
     "full",
+    "hold",
     "memory_info",
     "register",
     "scan",
@@ -89,6 +91,12 @@ def unregister(buffer: Region | object) -> None:
         buffer.close()
     else:
         default_engine().unregister(buffer)
+
+
+def hold(buffer: Region | object) -> "AbstractContextManager[None]":
+    """Keep the scanner away from registered memory while system calls write into it, whichever
+    engine has the region (a bare buffer: the default engine). See `Engine.hold`."""
+    return buffer.hold() if isinstance(buffer, Region) else default_engine().hold(buffer)
 
 
 def scan(*, progress: Progress = None) -> PassReport:

@@ -18,24 +18,35 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memmove
 
-from ksmcore._budget cimport budget_refresh
+from ksmcore._budget cimport budget_refresh, map_budget
 from ksmcore._guard cimport guard_enter, guard_leave, guard_n_waits
 from ksmcore._merge cimport restore_range
 from ksmcore._pages cimport checksum_by_name
-from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
+from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_table
 from ksmcore._runs cimport (
-    SKIP_AWAY, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED, SKIP_STORE,
+    SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED,
+    SKIP_STORE, scan_counters,
 )
 from ksmcore._scan cimport (
     SPAN_PAGES, core_begin_pass, core_bytes, core_destroy, core_init, core_region_at, core_scan_span,
     engine_core, region_t,
 )
 from ksmcore._sys cimport (
-    CALL_MPROTECT, error_clear, error_raise, gate_generation, sys_error, sys_page_bytes,
+    CALL_MPROTECT, error_clear, error_raise, gate_generation, sys_error, sys_page_bytes, sys_pause,
 )
 from ksmcore._unmerge cimport core_check, core_forget, core_restore
 
 from ksmcore.errors import InternalError
+
+
+cdef extern from *:
+    int __ATOMIC_SEQ_CST
+    uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
+    uint32_t __atomic_sub_fetch(uint32_t* value, uint32_t n, int order) nogil
+    uint32_t __atomic_load_n(uint32_t* value, int order) nogil
+
+cdef enum:
+    MOST_PAUSES = 8            # of a millisecond, for others to get the lock between two spans
 
 
 cdef class Core:
@@ -43,6 +54,7 @@ cdef class Core:
 
     cdef engine_core c
     cdef PyThread_type_lock lock
+    cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
     cdef uint32_t generation
     cdef uint32_t n_buckets
     cdef bint with_pagemap
@@ -74,6 +86,7 @@ cdef class Core:
         if self.lock == NULL:
             core_destroy(&self.c, False)
             raise MemoryError("no lock")
+        self.n_waiting = 0
         self.generation = gate_generation()
         return 0
 
@@ -89,6 +102,22 @@ cdef class Core:
             # When this fails, the next call tries again.
             self._begin()
         return 0
+
+    cdef void _lock(self) noexcept nogil:
+        __atomic_add_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        __atomic_sub_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
+
+    cdef void _unlock(self) noexcept nogil:
+        PyThread_release_lock(self.lock)
+
+    cdef void _let_others(self) noexcept nogil:
+        """Between two spans: the lock knows no order, and a walk that took it again at once would
+        mostly win. So it steps back, for some milliseconds at most, while somebody waits."""
+        cdef int tries = 0
+        while __atomic_load_n(&self.n_waiting, __ATOMIC_SEQ_CST) != 0 and tries < MOST_PAUSES:
+            sys_pause()
+            tries += 1
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -106,7 +135,7 @@ cdef class Core:
         cdef uint64_t region_id = self.next_id
         self.next_id += 1
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             after = core_region_at(&self.c, addr)
             overlaps = after != NULL and after.addr < addr + len_bytes
             if not overlaps:
@@ -128,8 +157,9 @@ cdef class Core:
                     self.c.regions[index].n_pages = n_pages
                     self.c.regions[index].id = region_id
                     self.c.regions[index].flags = flags
+                    self.c.regions[index].n_holds = 0
                     self.c.n_regions += 1
-            PyThread_release_lock(self.lock)
+            self._unlock()
         if overlaps:
             raise ValueError(f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered")
         if not grown:
@@ -140,35 +170,73 @@ cdef class Core:
         """Forget the region with this id at `addr`; with `restore`, make it plain private memory first.
 
         False when there is no such region (in a forked child, say). MemoryError: it could not be
-        restored; it is still registered, and all its bytes are right.
+        restored; it is still registered, and all its bytes are right. RuntimeError: it is held.
         """
         cdef const region_t* region
         cdef sys_error err
-        cdef bint found
+        cdef bint found, held, entered = False
         cdef int rc = 0
         error_clear(&err)
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            if restore:
+                rc = guard_enter(&err)
+                entered = rc == 0
+            self._lock()
             region = core_region_at(&self.c, addr)
             found = region != NULL and region.id == region_id
-            if found:
+            held = found and restore and region.n_holds != 0
+            if found and not held and rc == 0:
                 if restore:
-                    rc = self._restore_locked(region, &err)
+                    rc = core_restore(&self.c, region, &err)
                 if rc == 0:
                     core_forget(&self.c, region)
                     self._drop_locked(region - self.c.regions)
-            PyThread_release_lock(self.lock)
+            self._unlock()
+            if entered:
+                guard_leave()
+        if held:
+            raise RuntimeError("this memory is held: leave its hold() first")
         if rc != 0:
             error_raise(&err, "unregister")
         return bool(found)
 
-    cdef int _restore_locked(self, const region_t* region, sys_error* err) noexcept nogil:
-        cdef int rc = guard_enter(err)
-        if rc == 0:
-            rc = core_restore(&self.c, region, err)
-            guard_leave()
-        return rc
+    def hold(self, uintptr_t addr, size_t len_bytes):
+        """Hold every region that overlaps [addr, addr + len_bytes); returns (id, address) of each.
+
+        Once it has returned, no window is open in these regions, and none is opened until `let_go` was
+        called for each. Holds are counted.
+        """
+        cdef region_t* region
+        cdef uint64_t region_id
+        cdef uintptr_t cursor = addr, start = 0
+        held = []
+        self._own()
+        while True:
+            with nogil:
+                self._lock()
+                region = <region_t*>core_region_at(&self.c, cursor)
+                region_id = 0
+                if region != NULL and region.addr < addr + len_bytes:
+                    region.n_holds += 1
+                    region_id = region.id
+                    start = region.addr
+                    cursor = start + region.n_pages * self.c.page_bytes
+                self._unlock()
+            if region_id == 0:
+                return held
+            held.append((region_id, start))
+
+    def let_go(self, uint64_t region_id, uintptr_t addr):
+        """Take back one hold of the region with this id; nothing when the region is gone."""
+        cdef region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            region = <region_t*>core_region_at(&self.c, addr)
+            if region != NULL and region.id == region_id and region.n_holds != 0:
+                region.n_holds -= 1
+            self._unlock()
 
     cdef void _drop_locked(self, size_t index) noexcept nogil:
         self.c.n_regions -= 1
@@ -189,14 +257,14 @@ cdef class Core:
         cdef size_t n_pages = 0
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             region = core_region_at(&self.c, addr)
             if region != NULL and region.addr < addr + len_bytes:
                 region_id = region.id
                 start = region.addr
                 n_pages = region.n_pages
                 end = start + n_pages * self.c.page_bytes
-            PyThread_release_lock(self.lock)
+            self._unlock()
         if region_id == 0:
             return None
         if addr < start or addr + len_bytes > end:
@@ -216,14 +284,14 @@ cdef class Core:
         self._own()
         while True:
             with nogil:
-                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                self._lock()
                 region = core_region_at(&self.c, cursor)
                 region_id = 0
                 if region != NULL:
                     region_id = region.id
                     cursor = region.addr
                     n_pages = region.n_pages
-                PyThread_release_lock(self.lock)
+                self._unlock()
             if region_id == 0:
                 return found
             found.append((region_id, cursor, n_pages))
@@ -268,34 +336,27 @@ cdef class Core:
         """Throw the unstable tree away."""
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             core_begin_pass(&self.c)
-            PyThread_release_lock(self.lock)
+            self._unlock()
 
-    def end_pass(self):
-        """Count a full pass."""
+    def end_pass(self, *, bint full, bint spend_reserve):
+        """Count a `full` pass; `spend_reserve`: let short runs have more of the map budget from now on."""
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
-            self.c.counters.full_scans += 1
-            PyThread_release_lock(self.lock)
-
-    def spend_reserve(self):
-        """Let short runs have more of the map budget from now on."""
-        self._own()
-        with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
-            if self.c.b.budget.reserve_shift < 16:
+            self._lock()
+            self.c.counters.full_scans += full
+            if spend_reserve and self.c.b.budget.reserve_shift < 16:
                 self.c.b.budget.reserve_shift += 1
-            PyThread_release_lock(self.lock)
+            self._unlock()
 
     def refresh_budget(self, int64_t asked, int64_t max_map_count):
         """Count the process's mappings and set how many the engine may use (-1: half of the free ones)."""
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             budget_refresh(&self.c.b.budget, asked, max_map_count)
-            PyThread_release_lock(self.lock)
+            self._unlock()
 
     def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them.
@@ -327,16 +388,22 @@ cdef class Core:
                     if cursor < region.addr:
                         cursor = region.addr
                     first_page = (cursor - region.addr) // page_bytes
-                    n_pages = min(region.n_pages - first_page, <size_t>SPAN_PAGES)
+                    n_pages = region.n_pages - first_page
+                    if region.n_holds == 0:
+                        n_pages = min(n_pages, <size_t>SPAN_PAGES)
                     if end - cursor < n_pages * page_bytes:
                         n_pages = (end - cursor) // page_bytes
                     if n_pages == 0:
                         cursor = end
                     else:
-                        rc = core_scan_span(&self.c, region, first_page, n_pages, immediate, &err)
+                        if region.n_holds == 0:
+                            rc = core_scan_span(&self.c, region, first_page, n_pages, immediate, &err)
+                        else:
+                            self.c.counters.skips[<int>SKIP_HELD] += n_pages
                         cursor += n_pages * page_bytes
                         done += n_pages
                 PyThread_release_lock(self.lock)
+                self._let_others()
             if entered:
                 guard_leave()
         if rc != 0:
@@ -353,79 +420,65 @@ cdef class Core:
         """Settings that may change at any time; -1 shared pages: no limit."""
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             self.c.use_zero_pages = use_zero_pages
             self.c.max_shared_pages = max_shared_pages
-            PyThread_release_lock(self.lock)
+            self._unlock()
 
     def snapshot(self):
-        """All numbers of this moment, taken together under the lock."""
-        cdef engine_core* c = &self.c
+        """All numbers of this moment, taken together under the lock.
+
+        They are copied first: making Python objects may collect garbage, and a finaliser that wants the
+        lock would wait for ever.
+        """
+        cdef scan_counters counters
+        cdef rmap_table rmap
+        cdef map_budget budget
+        cdef uint64_t n_shared, n_used, n_frozen, n_bytes, n_compares, n_regions
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
-        # Only numbers are read below; making Python integers may collect garbage, and a finaliser
-        # that wants the lock would wait for ever. So they are copied first.
-        cdef uint64_t numbers[32]
-        cdef int i
-        numbers[0] = c.counters.full_scans
-        numbers[1] = c.counters.pages_scanned
-        numbers[2] = c.counters.pages_hashed
-        numbers[3] = c.counters.pages_merged
-        numbers[4] = c.counters.pages_reshared
-        numbers[5] = c.counters.pages_zeroed
-        numbers[6] = c.counters.cow_breaks
-        numbers[7] = c.store.n_shared
-        numbers[8] = c.rmap.n_by_state[<int>PAGE_SHARED]
-        numbers[9] = c.rmap.n_by_state[<int>PAGE_UNSHARED]
-        numbers[10] = c.rmap.n_by_state[<int>PAGE_VOLATILE]
-        numbers[11] = c.rmap.n_by_state[<int>PAGE_ZERO]
-        numbers[12] = c.store.n_used
-        numbers[13] = c.store.n_frozen
-        numbers[14] = core_bytes(c)
-        numbers[15] = c.stable.n_compares + c.unstable.n_compares
-        numbers[16] = c.n_regions
-        numbers[17] = <uint64_t>max(c.b.budget.used, <int64_t>0)
-        numbers[18] = <uint64_t>max(c.b.budget.allowed, <int64_t>0)
-        numbers[19] = c.pm.fd >= 0
-        numbers[20] = c.counters.skips[<int>SKIP_CHANGED]
-        numbers[21] = c.counters.skips[<int>SKIP_REFUSED]
-        numbers[22] = c.counters.skips[<int>SKIP_MAP_BUDGET]
-        numbers[23] = c.counters.skips[<int>SKIP_STORE]
-        numbers[24] = c.counters.skips[<int>SKIP_MAX_SHARED]
-        numbers[25] = c.counters.skips[<int>SKIP_PARTNER]
-        numbers[26] = c.counters.skips[<int>SKIP_AWAY]
-        PyThread_release_lock(self.lock)
+            self._lock()
+            counters = self.c.counters
+            rmap = self.c.rmap
+            budget = self.c.b.budget
+            n_shared = self.c.store.n_shared
+            n_used = self.c.store.n_used
+            n_frozen = self.c.store.n_frozen
+            n_bytes = core_bytes(&self.c)
+            n_compares = self.c.stable.n_compares + self.c.unstable.n_compares
+            n_regions = self.c.n_regions
+            self._unlock()
         return {
-            "full_scans": numbers[0],
-            "pages_scanned": numbers[1],
-            "pages_hashed": numbers[2],
-            "pages_merged": numbers[3],
-            "pages_reshared": numbers[4],
-            "pages_zeroed": numbers[5],
-            "cow_breaks": numbers[6],
-            "pages_shared": numbers[7],
-            "pages_sharing": numbers[8] - numbers[7],
-            "pages_unshared": numbers[9],
-            "pages_volatile": numbers[10],
-            "ksm_zero_pages": numbers[11],
-            "store_pages": numbers[12],
-            "store_pages_frozen": numbers[13],
-            "metadata_bytes": numbers[14],
-            "page_compares": numbers[15],
-            "regions": numbers[16],
-            "maps_used": numbers[17],
-            "maps_allowed": numbers[18],
-            "with_pagemap": bool(numbers[19]),
+            "full_scans": counters.full_scans,
+            "pages_scanned": counters.pages_scanned,
+            "pages_hashed": counters.pages_hashed,
+            "pages_merged": counters.pages_merged,
+            "pages_reshared": counters.pages_reshared,
+            "pages_zeroed": counters.pages_zeroed,
+            "cow_breaks": counters.cow_breaks,
+            "pages_shared": n_shared,
+            "pages_sharing": rmap.n_by_state[<int>PAGE_SHARED] - n_shared,
+            "pages_unshared": rmap.n_by_state[<int>PAGE_UNSHARED],
+            "pages_volatile": rmap.n_by_state[<int>PAGE_VOLATILE],
+            "ksm_zero_pages": rmap.n_by_state[<int>PAGE_ZERO],
+            "store_pages": n_used,
+            "store_pages_frozen": n_frozen,
+            "metadata_bytes": n_bytes,
+            "page_compares": n_compares,
+            "regions": n_regions,
+            "maps_used": max(budget.used, <int64_t>0),
+            "maps_allowed": max(budget.allowed, <int64_t>0),
+            "with_pagemap": self.c.pm.fd >= 0,
             "guard_waits": guard_n_waits(),
             "skipped": {
-                "changed": numbers[20],
-                "refused": numbers[21],
-                "map_budget": numbers[22],
-                "store": numbers[23],
-                "max_shared_pages": numbers[24],
-                "partner": numbers[25],
-                "away": numbers[26],
+                "changed": counters.skips[<int>SKIP_CHANGED],
+                "refused": counters.skips[<int>SKIP_REFUSED],
+                "map_budget": counters.skips[<int>SKIP_MAP_BUDGET],
+                "store": counters.skips[<int>SKIP_STORE],
+                "max_shared_pages": counters.skips[<int>SKIP_MAX_SHARED],
+                "partner": counters.skips[<int>SKIP_PARTNER],
+                "away": counters.skips[<int>SKIP_AWAY],
+                "held": counters.skips[<int>SKIP_HELD],
             },
         }
 
@@ -435,9 +488,9 @@ cdef class Core:
         cdef int rc
         self._own()
         with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            self._lock()
             rc = core_check(&self.c)
-            PyThread_release_lock(self.lock)
+            self._unlock()
         if rc != 0:
             raise InternalError(f"invariant {rc} is broken (see core_check)")
 

@@ -19,6 +19,7 @@ cdef enum skip_reason:
     SKIP_MAX_SHARED          # max_shared_pages reached
     SKIP_PARTNER             # its partner could not be merged, so the merge was undone
     SKIP_AWAY                # swapped out, or being moved by the kernel
+    SKIP_HELD                # in a region that is held (see Region.hold)
     N_SKIPS
 
 

@@ -21,6 +21,7 @@ ctypedef struct region_t:
     size_t n_pages
     uint64_t id
     int flags                # enum region_flag bits
+    uint32_t n_holds         # while not 0, no window is opened in it
 
 
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.

@@ -37,7 +37,7 @@ from ksmcore._rmap cimport (
     rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
 )
 from ksmcore._runs cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_AWAY, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
     batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
 from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
@@ -341,6 +341,7 @@ cdef void _match_unstable(
     cdef rb_place place
     cdef uint32_t partner, slot
     cdef uint64_t partner_no
+    cdef const region_t* home
     partner = rb_find(&c.unstable, digest, page, &place)
     if partner == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
@@ -350,6 +351,11 @@ cdef void _match_unstable(
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
+    home = core_region_at(c, <uintptr_t>(partner_no * c.page_bytes))
+    if home.n_holds != 0:
+        c.counters.skips[<int>SKIP_HELD] += 1
+        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+        return
     slot = _new_block(c, &n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest, True)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
@@ -359,7 +365,7 @@ cdef void _match_unstable(
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
         &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
-        core_region_at(c, <uintptr_t>(partner_no * c.page_bytes)).flags, True
+        home.flags, True
     )
     batch_add(&c.b, INTENT_MERGE, page_no, item, slot + <uint32_t>(page_no % n_wanted), region.flags, True)
 

@@ -110,9 +110,7 @@ class Engine(Registrar):
             self._core.begin_pass()
             self._walk(pages, False, progress, "ksmcore scan")
             left = self._core.snapshot()["skipped"]["map_budget"] - started["skipped"]["map_budget"]
-            if left > 0:
-                self._core.spend_reserve()
-            self._core.end_pass()
+            self._core.end_pass(full=True, spend_reserve=left > 0)
             return self._report(started)
 
     def dedup(self, *buffers: object, progress: Progress = None) -> PassReport:
@@ -137,7 +135,7 @@ class Engine(Registrar):
                 left = after["skipped"]["map_budget"] - before["skipped"]["map_budget"]
                 if left == 0 or after["maps_used"] >= after["maps_allowed"]:
                     break
-                self._core.spend_reserve()
+                self._core.end_pass(full=False, spend_reserve=True)
             # The first round looked at every page; the last one tells what is left out.
             scanned = first["pages_scanned"] - started["pages_scanned"]
             return self._report(started, last_round=before, scanned=scanned)
@@ -317,5 +315,5 @@ def _close_engines() -> None:
     for engine in list(_engines):
         try:
             engine.close()
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
             log.warning("at exit: %r stays merged: %s", engine, error)

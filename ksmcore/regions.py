@@ -6,6 +6,7 @@ Called by users and by the engine, which makes it. It owns the buffer export (th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,10 @@ class Region:
             raise ValueError(f"{self!r} is closed")
         return admission.view[:]
 
+    def hold(self) -> AbstractContextManager[None]:
+        """Keep the scanner away from this region until the block is left; see `Engine.hold`."""
+        return self._engine.hold(self)
+
     def close(self) -> None:
         """Make the pages plain private memory again, with the same bytes, and let the buffer go.
 
@@ -91,6 +96,7 @@ class Region:
         Raises:
             MemoryError: not enough memory, or mappings, to give each page its own memory again. The
                 region is still registered and all its bytes are right.
+            RuntimeError: it is held (see `hold`).
         """
         self._engine._close_region(self)
 

@@ -14,6 +14,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from ksmcore import _sys, gate
@@ -173,6 +174,40 @@ class Registrar(ArrayMaker):
             self._regions.pop(region._id, None)
         region._admission = None
         admission.release()
+
+    def hold(self, buffer: Region | object) -> AbstractContextManager[None]:
+        """Keep the scanner away from registered memory, for system calls that write into it:
+
+            with engine.hold(buffer):
+                sock.recv_into(buffer)
+
+        Entering waits until the scanner is out of the buffer's regions (a span of pages at most);
+        nothing in them is merged until the block is left. Holds may be nested, and taken by several
+        threads. A region that is held cannot be unregistered. The buffer may be any part of a
+        registered one, and is kept in memory meanwhile.
+
+        Raises:
+            ValueError: nothing of the buffer is registered with this engine.
+            TypeError: not a writable, contiguous buffer.
+        """
+        self._check_open()
+        return self._holding(buffer._view() if isinstance(buffer, Region) else buffer)
+
+    @contextlib.contextmanager
+    def _holding(self, buffer: object) -> Iterator[None]:
+        def touched(first_byte: int, len_bytes: int) -> tuple[int, int]:
+            start = first_byte - first_byte % self.page_bytes
+            return start, -(-(first_byte + len_bytes - start) // self.page_bytes)
+
+        with gate.hold(buffer, page_bytes=self.page_bytes, known=touched) as (addr, n_pages):
+            held = self._core.hold(addr, n_pages * self.page_bytes)
+            if not held:
+                raise ValueError("nothing of this buffer is registered with this engine")
+            try:
+                yield
+            finally:
+                for region_id, start in held:
+                    self._core.let_go(region_id, start)
 
     @property
     def regions(self) -> tuple[Region, ...]:
