@@ -1,6 +1,6 @@
 """The engine's core as Python sees it: a lock, regions, and passes without the GIL.
 
-Called by: engine.py, arrays.py. Calls: _scan, _unmerge, _guard, _merge, _runs.
+Called by: engine.py, registration.py, _memory. Calls: _scan, _unmerge, _numbers, _guard, _merge, _budget.
 
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
 could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
@@ -18,23 +18,20 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memmove
 
-from ksmcore._budget cimport budget_refresh, map_budget
-from ksmcore._guard cimport guard_enter, guard_leave, guard_n_waits
+from ksmcore._budget cimport budget_refresh
+from ksmcore._guard cimport guard_enter, guard_leave
 from ksmcore._merge cimport restore_range
+from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
-from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_table
-from ksmcore._runs cimport (
-    SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED,
-    SKIP_STORE, scan_counters,
-)
+from ksmcore._runs cimport SKIP_HELD
 from ksmcore._scan cimport (
-    SPAN_PAGES, core_begin_pass, core_bytes, core_destroy, core_init, core_region_at, core_scan_span,
-    engine_core, region_t,
+    SPAN_PAGES, core_begin_pass, core_destroy, core_init, core_region_at, core_scan_span, engine_core,
+    region_t,
 )
 from ksmcore._sys cimport (
     CALL_MPROTECT, error_clear, error_raise, gate_generation, sys_error, sys_page_bytes, sys_pause,
 )
-from ksmcore._unmerge cimport core_check, core_forget, core_restore
+from ksmcore._unmerge cimport core_check, core_forget, core_restore, core_shared_in
 
 from ksmcore.errors import InternalError
 
@@ -238,6 +235,19 @@ cdef class Core:
                 region.n_holds -= 1
             self._unlock()
 
+    def shared_in(self, uint64_t region_id, uintptr_t addr):
+        """Pages of the region that map shared pages, which unmerging would give memory; 0 without it."""
+        cdef const region_t* region
+        cdef size_t n_shared = 0
+        self._own()
+        with nogil:
+            self._lock()
+            region = core_region_at(&self.c, addr)
+            if region != NULL and region.id == region_id:
+                n_shared = core_shared_in(&self.c, region)
+            self._unlock()
+        return n_shared
+
     cdef void _drop_locked(self, size_t index) noexcept nogil:
         self.c.n_regions -= 1
         memmove(
@@ -431,56 +441,13 @@ cdef class Core:
         They are copied first: making Python objects may collect garbage, and a finaliser that wants the
         lock would wait for ever.
         """
-        cdef scan_counters counters
-        cdef rmap_table rmap
-        cdef map_budget budget
-        cdef uint64_t n_shared, n_used, n_frozen, n_bytes, n_compares, n_regions
+        cdef core_numbers numbers
         self._own()
         with nogil:
             self._lock()
-            counters = self.c.counters
-            rmap = self.c.rmap
-            budget = self.c.b.budget
-            n_shared = self.c.store.n_shared
-            n_used = self.c.store.n_used
-            n_frozen = self.c.store.n_frozen
-            n_bytes = core_bytes(&self.c)
-            n_compares = self.c.stable.n_compares + self.c.unstable.n_compares
-            n_regions = self.c.n_regions
+            numbers_read(&self.c, &numbers)
             self._unlock()
-        return {
-            "full_scans": counters.full_scans,
-            "pages_scanned": counters.pages_scanned,
-            "pages_hashed": counters.pages_hashed,
-            "pages_merged": counters.pages_merged,
-            "pages_reshared": counters.pages_reshared,
-            "pages_zeroed": counters.pages_zeroed,
-            "cow_breaks": counters.cow_breaks,
-            "pages_shared": n_shared,
-            "pages_sharing": rmap.n_by_state[<int>PAGE_SHARED] - n_shared,
-            "pages_unshared": rmap.n_by_state[<int>PAGE_UNSHARED],
-            "pages_volatile": rmap.n_by_state[<int>PAGE_VOLATILE],
-            "ksm_zero_pages": rmap.n_by_state[<int>PAGE_ZERO],
-            "store_pages": n_used,
-            "store_pages_frozen": n_frozen,
-            "metadata_bytes": n_bytes,
-            "page_compares": n_compares,
-            "regions": n_regions,
-            "maps_used": max(budget.used, <int64_t>0),
-            "maps_allowed": max(budget.allowed, <int64_t>0),
-            "with_pagemap": self.c.pm.fd >= 0,
-            "guard_waits": guard_n_waits(),
-            "skipped": {
-                "changed": counters.skips[<int>SKIP_CHANGED],
-                "refused": counters.skips[<int>SKIP_REFUSED],
-                "map_budget": counters.skips[<int>SKIP_MAP_BUDGET],
-                "store": counters.skips[<int>SKIP_STORE],
-                "max_shared_pages": counters.skips[<int>SKIP_MAX_SHARED],
-                "partner": counters.skips[<int>SKIP_PARTNER],
-                "away": counters.skips[<int>SKIP_AWAY],
-                "held": counters.skips[<int>SKIP_HELD],
-            },
-        }
+        return numbers_as_dict(&numbers)
 
     def check(self):
         """Check every invariant of the trees, the table and the store; InternalError names the first

@@ -58,6 +58,19 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     return rc
 
 
+cdef size_t core_shared_in(engine_core* c, const region_t* region) noexcept nogil:
+    """Pages of a region that have no memory of their own because they share some."""
+    cdef uint64_t first_no = region.addr // c.page_bytes
+    cdef size_t page, n_shared = 0
+    cdef uint32_t item = 0, hint = 0
+    for page in range(region.n_pages):
+        item = rmap_find(&c.rmap, first_no + page, hint)
+        if item != 0:
+            hint = item
+            n_shared += c.rmap.tags[item].state == PAGE_SHARED
+    return n_shared
+
+
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
     cdef uint64_t first_no = region.addr // c.page_bytes

@@ -267,7 +267,7 @@ class Engine(Registrar):
             for region in list(self._regions.values()):
                 region.close()
             for region_id, addr, _ in self._core.regions():
-                self._core.remove(region_id, addr, True)
+                self._restore(region_id, addr)
             self._closed = True
         _engines.discard(self)
 

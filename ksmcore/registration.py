@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from ksmcore import _sys, gate
+from ksmcore import _sys, gate, headroom
 from ksmcore._core import Core
 from ksmcore._memory import PageMemory
 from ksmcore.arrays import ArrayMaker
@@ -161,16 +161,26 @@ class Registrar(ArrayMaker):
                 )
             region = self._regions.get(found[0])
             if region is None:
-                self._core.remove(found[0], addr, True)
+                self._restore(found[0], addr)
         if region is not None:
             region.close()
+
+    def _restore(self, region_id: int, addr: int) -> None:
+        """Take a region out of the core, as plain memory; MemoryError when there is not enough."""
+        needed = self._core.shared_in(region_id, addr) * self.page_bytes
+        if needed > 0 and needed > (there := headroom.available_bytes()):
+            raise MemoryError(
+                f"to unmerge this memory takes {needed:,} bytes, and {there:,} are to be had (of "
+                "the machine, or under the control group's limit); it stays merged"
+            )
+        self._core.remove(region_id, addr, True)
 
     def _close_region(self, region: Region) -> None:
         admission = region._admission
         if admission is None:
             return
         if not region.closed:
-            self._core.remove(region._id, region._addr, True)
+            self._restore(region._id, region._addr)
             self._regions.pop(region._id, None)
         region._admission = None
         admission.release()
