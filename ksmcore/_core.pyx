@@ -55,7 +55,6 @@ cdef class Core:
     cdef uint32_t generation
     cdef uint32_t n_buckets
     cdef bint with_pagemap
-    cdef uint64_t next_id
 
     def __cinit__(self, *, str order, str checksum, bint with_pagemap, uint32_t n_buckets):
         self.n_buckets = n_buckets
@@ -64,7 +63,6 @@ cdef class Core:
         self.c.checksum = checksum_by_name(checksum)
         self.c.use_zero_pages = True
         self.c.max_shared_pages = -1
-        self.next_id = 1
         self._begin()
 
     def __dealloc__(self):
@@ -118,8 +116,8 @@ cdef class Core:
 
     # ---- regions ----------------------------------------------------------------------------
 
-    def add(self, uintptr_t addr, size_t n_pages, int flags):
-        """Register `n_pages` pages from `addr` on; returns the region's id.
+    def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags):
+        """Register `n_pages` pages from `addr` on, under an id that no other region of the process has.
 
         ValueError when they overlap a region; MemoryError. The caller keeps the memory mapped until
         `remove` has returned.
@@ -129,8 +127,6 @@ cdef class Core:
         cdef size_t index, len_bytes = n_pages * sys_page_bytes()
         cdef bint overlaps, grown = True
         self._own()
-        cdef uint64_t region_id = self.next_id
-        self.next_id += 1
         with nogil:
             self._lock()
             after = core_region_at(&self.c, addr)
@@ -161,7 +157,6 @@ cdef class Core:
             raise ValueError(f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered")
         if not grown:
             raise MemoryError("no memory for a region")
-        return region_id
 
     def remove(self, uint64_t region_id, uintptr_t addr, bint restore):
         """Forget the region with this id at `addr`; with `restore`, make it plain private memory first.
@@ -464,4 +459,4 @@ cdef class Core:
     @property
     def store_fd(self):
         """Descriptor of the memory file, -1 before the first shared page; for tests."""
-        return self.c.store.fd
+        return self.c.store.file.fd

@@ -5,7 +5,9 @@ from ksmcore._core import Core
 
 @final
 class PageMemory:
-    def __new__(cls, core: Core, len_bytes: int, owner: object = None) -> PageMemory: ...
+    def __new__(
+        cls, core: Core, region_id: int, len_bytes: int, owner: object = None
+    ) -> PageMemory: ...
     @property
     def addr(self) -> int: ...
     @property

@@ -26,7 +26,7 @@ cdef class PageMemory:
     cdef size_t mapped_bytes     # whole pages
     cdef object region_id
 
-    def __cinit__(self, object core, size_t len_bytes, object owner=None):
+    def __cinit__(self, object core, object region_id, size_t len_bytes, object owner=None):
         cdef sys_error err
         cdef size_t page = sys_page_bytes()
         cdef void* memory
@@ -41,16 +41,21 @@ cdef class PageMemory:
             error_raise(&err, "array")
         self.addr = <uintptr_t>memory
         # Even the last page belongs to this memory alone, so all of it is registered.
-        self.region_id = core.add(self.addr, self.mapped_bytes // page, 0)
+        core.add(region_id, self.addr, self.mapped_bytes // page, 0)
+        self.region_id = region_id
         self.core = core
         self.owner = owner
 
     def __dealloc__(self):
         cdef sys_error ignored
         error_clear(&ignored)
-        if self.core is not None:
-            # False when it was unregistered before, or belongs to a forked child's parent.
-            self.core.remove(self.region_id, self.addr, False)
+        try:
+            if self.core is not None:
+                # False when it was unregistered before, or belongs to a forked child's parent.
+                self.core.remove(self.region_id, self.addr, False)
+        except MemoryError:
+            # In a forked child that cannot make an engine of its own: nothing is registered there.
+            pass
         if self.addr != 0:
             # Unchecked: a whole mapping of our own.
             with nogil:

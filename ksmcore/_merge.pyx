@@ -23,7 +23,7 @@ from libc.string cimport memcpy
 
 from ksmcore._guard cimport guard_close, guard_open
 from ksmcore._pages cimport page_compare, page_is_zero
-from ksmcore._store cimport store_page, store_t
+from ksmcore._store cimport store_is_there, store_page, store_t
 from ksmcore._sys cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
     ADVISE_POPULATE_WRITE, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
@@ -69,7 +69,7 @@ cdef int _remap(
             rc = sys_map_anon_at(addr, len_bytes, &ignored)
         else:
             rc = sys_map_store_at(
-                addr, len_bytes, store.fd, <long long>(<size_t>slot * page_bytes), &ignored
+                addr, len_bytes, store.file.fd, <long long>(<size_t>slot * page_bytes), &ignored
             )
         # Kernels before 6.12 unmap the range before the last thing that can fail. The window is still
         # open and the bytes are known to be those of the new mapping, so it is simply asked for again.
@@ -152,6 +152,11 @@ cdef int merge_run(
     uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
     """Map slots [slot, slot + n_pages) of the store over the pages from `addr` on, where equal."""
+    cdef uint32_t i
+    if not store_is_there(store):
+        for i in range(n_pages):
+            outcomes[i] = REFUSED
+        return 0
     return _windows(store, MAP_STORE, store.page_bytes, addr, slot, n_pages, flags, outcomes, err)
 
 

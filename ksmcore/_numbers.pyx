@@ -28,7 +28,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.n_compares = c.stable.n_compares + c.unstable.n_compares
     numbers.n_regions = c.n_regions
     numbers.metadata_bytes = core_bytes(c)
-    numbers.with_pagemap = c.pm.fd >= 0
+    numbers.with_pagemap = c.pm.file.fd >= 0
 
 
 cdef dict numbers_as_dict(const core_numbers* numbers):

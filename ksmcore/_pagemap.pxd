@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uintptr_t
 
-from ksmcore._sys cimport sys_error
+from ksmcore._sys cimport sys_error, sys_file
 
 
 # Bits of one page's answer.
@@ -15,7 +15,7 @@ cdef enum page_flag:
 
 
 ctypedef struct pagemap:
-    int fd                   # of /proc/self/pagemap; -1: residency only
+    sys_file file            # /proc/self/pagemap; none: residency only
     size_t page_bytes
 
 

@@ -10,7 +10,10 @@ learn whether a shared page was written.
 
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
-from ksmcore._sys cimport error_clear, error_raise, sys_close, sys_error, sys_mincore, sys_open_read, sys_read_at
+from ksmcore._sys cimport (
+    error_clear, error_raise, sys_drop, sys_error, sys_is_kept, sys_keep, sys_mincore, sys_open_read,
+    sys_read_at,
+)
 
 cdef enum:
     ENTRIES = 512            # read at once; 4 KiB on the stack
@@ -25,12 +28,11 @@ cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept no
     cdef sys_error ignored
     error_clear(&ignored)
     pm.page_bytes = page_bytes
-    pm.fd = sys_open_read(b"/proc/self/pagemap", &ignored) if allowed else -1
+    sys_keep(&pm.file, sys_open_read(b"/proc/self/pagemap", &ignored) if allowed else -1)
 
 
 cdef void pagemap_close(pagemap* pm) noexcept nogil:
-    sys_close(pm.fd)
-    pm.fd = -1
+    sys_drop(&pm.file)
 
 
 cdef int pagemap_query(
@@ -41,7 +43,9 @@ cdef int pagemap_query(
     cdef uint64_t entry
     cdef size_t done = 0, n, i
     cdef uint8_t flag
-    if pm.fd < 0:
+    if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
+        pagemap_open(pm, pm.page_bytes, True)
+    if pm.file.fd < 0:
         if sys_mincore(addr, n_pages * pm.page_bytes, flags, err) != 0:
             return -1
         for i in range(n_pages):
@@ -50,7 +54,7 @@ cdef int pagemap_query(
     while done < n_pages:
         n = min(n_pages - done, <size_t>ENTRIES)
         if sys_read_at(
-            pm.fd, entries, n * sizeof(uint64_t),
+            pm.file.fd, entries, n * sizeof(uint64_t),
             <long long>((addr // pm.page_bytes + done) * sizeof(uint64_t)), err
         ) != 0:
             return -1

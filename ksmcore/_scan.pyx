@@ -41,7 +41,7 @@ from ksmcore._runs cimport (
     batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
 from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
-from ksmcore._sys cimport error_clear, sys_close, sys_error, sys_page_bytes, sys_pause
+from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes, sys_pause
 from ksmcore._trees cimport rb_clear, rb_erase, rb_find, rb_init, rb_insert, rb_insert_before, rb_place
 
 cdef enum:
@@ -79,7 +79,7 @@ cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_er
     c.stretch_start = c.stretch_end = c.stretch_pages = 0
     c.regions = NULL
     c.n_regions = c.regions_capacity = 0
-    c.pm.fd = -1
+    c.pm.file.fd = -1
     store_init(&c.store, c.page_bytes)
     rb_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b)
     rb_init(&c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c)
@@ -113,12 +113,11 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file.
 
     `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
-    been in the middle of changing it. So nothing but the descriptors is given back; the rest is leaked
-    on purpose, and costs memory only where the parent changes its own.
+    been in the middle of changing it. So all of it is leaked on purpose; it costs memory only where the
+    parent changes its own. The descriptors too: the child may have closed them all, and their numbers
+    may be somebody else's by now.
     """
     if in_child:
-        pagemap_close(&c.pm)
-        sys_close(c.store.fd)
         return
     batch_destroy(&c.b)
     rmap_destroy(&c.rmap)
@@ -289,21 +288,21 @@ cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogi
 # ---- stage 3: matching ----------------------------------------------------------------------
 
 cdef uint32_t _new_block(
-    engine_core* c, uint32_t* n_copies, const uint8_t* source, uint32_t digest, bint counted
+    engine_core* c, uint32_t* n_copies, uint32_t least, const uint8_t* source, uint32_t digest
 ) noexcept nogil:
-    """A pending block of *n_copies slots, or of what the limit leaves; or 0, with the reason counted
-    unless the page has another shared page to join."""
+    """A pending block of *n_copies slots, or of what the limit leaves if that is `least`; or 0, with the
+    reason counted if a single slot would have done (else the page has another shared page to join)."""
     cdef uint32_t slot
     cdef int64_t room
     if c.max_shared_pages >= 0:
         room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
-        if room <= 0:
-            c.counters.skips[<int>SKIP_MAX_SHARED] += counted
+        if room < <int64_t>least:
+            c.counters.skips[<int>SKIP_MAX_SHARED] += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
     slot = batch_new_block(&c.b, n_copies[0], source, digest)
     if slot == 0:
-        c.counters.skips[<int>SKIP_STORE] += counted
+        c.counters.skips[<int>SKIP_STORE] += least == 1
     return slot
 
 
@@ -322,7 +321,7 @@ cdef uint32_t _match_stable(
         return 0
     store_block(&c.store, first, &n_copies)
     if n_wanted >= 2 * n_copies and c.stretch_end - page_no > n_wanted:
-        larger = _new_block(c, &n_wanted, page, digest, False)
+        larger = _new_block(c, &n_wanted, 2 * n_copies, page, digest)
         if larger != 0:
             rb_insert_before(&c.stable, larger, first)
             first = larger
@@ -356,7 +355,7 @@ cdef void _match_unstable(
         c.counters.skips[<int>SKIP_HELD] += 1
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
-    slot = _new_block(c, &n_wanted, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest, True)
+    slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return

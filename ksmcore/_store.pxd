@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._sys cimport sys_error
+from ksmcore._sys cimport sys_error, sys_file
 from ksmcore._trees cimport rb_node
 
 
@@ -30,12 +30,12 @@ cdef extern from *:
 cdef enum:
     MAX_SHARERS = 0x0fff0000   # what n_sharers can hold, less what one batch can add
     EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
-    MAX_RELEASES = 1024        # slots waiting to be punched together
+    MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
 
 
 # A slot is a page of the file: slot * page_bytes is its offset. Slot 0 is never used.
 ctypedef struct store_t:
-    int fd                     # -1 until the first shared page
+    sys_file file              # none until the first shared page
     size_t page_bytes
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
@@ -54,6 +54,7 @@ ctypedef struct store_t:
     uint32_t releases[<int>MAX_RELEASES]
 
 
+cdef bint store_is_there(const store_t* store) noexcept nogil
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil
 cdef void store_destroy(store_t* store) noexcept nogil
 cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil

@@ -25,8 +25,8 @@ from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
 from ksmcore._sys cimport (
-    ADVISE_DONTFORK, error_clear, gate_lock, gate_n_forks, gate_unlock, sys_advise, sys_close,
-    sys_error, sys_grow, sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap,
+    ADVISE_DONTFORK, error_clear, gate_lock, gate_n_forks, gate_unlock, sys_advise, sys_drop,
+    sys_error, sys_grow, sys_is_kept, sys_keep, sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap,
     sys_write_at,
 )
 from ksmcore._trees cimport rb_node
@@ -40,11 +40,17 @@ cdef enum:
 
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     memset(store, 0, sizeof(store_t))
-    store.fd = -1
+    store.file.fd = -1
     store.page_bytes = page_bytes
     store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
     store.top = store.cursor = 1
     store.seen_forks = gate_n_forks()
+
+
+cdef bint store_is_there(const store_t* store) noexcept nogil:
+    """False when the program closed the descriptor under us. What is shared stays shared, and right; but
+    nothing can be added or given back, and above all nothing is written to somebody else's file."""
+    return sys_is_kept(&store.file)
 
 
 cdef void store_destroy(store_t* store) noexcept nogil:
@@ -60,7 +66,7 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     if store.uses != NULL:
         sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
     free(store.views)
-    sys_close(store.fd)
+    sys_drop(&store.file)
     store_init(store, store.page_bytes)
 
 
@@ -76,17 +82,17 @@ cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
     cdef void* grown
     if new > MAX_SLOTS:
         return -1
-    if store.fd < 0:
-        store.fd = sys_memfd(b"ksmcore-store", err)
-        if store.fd < 0:
-            return -1
-    if sys_truncate(store.fd, <long long>(new * store.page_bytes), err) != 0:
+    if store.file.fd < 0:
+        sys_keep(&store.file, sys_memfd(b"ksmcore-store", err))
+    if not store_is_there(store):
+        return -1
+    if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
         return -1
     grown = realloc(store.views, (store.n_extents + 1) * sizeof(uint8_t*))
     if grown == NULL:
         return -1
     store.views = <uint8_t**>grown
-    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.fd, <long long>(old * store.page_bytes), err)
+    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
     if view == NULL:
         return -1
     # A child has no use for the view. When the advice is refused the child merely has it as well.
@@ -176,8 +182,10 @@ cdef int store_write(
 ) noexcept nogil:
     """Give slots that nobody maps their bytes. Not mapped: fresh or released before the last fork
     check, so no other process can see them change either."""
+    if not store_is_there(store):
+        return -1
     return sys_write_at(
-        store.fd, source, <size_t>n_pages * store.page_bytes,
+        store.file.fd, source, <size_t>n_pages * store.page_bytes,
         <long long>(<size_t>slot * store.page_bytes), err
     )
 
@@ -218,12 +226,13 @@ cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noe
 
 
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
-    """Give back the whole block that begins at `slot`. Carried out by store_trim."""
+    """Give back the whole block that begins at `slot`. Carried out by store_trim, for all of it at once:
+    were its first slot free before the others, a new block there would be taken to go on over them."""
     cdef uint32_t n_copies, i
     store_block(store, slot, &n_copies)
+    if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
+        store_trim(store)
     for i in range(n_copies):
-        if store.n_releases == MAX_RELEASES:
-            store_trim(store)
         store.uses[slot + i].pending = 0
         store.uses[slot + i].n_sharers = 0
         store.releases[store.n_releases] = slot + i
@@ -273,9 +282,11 @@ cdef void store_trim(store_t* store) noexcept nogil:
         n = 1
         while i + n < store.n_releases and store.releases[i + n] == slot + n and not store.uses[slot + n].frozen:
             n += 1
-        sys_punch(
-            store.fd, <long long>(<size_t>slot * store.page_bytes), <size_t>n * store.page_bytes, &ignored
-        )
+        if store_is_there(store):
+            sys_punch(
+                store.file.fd, <long long>(<size_t>slot * store.page_bytes), <size_t>n * store.page_bytes,
+                &ignored
+            )
         for k in range(n):
             memset(&store.uses[slot + k], 0, sizeof(store_use))
         store.n_used -= n

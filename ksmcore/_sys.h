@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -75,6 +76,16 @@ static void ksm_gate_child(void) {
 static int ksm_gate_install(void) {
     return pthread_atfork(ksm_gate_prepare, ksm_gate_parent, ksm_gate_child);
 }
+/* Which file a descriptor stands for; 0 and 0 for none. */
+static void ksm_identify(int fd, uint64_t *dev, uint64_t *ino) {
+    struct stat st;
+    *dev = *ino = 0;
+    if (fd >= 0 && fstat(fd, &st) == 0) {
+        *dev = (uint64_t)st.st_dev;
+        *ino = (uint64_t)st.st_ino;
+    }
+}
+
 static void ksm_pause(void) {
     struct timespec t = {0, 1000000L};
     nanosleep(&t, 0);

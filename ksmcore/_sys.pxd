@@ -31,6 +31,14 @@ ctypedef struct sys_error:
     size_t len_bytes       # length of that range
 
 
+# A descriptor that is kept, and the file that it stood for when it was opened. A program may close all
+# descriptors, ours included, and get their numbers for files of its own: so it is asked before each use.
+ctypedef struct sys_file:
+    int fd                 # -1: none
+    uint64_t dev
+    uint64_t ino
+
+
 cdef enum advice:
     ADVISE_DONTNEED
     ADVISE_DONTFORK
@@ -63,6 +71,9 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil
 cdef void sys_close(int fd) noexcept nogil
+cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember what an open descriptor is
+cdef bint sys_is_kept(const sys_file* file) noexcept nogil        # is it still that?
+cdef void sys_drop(sys_file* file) noexcept nogil                 # close it if so
 cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil
 cdef int sys_count_maps(
     const char* needle, uint32_t* n_maps, uint32_t* n_named, sys_error* err

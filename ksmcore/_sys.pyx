@@ -20,6 +20,7 @@ cdef extern from "_sys.h":
     int ksm_move(void* source, void* target, size_t len) nogil
     int ksm_gate_install()
     void ksm_pause() nogil
+    void ksm_identify(int fd, uint64_t* dev, uint64_t* ino) nogil
     void ksm_gate_lock() nogil
     void ksm_gate_unlock() nogil
     uint32_t ksm_gate_generation() nogil
@@ -345,6 +346,23 @@ cdef void sys_close(int fd) noexcept nogil:
     # is gone whatever it returns.
     if fd >= 0:
         close(fd)
+
+
+cdef void sys_keep(sys_file* file, int fd) noexcept nogil:
+    file.fd = fd
+    ksm_identify(fd, &file.dev, &file.ino)
+
+
+cdef bint sys_is_kept(const sys_file* file) noexcept nogil:
+    cdef uint64_t dev, ino
+    ksm_identify(file.fd, &dev, &ino)
+    return file.fd >= 0 and ino != 0 and dev == file.dev and ino == file.ino
+
+
+cdef void sys_drop(sys_file* file) noexcept nogil:
+    if sys_is_kept(file):
+        sys_close(file.fd)
+    file.fd = -1
 
 
 cdef int sys_count_maps(

@@ -315,5 +315,5 @@ def _close_engines() -> None:
     for engine in list(_engines):
         try:
             engine.close()
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             log.warning("at exit: %r stays merged: %s", engine, error)

@@ -11,6 +11,7 @@ that held it does not exist there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import weakref
@@ -30,6 +31,7 @@ _Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address
 
 _registrars: weakref.WeakSet[Registrar] = weakref.WeakSet()
 _registering = threading.RLock()
+_region_ids = itertools.count(1)
 
 
 def _renew_lock() -> None:
@@ -50,6 +52,8 @@ class Registrar(ArrayMaker):
         self._generation = _sys.generation()
         self._regions: dict[int, Region] = {}
         self._memories: _Memories = weakref.WeakValueDictionary()
+        # Buffers that stay held because they could not be taken out of the core again.
+        self._stranded: list[gate.Admission] = []
         self._closed = False
         _registrars.add(self)
 
@@ -86,17 +90,19 @@ class Registrar(ArrayMaker):
             | admission.hugepage << 2
             | admission.nohugepage << 3
         )
-        region_id = 0
+        region_id = next(_region_ids)
         try:
             if admission.must_privatize:
                 self._core.privatize(admission.addr, admission.n_pages, flags)
-            region_id = self._core.add(admission.addr, admission.n_pages, flags)
+            self._core.add(region_id, admission.addr, admission.n_pages, flags)
             region = Region(self, region_id, admission)
             self._regions[region_id] = region
         except BaseException:
-            # Nothing was merged yet: the region is taken out before the buffer may go.
-            self._core.remove(region_id, admission.addr, False)
+            # Once it is in the core another thread's pass may have merged it already.
+            self._stranded.append(admission)
+            self._core.remove(region_id, admission.addr, True)
             self._regions.pop(region_id, None)
+            self._stranded.remove(admission)
             admission.release()
             raise
         return region
@@ -292,7 +298,7 @@ class Registrar(ArrayMaker):
 
     def _allocate(self, n_bytes: int) -> PageMemory:
         self._check_open()
-        memory = PageMemory(self._core, n_bytes, self)
+        memory = PageMemory(self._core, next(_region_ids), n_bytes, self)
         self._memories[memory.addr] = memory
         return memory
 

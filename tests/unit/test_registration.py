@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 import weakref
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
+from ksmcore import registration, vmas
 from ksmcore.stats import STORE_PATH
 
 PAGE = mmap.PAGESIZE
@@ -931,3 +932,24 @@ def test_a_part_of_another_buffer_comes_with_it(engine):
     engine.dedup(buffer[8 * PAGE : 16 * PAGE], buffer, buffer)
     assert engine.stats().regions == 1
     engine.unregister(buffer)
+
+
+def test_an_interrupted_registration_restores_what_another_thread_merged(
+    engine, rng, monkeypatch, private_buffer
+):
+    buffer = private_buffer(64)
+    source = rng.integers(1, 256, 32 * PAGE, dtype=np.uint8).tobytes()
+    buffer[:] = source + source
+
+    def interrupted(*args: object) -> None:
+        scanner = threading.Thread(target=engine.dedup)
+        scanner.start()
+        scanner.join()
+        assert engine.stats().pages_sharing == 32
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registration, "Region", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.register(buffer)
+    assert engine.stats().regions == 0
+    assert buffer[:] == source + source

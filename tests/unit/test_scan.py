@@ -3,6 +3,8 @@
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -302,3 +304,71 @@ def test_a_pass_within_a_pass_is_refused(engine, rng):
         with pytest.raises(RuntimeError, match="in the middle of a pass"):
             engine.scan(progress=lambda done, total, call=call: call())
     assert a.size == 8 * PAGE
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+def test_blocks_of_copies_are_released_whole(rng, order):
+    """More slots lose their last sharer in one span than are punched together, and the content of a
+    block among them comes back in the same span."""
+    n = 342  # blocks of three copies: 1026 slots
+    contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
+    with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=20_000) as engine:
+        stretches = engine.empty(((n + 6) // 7 * 1024, PAGE), np.uint8)
+        for i in range(n):
+            span, place = divmod(i, 7)
+            start = span * 1024 + place * 146
+            stretches[start : start + 146] = contents[i]
+        engine.dedup()
+        assert engine.stats().store_pages == 3 * n
+        joined = engine.empty((1024, PAGE), np.uint8)
+        joined[: n - 1] = contents[1:]
+        joined[n - 1] = contents[0]
+        joined[n:] = rng.integers(1, 256, (1024 - n, PAGE), dtype=np.uint8)
+        engine.dedup(joined)
+        del stretches
+        expected = joined.copy()
+        expected[:n] = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
+        expected[n : n + 20 : 2] = contents[0]
+        joined[:] = expected
+        engine.dedup(joined)
+        engine._core.check()
+        assert np.array_equal(joined, expected)
+
+
+def test_a_descriptor_that_was_closed_under_us_is_not_used(rng, tmp_path):
+    """The program closes all descriptors, as daemons do; their numbers become its own files."""
+    code = f"""
+import os, sys
+import numpy as np, ksmcore
+rng = np.random.default_rng(1)
+source = rng.integers(1, 256, 64 * {PAGE}, dtype=np.uint8)
+engine = ksmcore.Engine()
+a, b = engine.array(source), engine.array(source)
+engine.dedup()
+os.closerange(3, 64)
+names = [os.path.join({str(tmp_path)!r}, str(i)) for i in range(20)]
+for name in names:
+    with open(name, "wb") as file:
+        file.write(b"mine" * 100_000)
+mine = [os.open(name, os.O_RDWR) for name in names]
+c, d = engine.array(source[::-1]), engine.array(source[::-1])
+a[0] ^= 0xFF
+b[0] ^= 0x0F
+report = engine.dedup()
+engine.scan()
+print(report.skipped["store"] + report.skipped["refused"])
+assert np.array_equal(a[1:], source[1:]) and np.array_equal(b[1:], source[1:])
+assert np.array_equal(c, source[::-1]) and np.array_equal(d, source[::-1])
+engine._core.check()
+engine.close()
+assert np.array_equal(a[1:], source[1:])
+for fd, name in zip(mine, names):
+    assert os.fstat(fd).st_size == 400_000
+    with open(name, "rb") as file:
+        assert file.read() == b"mine" * 100_000
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    assert int(done.stdout) > 0
