@@ -6,8 +6,8 @@ All present pages are given their checksum, sorted by it, and within equal check
 byte. Pages that change meanwhile make the answer inexact, nothing worse.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc, qsort, realloc
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, qsort, realloc
 
 from ksmcore._pagemap cimport (
     PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open,

@@ -32,7 +32,6 @@ ctypedef struct scan_counters:
     uint64_t pages_reshared      # of those: by dropping a private copy that had become equal again
     uint64_t pages_zeroed        # zero pages given back
     uint64_t cow_breaks          # shared pages found copied by a write
-    uint64_t windows_refused
     uint64_t skips[<int>N_SKIPS]
 
 

@@ -13,15 +13,14 @@ Memory: a batch writes at most capacity / 2 pages to the store before it gives t
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort
-from libc.string cimport memset
 
 from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._merge cimport CHANGED, DONE, merge_run, reshare_run, restore_range, zero_run
 from ksmcore._rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_table,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state,
 )
 from ksmcore._store cimport (
-    MAX_SHARERS, store_alloc, store_block, store_page, store_release, store_share, store_t, store_trim,
+    store_alloc, store_block, store_page, store_release, store_share, store_trim,
     store_unshare, store_write,
 )
 from ksmcore._sys cimport error_clear, sys_error
@@ -402,10 +401,8 @@ cdef int _carry_out(batch* b) noexcept nogil:
             rc = reshare_run(b.store, addr, first.slot, n, b.outcomes, &err)
         else:
             rc = zero_run(b.page_bytes, addr, n, first.over_store, first.flags, b.outcomes, &err)
-        if err.code != 0:
-            b.counters.windows_refused += 1
-            if b.err.code == 0:
-                b.err = err
+        if err.code != 0 and b.err.code == 0:
+            b.err = err
         for i in range(n):
             if b.outcomes[i] == DONE:
                 _account(b, &b.intents[start + i])

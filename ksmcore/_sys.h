@@ -20,9 +20,6 @@
 #include <unistd.h>
 
 /* Newer than some C libraries; the values are part of the kernel's interface. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif

@@ -31,7 +31,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE
     int MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED
     int MADV_DONTNEED, MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_NOHUGEPAGE
-    int MADV_POPULATE_READ, MADV_POPULATE_WRITE
+    int MADV_POPULATE_WRITE
     int munmap(void* addr, size_t len)
     int mprotect(void* addr, size_t len, int prot)
     int madvise(void* addr, size_t len, int advice)
@@ -249,8 +249,6 @@ cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* er
         value = MADV_HUGEPAGE
     elif what == ADVISE_NOHUGEPAGE:
         value = MADV_NOHUGEPAGE
-    elif what == ADVISE_POPULATE_READ:
-        value = MADV_POPULATE_READ
     elif what == ADVISE_POPULATE_WRITE:
         value = MADV_POPULATE_WRITE
     if _check_injected(CALL_MADVISE, addr, len_bytes, err):
