@@ -18,10 +18,10 @@ import functools  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from ksmcore._sys import features  # noqa: E402
 from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
+from ksmcore.features import features  # noqa: E402
 from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import Region  # noqa: E402

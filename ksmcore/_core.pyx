@@ -19,8 +19,9 @@ from libc.stdlib cimport realloc
 from libc.string cimport memmove
 
 from ksmcore._budget cimport budget_refresh
-from ksmcore._guard cimport guard_enter, guard_leave
-from ksmcore._merge cimport restore_range
+from ksmcore._forks cimport gate_generation
+from ksmcore._guard cimport guard_by_name, guard_enter, guard_leave
+from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._runs cimport SKIP_HELD
@@ -28,10 +29,9 @@ from ksmcore._scan cimport (
     SPAN_PAGES, core_begin_pass, core_destroy, core_init, core_region_at, core_scan_span, engine_core,
     region_t,
 )
-from ksmcore._sys cimport (
-    CALL_MPROTECT, error_clear, error_raise, gate_generation, sys_error, sys_page_bytes, sys_pause,
-)
+from ksmcore._sys cimport CALL_MINCORE, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._unmerge cimport core_check, core_forget, core_restore, core_shared_in
+from ksmcore._window cimport guard_kind
 
 from ksmcore.errors import InternalError
 
@@ -53,10 +53,12 @@ cdef class Core:
     cdef PyThread_type_lock lock
     cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
     cdef uint32_t generation
+    cdef guard_kind guard
     cdef uint32_t n_buckets
     cdef bint with_pagemap
 
-    def __cinit__(self, *, str order, str checksum, bint with_pagemap, uint32_t n_buckets):
+    def __cinit__(self, *, str order, str checksum, str guard, bint with_pagemap, uint32_t n_buckets):
+        self.guard = guard_by_name(guard)
         self.n_buckets = n_buckets
         self.with_pagemap = with_pagemap
         self.c.by_content = order == "content"
@@ -73,7 +75,7 @@ cdef class Core:
     cdef int _begin(self) except -1:
         cdef sys_error err
         error_clear(&err)
-        if core_init(&self.c, self.n_buckets, self.with_pagemap, &err) != 0:
+        if core_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, &err) != 0:
             if err.code == 0:
                 raise MemoryError("no memory for an engine")
             error_raise(&err, "engine")
@@ -172,7 +174,7 @@ cdef class Core:
         self._own()
         with nogil:
             if restore:
-                rc = guard_enter(&err)
+                rc = guard_enter(self.guard, &err)
                 entered = rc == 0
             self._lock()
             region = core_region_at(&self.c, addr)
@@ -186,7 +188,7 @@ cdef class Core:
                     self._drop_locked(region - self.c.regions)
             self._unlock()
             if entered:
-                guard_leave()
+                guard_leave(self.guard)
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
         if rc != 0:
@@ -309,33 +311,40 @@ cdef class Core:
         bytes are right.
         """
         cdef sys_error err
+        cdef run_t run
         cdef size_t n_restored
         cdef int rc
         error_clear(&err)
         self._own()
+        run.guard = self.guard
+        run.addr = addr
+        run.n_pages = n_pages
+        run.page_bytes = sys_page_bytes()
+        run.over_store = True
+        run.flags = flags
         with nogil:
-            rc = guard_enter(&err)
+            rc = guard_enter(self.guard, &err)
             if rc == 0:
-                rc = restore_range(sys_page_bytes(), addr, n_pages, flags, &n_restored, &err)
-                guard_leave()
+                rc = restore_range(&run, &n_restored, &err)
+                guard_leave(self.guard)
         if rc != 0:
             error_raise(&err, "privatize")
 
     # ---- passes -----------------------------------------------------------------------------
 
     def enter_guard(self):
-        """Get ready to open windows; pair with leave_guard. OSError when the handler cannot be installed."""
+        """Get ready to open windows; pair with leave_guard. OSError when it cannot be had."""
         cdef sys_error err
         cdef int rc
         error_clear(&err)
         with nogil:
-            rc = guard_enter(&err)
+            rc = guard_enter(self.guard, &err)
         if rc != 0:
             error_raise(&err, "guard")
 
     def leave_guard(self):
         with nogil:
-            guard_leave()
+            guard_leave(self.guard)
 
     def begin_pass(self):
         """Throw the unstable tree away."""
@@ -382,7 +391,7 @@ cdef class Core:
         error_clear(&err)
         self._own()
         with nogil:
-            rc = guard_enter(&err)
+            rc = guard_enter(self.guard, &err)
             entered = rc == 0
             while rc == 0 and done < max_pages and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
@@ -410,9 +419,9 @@ cdef class Core:
                 PyThread_release_lock(self.lock)
                 self._let_others()
             if entered:
-                guard_leave()
+                guard_leave(self.guard)
         if rc != 0:
-            if err.call == <int>CALL_MPROTECT:
+            if entered and err.call != <int>CALL_PREAD and err.call != <int>CALL_MINCORE:
                 raise InternalError(
                     f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
                 )

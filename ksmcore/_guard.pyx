@@ -1,290 +1,113 @@
 """The guard: what keeps writers out of a window, a range of pages being compared and remapped.
 
-Called by: _merge (windows), _scan (enter and leave). Calls: _sys.
+Called by: _merge (windows), _core (enter and leave). Calls: _guard_signal, _guard_uffd, _forks.
 
-The mprotect guard takes the write permission away and installs a SIGSEGV handler (_segv.h) that makes
-a thread writing into the window wait until it is closed, then lets it try again. What it guarantees:
-the store of a user thread is never lost and never fails, provided that the thread has SIGSEGV unblocked
-(the kernel ends a process that faults with it blocked). What it does not: a system call that writes into
-the window fails with EFAULT, because the kernel asks for the permission without raising a signal.
-
-One window exists per process. Its lock is the fork gate, so a fork never happens inside a window, and
-the handler needs to look at one range only. Lock order: engine lock, then install lock; engine lock,
-then gate; install lock, then gate.
+Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
+process. Its lock is the fork gate, so a fork never happens inside a window.
 """
 
-from libc.stdint cimport uint32_t, uintptr_t
-from libc.signal cimport SIGSEGV
-from posix.signal cimport sigaction_t
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memset
 
-from ksmcore._sys cimport (
-    error_clear, gate_lock, gate_unlock, sys_error, sys_pause, sys_protect, sys_sigaction,
+from ksmcore._forks cimport gate_lock, gate_unlock
+from ksmcore._guard_signal cimport (
+    signal_enter, signal_is_installed, signal_leave, signal_n_waits, signal_protect, signal_ready,
+    signal_release,
 )
+from ksmcore._guard_uffd cimport (
+    uffd_drop, uffd_enter, uffd_leave, uffd_n_waits, uffd_probe, uffd_release, uffd_shut,
+)
+from ksmcore._sys cimport ADVISE_DONTNEED, error_clear, sys_advise, sys_error
+from ksmcore._window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
 
-cdef extern from "_segv.h":
-    ctypedef struct segv_state:
-        uint32_t n_waits
-        uint32_t n_windows
-        uint32_t installed
-        uintptr_t stuck_lo
-        uintptr_t stuck_hi
-        sigaction_t previous
-    segv_state segv
-    void segv_open(uintptr_t lo, uintptr_t hi) nogil
-    void segv_close() nogil
-    bint segv_is_installed(const sigaction_t* now) nogil
-    void segv_fill(sigaction_t* act) nogil
-    void segv_remember(const sigaction_t* now) nogil
-    void segv_displaced(const sigaction_t* now) nogil
-    void segv_forget_windows() nogil
-    void segv_child()
-
-cdef extern from *:
-    """
-    #include <dirent.h>
-    #include <fcntl.h>
-    #include <stdio.h>
-
-    static pthread_mutex_t guard_install = PTHREAD_MUTEX_INITIALIZER;
-    static uint32_t guard_n_users;
-
-    static void guard_lock_install(void) { pthread_mutex_lock(&guard_install); }
-    static void guard_unlock_install(void) { pthread_mutex_unlock(&guard_install); }
-
-    static void guard_child(void) {
-        pthread_mutex_init(&guard_install, 0);
-        guard_n_users = 0;
-        segv_child();
-    }
-    static int guard_at_fork(void) { return pthread_atfork(0, 0, guard_child); }
-
-    /* Processor time of thread `tid` in ns, and whether it is off the processor of its own will
-       (asleep in the kernel, stopped, or gone; not held by a debugger, which sees the signal before
-       the handler does), from /proc. -1 when it cannot be told. */
-    static int guard_thread(int tasks, const char *tid, uint64_t *ran_ns, int *asleep) {
-        char path[64], buf[512];
-        int fd;
-        ssize_t n;
-        snprintf(path, sizeof path, "%s/stat", tid);
-        fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0) { *asleep = 1; return errno == ENOENT ? 0 : -1; }
-        n = read(fd, buf, sizeof buf - 1);
-        close(fd);
-        if (n <= 0) { *asleep = 1; return 0; }
-        buf[n] = 0;
-        /* the name may hold spaces and brackets; the state follows the last bracket */
-        char *state = strrchr(buf, ')');
-        if (!state || !state[1] || !state[2]) return -1;
-        *asleep = strchr("SDIZXT", state[2]) != 0;
-        snprintf(path, sizeof path, "%s/schedstat", tid);
-        fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0) return -1;
-        n = read(fd, buf, sizeof buf - 1);
-        close(fd);
-        if (n <= 0) return -1;
-        buf[n] = 0;
-        *ran_ns = strtoull(buf, 0, 10);
-        return 0;
-    }
-
-    /* A thread that faulted in the last window may still be on its way to the handler: runnable, in
-       the kernel, not yet given its signal. Return 1 once that can be true of no thread: each has been
-       seen asleep, or has used GUARD_RAN_NS of processor time since (the way to the handler takes
-       microseconds and never sleeps after the fault was judged). The kernel brings the processor time
-       up to date at a tick or a switch only, so the first change seen may be of time used before; it
-       is from that change on that the thread must have run. 0: not within `limit_ms`, or /proc does
-       not tell. */
-    #define GUARD_RAN_NS 100000u
-    #define GUARD_MAX_THREADS 256
-    static int guard_quiesce(int limit_ms) {
-        struct { char tid[16]; uint64_t ran_ns; int changed; } busy[GUARD_MAX_THREADS];
-        int n_busy = 0, asleep, tasks;
-        uint64_t ran_ns = 0;
-        char self[16];
-        struct dirent *entry;
-        DIR *dir = opendir("/proc/self/task");
-        if (!dir) return 0;
-        tasks = dirfd(dir);
-        snprintf(self, sizeof self, "%ld", (long)syscall(SYS_gettid));
-        while ((entry = readdir(dir))) {
-            if (entry->d_name[0] == '.' || !strcmp(entry->d_name, self)) continue;
-            if (guard_thread(tasks, entry->d_name, &ran_ns, &asleep) != 0) { n_busy = -1; break; }
-            if (asleep) continue;
-            if (n_busy == GUARD_MAX_THREADS || strlen(entry->d_name) > 15) { n_busy = -1; break; }
-            strcpy(busy[n_busy].tid, entry->d_name);
-            busy[n_busy].changed = 0;
-            busy[n_busy++].ran_ns = ran_ns;
-        }
-        while (n_busy > 0 && limit_ms-- > 0) {
-            struct timespec pause = {0, 1000000L};
-            nanosleep(&pause, 0);
-            for (int i = n_busy - 1; i >= 0; i--) {
-                if (guard_thread(tasks, busy[i].tid, &ran_ns, &asleep) != 0) continue;
-                if (asleep || (busy[i].changed && ran_ns - busy[i].ran_ns >= GUARD_RAN_NS)) {
-                    busy[i] = busy[--n_busy];
-                } else if (!busy[i].changed && ran_ns != busy[i].ran_ns) {
-                    busy[i].changed = 1;
-                    busy[i].ran_ns = ran_ns;
-                }
-            }
-        }
-        closedir(dir);
-        return n_busy == 0;
-    }
-    """
-    void guard_lock_install() nogil
-    void guard_unlock_install() nogil
-    int guard_at_fork()
-    bint guard_quiesce(int limit_ms) nogil
-    uint32_t guard_n_users
+import os
 
 
-# Giving the write permission back must not fail: the program's own memory would stay read-only. The
-# kernel may be out of memory for a moment, so it is tried again, about a second long.
-cdef enum:
-    CLOSE_TRIES = 1000
-    QUIESCE_LIMIT_MS = 1000
+cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
+    return signal_enter(err) if kind == GUARD_MPROTECT else uffd_enter(kind, err)
 
 
-cdef int _install_locked(sys_error* err) noexcept nogil:
-    """Put our handler where it is not. The caller holds the install lock."""
-    cdef sigaction_t now
-    cdef sigaction_t ours
-    if sys_sigaction(SIGSEGV, NULL, &now, err) != 0:
-        return -1
-    if segv_is_installed(&now):
-        return 0
-    # Either nobody scans, or somebody put another handler over ours while a scan runs.
-    if segv.installed:
-        segv_displaced(&now)
-    segv_remember(&now)
-    segv_fill(&ours)
-    if sys_sigaction(SIGSEGV, &ours, NULL, err) != 0:
-        segv.installed = 0
-        return -1
-    return 0
+cdef void guard_leave(guard_kind kind) noexcept nogil:
+    if kind == GUARD_MPROTECT:
+        signal_leave()
+    else:
+        uffd_leave(kind)
 
 
-cdef int guard_enter(sys_error* err) noexcept nogil:
-    """Install the handler, or check that it is still there; -1 with *err when it cannot be."""
+cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
+    """0: shut, and the gate held. -1: nothing happened; *err tells why."""
     cdef int rc
-    guard_lock_install()
-    if guard_n_users == 0 and not segv.installed:
-        segv_forget_windows()
-    rc = _install_locked(err)
-    if rc == 0:
-        _n_users_add(1)
-        _unstick()
-    guard_unlock_install()
-    return rc
-
-
-cdef void _unstick() noexcept nogil:
-    """Ask again for the permission that a close could not get."""
-    cdef sys_error ignored
-    if segv.stuck_lo == segv.stuck_hi:
-        return
-    error_clear(&ignored)
+    if w.guard == GUARD_MPROTECT and signal_ready(err) != 0:
+        return -1
     gate_lock()
-    if sys_protect(segv.stuck_lo, segv.stuck_hi - segv.stuck_lo, True, &ignored) == 0:
-        segv.stuck_lo = segv.stuck_hi = 0
-    gate_unlock()
-
-
-cdef void _n_users_add(int delta) noexcept nogil:
-    global guard_n_users
-    guard_n_users = <uint32_t>(<int>guard_n_users + delta)
-
-
-cdef void guard_leave() noexcept nogil:
-    """Put the previous handler back, once no thread can still be on its way to ours.
-
-    Where that cannot be told in a second, ours stays: it passes on what is not its own, and the next
-    leave tries again. A handler that somebody installed over ours is left alone.
-    """
-    cdef sigaction_t now
-    cdef sys_error err
-    error_clear(&err)
-    guard_lock_install()
-    if guard_n_users > 0:
-        # Zero in a forked child: the enter was the parent's.
-        _n_users_add(-1)
-    if guard_n_users == 0 and segv.installed and segv.stuck_lo == segv.stuck_hi:
-        if segv.n_windows == 0 or guard_quiesce(QUIESCE_LIMIT_MS):
-            if sys_sigaction(SIGSEGV, NULL, &now, &err) == 0:
-                if not segv_is_installed(&now):
-                    segv_displaced(&now)
-                    segv.installed = 0
-                elif sys_sigaction(SIGSEGV, &segv.previous, NULL, &err) == 0:
-                    segv.installed = 0
-    guard_unlock_install()
-
-
-cdef int guard_open(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
-    """Take the gate, announce the window, then protect it: a fault never precedes its window.
-
-    Somebody may have put another handler over ours since guard_enter (faulthandler.enable does): looked
-    at here, and mended, because a writer that waits would otherwise reach that one. What is left is the
-    time from here to the end of the window.
-    """
-    cdef sigaction_t now
-    cdef int rc = sys_sigaction(SIGSEGV, NULL, &now, err)
-    if rc == 0 and not segv_is_installed(&now):
-        guard_lock_install()
-        rc = _install_locked(err)
-        guard_unlock_install()
+    if w.guard == GUARD_MPROTECT:
+        memset(w.outcomes, DONE, w.n_pages)
+        w.bytes = <const uint8_t*>w.addr
+        rc = signal_protect(w.addr, w.n_pages * w.page_bytes, err)
+    else:
+        rc = uffd_shut(w, err)
     if rc != 0:
-        return -1
-    gate_lock()
-    segv_open(addr, addr + len_bytes)
-    if sys_protect(addr, len_bytes, False, err) != 0:
-        # mprotect may have protected a part before it failed.
-        guard_close(addr, len_bytes, False, err)
-        return -1
-    return 0
+        gate_unlock()
+    return rc
 
 
-cdef int guard_close(uintptr_t addr, size_t len_bytes, bint all_remapped, sys_error* err) noexcept nogil:
-    """Give writers the range back, wake them, release the gate.
+cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
+    """Give up the memory of pages in the window; what shows there again is the store, or zeros."""
+    if w.guard != GUARD_MPROTECT:
+        return uffd_drop(w, first, n, err)
+    return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
 
-    `all_remapped`: every page of the range got a new, writable mapping, so no permission is missing.
-    -1 when the kernel would not give the permission back; the caller must report that. Then the handler
-    stays installed, and asks again for a thread that writes.
+
+cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
+    """Let everybody in again, wake who waits, release the gate.
+
+    `all_remapped`: every page of the range got a new, writable mapping.
+    -1 when the kernel would not give something back; the caller must report that.
     """
-    cdef int rc = 0
-    cdef int tries
-    cdef sys_error again
-    if not all_remapped:
-        for tries in range(<int>CLOSE_TRIES):
-            error_clear(&again)
-            rc = sys_protect(addr, len_bytes, True, &again)
-            if rc == 0:
-                break
-            sys_pause()
-        if rc != 0:
-            err[0] = again
-            if segv.stuck_lo == segv.stuck_hi:
-                segv.stuck_lo = addr
-                segv.stuck_hi = addr + len_bytes
-            else:
-                segv.stuck_lo = min(segv.stuck_lo, addr)
-                segv.stuck_hi = max(segv.stuck_hi, addr + len_bytes)
-    segv_close()
+    cdef int rc
+    if w.guard == GUARD_MPROTECT:
+        rc = signal_release(w.addr, w.n_pages * w.page_bytes, all_remapped, err)
+    else:
+        rc = uffd_release(w, all_remapped, err)
     gate_unlock()
     return rc
+
+
+cdef guard_kind guard_by_name(str name) except *:
+    if name == "userfaultfd":
+        return GUARD_UFFD
+    if name == "userfaultfd-user":
+        return GUARD_UFFD_USER
+    if name == "mprotect":
+        return GUARD_MPROTECT
+    raise ValueError(f"no guard {name!r}")
 
 
 cdef uint32_t guard_n_waits() noexcept nogil:
-    return segv.n_waits
+    return signal_n_waits() + uffd_n_waits()
+
+
+def probe(str name):
+    """None when the guard of this name can be had here and now, else why not."""
+    cdef guard_kind kind = guard_by_name(name)
+    cdef sys_error err
+    cdef bint moves = False
+    cdef int rc = 0
+    error_clear(&err)
+    if kind != GUARD_MPROTECT:
+        rc = uffd_probe(kind, &moves, &err)
+    return None if rc == 0 else os.strerror(err.code)
+
+
+def refuses_pinned(str name):
+    """Whether the guard of this name, to be had here, leaves pages alone that are pinned for a device."""
+    cdef guard_kind kind = guard_by_name(name)
+    cdef sys_error err
+    cdef bint moves = False
+    error_clear(&err)
+    return kind == GUARD_UFFD and uffd_probe(kind, &moves, &err) == 0 and bool(moves)
 
 
 def handler_installed():
     """True while ksmcore's SIGSEGV handler is the process's; for tests and the doctor."""
-    cdef sigaction_t now
-    cdef sys_error err
-    error_clear(&err)
-    return sys_sigaction(SIGSEGV, NULL, &now, &err) == 0 and segv_is_installed(&now)
-
-
-if guard_at_fork() != 0:
-    raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")
+    return signal_is_installed()

@@ -9,8 +9,8 @@ from libc.stdint cimport int64_t, uint64_t
 from ksmcore._guard cimport guard_n_waits
 from ksmcore._rmap cimport N_STATES, PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 from ksmcore._runs cimport (
-    SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_REFUSED,
-    SKIP_STORE,
+    SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
+    SKIP_REFUSED, SKIP_STORE,
 )
 from ksmcore._scan cimport core_bytes, engine_core
 
@@ -64,6 +64,7 @@ cdef dict numbers_as_dict(const core_numbers* numbers):
             "max_shared_pages": skips[<int>SKIP_MAX_SHARED],
             "partner": skips[<int>SKIP_PARTNER],
             "away": skips[<int>SKIP_AWAY],
+            "pinned": skips[<int>SKIP_PINNED],
             "held": skips[<int>SKIP_HELD],
         },
     }

@@ -8,6 +8,7 @@ from ksmcore._rmap cimport rmap_table
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
 from ksmcore._trees cimport rb_tree
+from ksmcore._window cimport guard_kind
 
 
 # Why a page that could have been merged was not. Each is met again in the next pass.
@@ -19,6 +20,7 @@ cdef enum skip_reason:
     SKIP_MAX_SHARED          # max_shared_pages reached
     SKIP_PARTNER             # its partner could not be merged, so the merge was undone
     SKIP_AWAY                # swapped out, or being moved by the kernel
+    SKIP_PINNED              # a device may be writing into it (direct I/O, io_uring)
     SKIP_HELD                # in a region that is held (see Region.hold)
     N_SKIPS
 
@@ -68,6 +70,7 @@ ctypedef struct batch:
     rb_tree* stable
     scan_counters* counters
     map_budget budget
+    guard_kind guard
     checksum_pages_t checksum
     size_t page_bytes
     sys_error err                # first failure of the batch

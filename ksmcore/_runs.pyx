@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort
 
 from ksmcore._budget cimport budget_affords, map_budget
-from ksmcore._merge cimport CHANGED, DONE, merge_run, reshare_run, restore_range, zero_run
+from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state,
 )
@@ -25,6 +25,7 @@ from ksmcore._store cimport (
 )
 from ksmcore._sys cimport error_clear, sys_error
 from ksmcore._trees cimport rb_erase, rb_find, rb_insert, rb_insert_before, rb_place, rb_tree
+from ksmcore._window cimport CHANGED, DONE, PINNED
 
 cdef enum:
     WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
@@ -378,37 +379,58 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     b.rmap.nodes[item].left = done.slot
 
 
-cdef int _carry_out(batch* b) noexcept nogil:
-    cdef uint32_t start = 0, end, i, n
-    cdef intent* first
-    cdef uintptr_t addr
+cdef skip_reason _reason(uint8_t outcome) noexcept nogil:
+    if outcome == CHANGED:
+        return SKIP_CHANGED
+    return SKIP_PINNED if outcome == PINNED else SKIP_REFUSED
+
+
+cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """A run, or a part of one: what lies under its pages must be alike, for the guard's sake."""
+    cdef intent* first = &b.intents[start]
+    cdef uint32_t i
+    cdef run_t run
     cdef sys_error err
+    cdef int rc
+    error_clear(&err)
+    run.guard = b.guard
+    run.addr = <uintptr_t>(first.page_no * b.page_bytes)
+    run.n_pages = end - start
+    run.page_bytes = b.page_bytes
+    run.over_store = first.over_store
+    run.flags = first.flags
+    if first.kind == INTENT_MERGE:
+        rc = merge_run(b.store, &run, first.slot, b.outcomes, &err)
+    elif first.kind == INTENT_RESHARE:
+        rc = reshare_run(b.store, &run, first.slot, b.outcomes, &err)
+    else:
+        rc = zero_run(&run, b.outcomes, &err)
+    if err.code != 0 and b.err.code == 0:
+        b.err = err
+    for i in range(end - start):
+        if b.outcomes[i] == DONE:
+            _account(b, &b.intents[start + i])
+        else:
+            _leave(b, &b.intents[start + i], _reason(b.outcomes[i]))
+    return rc
+
+
+cdef int _carry_out(batch* b) noexcept nogil:
+    cdef uint32_t start = 0, end, run_end
     cdef int rc = 0
     while start < b.n_intents and rc == 0:
         if b.intents[start].fate != OPEN:
             start += 1
             continue
-        end = _run_end(b, start)
-        first = &b.intents[start]
-        n = end - start
-        addr = <uintptr_t>(first.page_no * b.page_bytes)
-        error_clear(&err)
-        if _makes_mappings(first):
-            b.budget.used += _cost(b, start, end)
-        if first.kind == INTENT_MERGE:
-            rc = merge_run(b.store, addr, first.slot, n, first.flags, b.outcomes, &err)
-        elif first.kind == INTENT_RESHARE:
-            rc = reshare_run(b.store, addr, first.slot, n, b.outcomes, &err)
-        else:
-            rc = zero_run(b.page_bytes, addr, n, first.over_store, first.flags, b.outcomes, &err)
-        if err.code != 0 and b.err.code == 0:
-            b.err = err
-        for i in range(n):
-            if b.outcomes[i] == DONE:
-                _account(b, &b.intents[start + i])
-            else:
-                _leave(b, &b.intents[start + i], SKIP_CHANGED if b.outcomes[i] == CHANGED else SKIP_REFUSED)
-        start = end
+        run_end = _run_end(b, start)
+        if _makes_mappings(&b.intents[start]):
+            b.budget.used += _cost(b, start, run_end)
+        while start < run_end and rc == 0:
+            end = start + 1
+            while end < run_end and b.intents[end].over_store == b.intents[start].over_store:
+                end += 1
+            rc = _carry_out_run(b, start, end)
+            start = end
     return rc
 
 
@@ -419,6 +441,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
     cdef uint64_t n_sharers
     cdef size_t n_restored
     cdef intent* founder
+    cdef run_t run
     for i in range(b.n_intents):
         founder = &b.intents[i]
         if not founder.founder or founder.fate != MERGED or b.store.uses[founder.slot].n_sharers != 1:
@@ -429,9 +452,13 @@ cdef void _undo_halves(batch* b) noexcept nogil:
             n_sharers += b.store.uses[first + k].n_sharers
         if n_sharers != 1:
             continue
-        if restore_range(
-            b.page_bytes, <uintptr_t>(founder.page_no * b.page_bytes), 1, founder.flags, &n_restored, &b.err
-        ) == 0:
+        run.guard = b.guard
+        run.addr = <uintptr_t>(founder.page_no * b.page_bytes)
+        run.n_pages = 1
+        run.page_bytes = b.page_bytes
+        run.over_store = True
+        run.flags = founder.flags
+        if restore_range(&run, &n_restored, &b.err) == 0:
             drop_sharer(b, founder.item)
             b.rmap.tags[founder.item].over_store = 0
             b.rmap.nodes[founder.item].left = 0

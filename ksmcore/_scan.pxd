@@ -9,6 +9,7 @@ from ksmcore._runs cimport batch, scan_counters
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
 from ksmcore._trees cimport rb_tree
+from ksmcore._window cimport guard_kind
 
 
 cdef enum:
@@ -57,7 +58,9 @@ ctypedef struct engine_core:
     uint32_t* digests
 
 
-cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_error* err) noexcept nogil
+cdef int core_init(
+    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
+) noexcept nogil
 cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
 cdef void core_begin_pass(engine_core* c) noexcept nogil
 cdef int core_scan_span(

@@ -40,9 +40,12 @@ from ksmcore._runs cimport (
     INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
     batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
-from ksmcore._store cimport MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page
+from ksmcore._store cimport (
+    MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page, store_thaw,
+)
 from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes, sys_pause
 from ksmcore._trees cimport rb_clear, rb_erase, rb_find, rb_init, rb_insert, rb_insert_before, rb_place
+from ksmcore._window cimport guard_kind
 
 cdef enum:
     LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
@@ -65,7 +68,9 @@ cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil
 
 # ---- life -----------------------------------------------------------------------------------
 
-cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_error* err) noexcept nogil:
+cdef int core_init(
+    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
+) noexcept nogil:
     """Empty trees, table and store; the settings of *c are set by the caller, before or after.
 
     The tree keys depend on `by_content` and `checksum`, which must not change afterwards.
@@ -88,6 +93,7 @@ cdef int core_init(engine_core* c, uint32_t n_buckets, bint with_pagemap, sys_er
     c.b.rmap = &c.rmap
     c.b.stable = &c.stable
     c.b.counters = &c.counters
+    c.b.guard = guard
     c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
     c.flags = <uint8_t*>malloc(SPAN_PAGES)
@@ -138,6 +144,7 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 cdef void core_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
+    store_thaw(&c.store)
     rb_clear(&c.unstable)
     c.epoch += 1
     if c.epoch > LAST_EPOCH:

@@ -5,7 +5,7 @@
    lets it try again. Every other fault goes to the handler that was there before.
 
    Everything here may run in a signal handler: no allocation, no lock, no library call that is not
-   async-signal-safe, errno restored. Included by _guard.pyx only. */
+   async-signal-safe, errno restored. Included by _guard_signal.pyx only. */
 
 #ifndef KSMCORE_SEGV_H
 #define KSMCORE_SEGV_H

@@ -24,11 +24,12 @@ cdef extern from *:
         uint32_t n_sharers     # virtual pages that map it; while pending, its place in the list of pending slots
         uint32_t used          # handed out, and its release not yet carried out
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
-        uint32_t frozen        # existed at a fork: another process may map it, never written or punched again
+        uint32_t frozen        # existed at a fork: another process may map it, not written or punched before it is thawed
         uint32_t pending       # not written yet; its bytes are still the candidate's
 
 cdef enum:
     MAX_SHARERS = 0x0fff0000   # what n_sharers can hold, less what one batch can add
+    DEAD = 0x0fffffff          # in n_sharers: released, but still mapped by another process
     EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
     MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
 
@@ -47,9 +48,10 @@ ctypedef struct store_t:
     uint32_t cursor            # where the next search for a free slot starts
     uint32_t n_used
     uint32_t n_frozen
-    uint32_t n_dead            # of the frozen: released here, kept only for other processes
+    uint32_t n_dead            # of the frozen: released here, kept for other processes only
     uint32_t n_shared          # slots with at least one sharer
-    uint32_t seen_forks
+    uint32_t seen_forks        # forks whose children the frozen slots are frozen for
+    uint32_t seen_gone         # children of the forks up to this one are known to be gone
     uint32_t n_releases
     uint32_t releases[<int>MAX_RELEASES]
 
@@ -67,4 +69,5 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_trim(store_t* store) noexcept nogil
+cdef void store_thaw(store_t* store) noexcept nogil
 cdef size_t store_bytes(store_t* store) noexcept nogil

@@ -1,6 +1,6 @@
 """The store: one memory file that holds all shared pages of an engine.
 
-Called by: _merge (reading), _runs (writing), _scan (everything). Calls: _sys.
+Called by: _merge (reading), _runs (writing), _scan (everything). Calls: _forks, _sys.
 
 A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
 pages which are merged one after the other stand one after the other in the file, and one mapping
@@ -13,21 +13,25 @@ repeated page maps a block over and over. Only its first slot stands in the stab
 released as a whole, when none of its slots has a sharer.
 
 After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
-shared, but are neither punched nor written again. `seen_forks` is compared with the process's count of
-forks, under the fork gate, before anything is punched or written.
+shared, but are neither punched nor written again while a process of that fork lives. `seen_forks` is
+compared with the process's count of forks, under the fork gate, before anything is punched or written.
+A frozen slot that is released is dead: used by nobody here, and remembering (in its tree node, which it
+does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
+thaws the others, as the children end.
 
 Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
-that is not used has no sharers and no other flag; `copy` slots follow their block without a gap.
+that is not used has no sharers and no other flag; `copy` slots follow their block without a gap; a dead
+slot is frozen, and has DEAD in place of its sharers.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
+from ksmcore._forks cimport forks_gone, forks_watch, gate_lock, gate_n_forks, gate_unlock
 from ksmcore._sys cimport (
-    ADVISE_DONTFORK, error_clear, gate_lock, gate_n_forks, gate_unlock, sys_advise, sys_drop,
-    sys_error, sys_grow, sys_is_kept, sys_keep, sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap,
-    sys_write_at,
+    ADVISE_DONTFORK, error_clear, sys_advise, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
+    sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap, sys_write_at,
 )
 from ksmcore._trees cimport rb_node
 
@@ -66,6 +70,8 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     if store.uses != NULL:
         sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
     free(store.views)
+    if store.file.fd >= 0:
+        forks_watch(-1)
     sys_drop(&store.file)
     store_init(store, store.page_bytes)
 
@@ -84,6 +90,8 @@ cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
         return -1
     if store.file.fd < 0:
         sys_keep(&store.file, sys_memfd(b"ksmcore-store", err))
+        if store.file.fd >= 0:
+            forks_watch(1)
     if not store_is_there(store):
         return -1
     if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
@@ -258,17 +266,28 @@ cdef void _see_forks(store_t* store) noexcept nogil:
             store.n_frozen += 1
 
 
-cdef void store_trim(store_t* store) noexcept nogil:
-    """Punch the released slots, neighbours together; frozen ones stay used, out of every tree.
+cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
+    """Punch neighbouring slots and hand them out again. The caller holds the gate.
 
     A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
     writing it again replaces its bytes.
     """
     cdef sys_error ignored
-    cdef uint32_t i = 0, n, slot, k
+    error_clear(&ignored)
+    if store_is_there(store):
+        sys_punch(
+            store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
+            &ignored
+        )
+    memset(&store.uses[first], 0, n * sizeof(store_use))
+    store.n_used -= n
+
+
+cdef void store_trim(store_t* store) noexcept nogil:
+    """Carry out the releases, neighbours together. Frozen slots stay used, out of every tree: dead."""
+    cdef uint32_t i = 0, n, slot
     if store.n_releases == 0:
         return
-    error_clear(&ignored)
     qsort(store.releases, store.n_releases, sizeof(uint32_t), _by_number)
     gate_lock()
     _see_forks(store)
@@ -276,23 +295,46 @@ cdef void store_trim(store_t* store) noexcept nogil:
         slot = store.releases[i]
         if store.uses[slot].frozen:
             store.uses[slot].copy = 0
+            store.uses[slot].n_sharers = DEAD
+            store.nodes[slot].digest = store.seen_forks
             store.n_dead += 1
             i += 1
             continue
         n = 1
         while i + n < store.n_releases and store.releases[i + n] == slot + n and not store.uses[slot + n].frozen:
             n += 1
-        if store_is_there(store):
-            sys_punch(
-                store.file.fd, <long long>(<size_t>slot * store.page_bytes), <size_t>n * store.page_bytes,
-                &ignored
-            )
-        for k in range(n):
-            memset(&store.uses[slot + k], 0, sizeof(store_use))
-        store.n_used -= n
+        _free_slots(store, slot, n)
         i += n
     gate_unlock()
     store.n_releases = 0
+
+
+cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
+    return store.uses[slot].used and store.uses[slot].n_sharers == DEAD and store.nodes[slot].digest <= gone
+
+
+cdef void store_thaw(store_t* store) noexcept nogil:
+    """Give back, or let be written again, what was frozen for children that are gone by now."""
+    cdef uint32_t slot = 1, n, gone
+    gate_lock()
+    _see_forks(store)
+    if store.n_frozen != 0:
+        gone = forks_gone()
+        if gone != store.seen_gone:
+            store.seen_gone = gone
+            while slot < store.top:
+                n = 0
+                while slot + n < store.top and _is_dead_since(store, slot + n, gone):
+                    n += 1
+                if n > 0:
+                    _free_slots(store, slot, n)
+                    store.n_dead -= n
+                    store.n_frozen -= n
+                elif gone == store.seen_forks and store.uses[slot].frozen:
+                    store.uses[slot].frozen = 0
+                    store.n_frozen -= 1
+                slot += max(n, <uint32_t>1)
+    gate_unlock()
 
 
 cdef size_t store_bytes(store_t* store) noexcept nogil:

@@ -1,4 +1,4 @@
-/* System calls that need more than one line of C, and the fork gate. Included by _sys.pyx only. */
+/* System calls that need more than one line of C. Included by _sys.pyx only. */
 
 #ifndef KSMCORE_SYS_H
 #define KSMCORE_SYS_H
@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,13 +28,22 @@
 #ifndef MFD_CLOEXEC
 #define MFD_CLOEXEC 1U
 #endif
+#ifndef MFD_ALLOW_SEALING
+#define MFD_ALLOW_SEALING 2U
+#endif
+#ifndef F_ADD_SEALS
+#define F_ADD_SEALS 1033
+#endif
+#ifndef F_SEAL_WRITE
+#define F_SEAL_WRITE 8
+#endif
 
 /* memfd_create as a raw call: C libraries before glibc 2.27 lack the wrapper. Kernels from 6.3 on
    want to be told that nobody will execute the file; older ones refuse the flag. */
 static int ksm_memfd(const char *name) {
-    int fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
+    int fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
     if (fd < 0 && errno == EINVAL)
-        fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC);
+        fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     return fd;
 }
 
@@ -54,25 +62,6 @@ static int ksm_move(void *source, void *target, size_t len) {
     return p == MAP_FAILED ? -1 : 0;
 }
 
-/* The fork gate. pthread_atfork covers every fork() of the C library, Python's and plain C's alike.
-   In the child only the forking thread exists, so the lock is made anew rather than released:
-   the thread that prepared the fork holds it, and nobody can wait for it. */
-static pthread_mutex_t ksm_gate = PTHREAD_MUTEX_INITIALIZER;
-static uint32_t ksm_n_forks, ksm_generation;
-
-static void ksm_gate_prepare(void) {
-    pthread_mutex_lock(&ksm_gate);
-    ksm_n_forks++;
-}
-static void ksm_gate_parent(void) { pthread_mutex_unlock(&ksm_gate); }
-static void ksm_gate_child(void) {
-    pthread_mutex_init(&ksm_gate, 0);
-    ksm_n_forks = 0;
-    __atomic_add_fetch(&ksm_generation, 1, __ATOMIC_RELEASE);
-}
-static int ksm_gate_install(void) {
-    return pthread_atfork(ksm_gate_prepare, ksm_gate_parent, ksm_gate_child);
-}
 /* Which file a descriptor stands for; 0 and 0 for none. */
 static void ksm_identify(int fd, uint64_t *dev, uint64_t *ino) {
     struct stat st;
@@ -86,11 +75,6 @@ static void ksm_identify(int fd, uint64_t *dev, uint64_t *ino) {
 static void ksm_pause(void) {
     struct timespec t = {0, 1000000L};
     nanosleep(&t, 0);
-}
-static void ksm_gate_lock(void) { pthread_mutex_lock(&ksm_gate); }
-static void ksm_gate_unlock(void) { pthread_mutex_unlock(&ksm_gate); }
-static uint32_t ksm_gate_generation(void) {
-    return __atomic_load_n(&ksm_generation, __ATOMIC_ACQUIRE);
 }
 
 /* Count the lines of /proc/self/maps, and those that exist because of a file named `needle`: its

@@ -1,4 +1,4 @@
-"""System calls and the fork gate; see _sys.pyx."""
+"""System calls; see _sys.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from posix.signal cimport sigaction_t
@@ -20,6 +20,14 @@ cdef enum sys_call:
     CALL_PREAD
     CALL_OPEN
     CALL_SIGACTION
+    CALL_SEAL
+    CALL_USERFAULTFD
+    CALL_UFFD_REGISTER
+    CALL_UFFD_UNREGISTER
+    CALL_UFFD_PROTECT
+    CALL_UFFD_MOVE
+    CALL_UFFD_COPY
+    CALL_UFFD_WAKE
     N_CALLS
 
 
@@ -55,6 +63,7 @@ cdef int sys_map_store_at(
     uintptr_t addr, size_t len_bytes, int fd, off_t offset, sys_error* err
 ) noexcept nogil
 cdef void* sys_map_view(size_t len_bytes, int fd, off_t offset, sys_error* err) noexcept nogil
+cdef void* sys_map_lease(size_t len_bytes, int fd, sys_error* err) noexcept nogil
 cdef int sys_unmap(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 cdef void* sys_grow(void* array, size_t old_bytes, size_t new_bytes, sys_error* err) noexcept nogil
 cdef int sys_move(uintptr_t source, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil
@@ -68,6 +77,7 @@ cdef int sys_truncate(int fd, off_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_write_at(int fd, const void* source, size_t len_bytes, off_t offset, sys_error* err) noexcept nogil
 cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_error* err) noexcept nogil
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_seal(int fd, sys_error* err) noexcept nogil       # against writing; EBUSY while mapped for that
 cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil
 cdef void sys_close(int fd) noexcept nogil
 cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember what an open descriptor is
@@ -81,12 +91,10 @@ cdef size_t sys_page_bytes() noexcept nogil
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 
+# For the modules that have further system calls (_uffd): -1 and *err filled when the call failed, with
+# errno as it stands; -1 and *err filled when a test ordered it to fail.
+cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
+cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
+
 cdef void error_clear(sys_error* err) noexcept nogil
 cdef object error_raise(sys_error* err, str what)
-
-# The fork gate: held by whoever must not be interrupted by a fork of this process (an open guard
-# window, a change of the store). fork() itself waits for it. No other lock is taken inside it.
-cdef void gate_lock() noexcept nogil
-cdef void gate_unlock() noexcept nogil
-cdef uint32_t gate_n_forks() noexcept nogil          # forks of this process so far; stable while the gate is held
-cdef uint32_t gate_generation() noexcept nogil       # grows by one in every forked child

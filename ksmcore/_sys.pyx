@@ -1,6 +1,6 @@
 """Every system call of the core, each return value checked and errno kept at once.
 
-Called by: _pagemap, _rmap, _store, _guard, _merge, _runs, _scan. Calls nothing of ksmcore.
+Called by: every other compiled module. Calls nothing of ksmcore.
 
 A failing call fills a `sys_error` that its caller owns, so that the reason survives until the GIL is
 held again and an OSError can be raised from it. Tests can make any call fail through `inject`.
@@ -18,18 +18,14 @@ cdef extern from "_sys.h":
     void* ksm_map(void* addr, size_t len, int prot, int flags, int fd, off_t offset) nogil
     void* ksm_grow(void* old, size_t old_len, size_t new_len) nogil
     int ksm_move(void* source, void* target, size_t len) nogil
-    int ksm_gate_install()
     void ksm_pause() nogil
     void ksm_identify(int fd, uint64_t* dev, uint64_t* ino) nogil
-    void ksm_gate_lock() nogil
-    void ksm_gate_unlock() nogil
-    uint32_t ksm_gate_generation() nogil
-    uint32_t ksm_n_forks
+    int F_ADD_SEALS, F_SEAL_WRITE
     int ksm_count_maps(int fd, const char* needle, uint32_t* n_maps, uint32_t* n_named) nogil
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE
-    int MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED
+    int MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_FIXED
     int MADV_DONTNEED, MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_NOHUGEPAGE
     int MADV_POPULATE_WRITE
     int munmap(void* addr, size_t len)
@@ -41,6 +37,7 @@ cdef extern from "<fcntl.h>" nogil:
     int O_RDONLY, O_CLOEXEC
     int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE
     int open(const char* path, int flags, ...)
+    int fcntl(int fd, int cmd, ...)
     int fallocate(int fd, int mode, off_t offset, off_t len)
 
 cdef extern from "<unistd.h>" nogil:
@@ -54,7 +51,8 @@ cdef extern from "<unistd.h>" nogil:
 
 _NAMES = (
     "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
-    "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction",
+    "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
+    "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
 )
 
 
@@ -115,15 +113,13 @@ cdef int _fail(sys_error* err, sys_call call, int code, uintptr_t addr, size_t l
     return -1
 
 
-cdef int _check(
-    bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err
-) noexcept nogil:
+cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
     if not failed:
         return 0
     return _fail(err, call, errno, addr, len_bytes)
 
 
-cdef int _check_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
     if _injected(call):
         return _fail(err, call, _inject_code[<int>call], addr, len_bytes)
     return 0
@@ -176,10 +172,10 @@ cdef void* _map(
     uintptr_t addr, size_t len_bytes, int prot, int flags, int fd, off_t offset, sys_error* err
 ) noexcept nogil:
     cdef void* p
-    if _check_injected(CALL_MMAP, addr, len_bytes, err):
+    if sys_injected(CALL_MMAP, addr, len_bytes, err):
         return NULL
     p = ksm_map(<void*>addr, len_bytes, prot, flags, fd, offset)
-    _check(p == NULL, CALL_MMAP, addr, len_bytes, err)
+    sys_check(p == NULL, CALL_MMAP, addr, len_bytes, err)
     return p
 
 
@@ -207,36 +203,41 @@ cdef void* sys_map_view(size_t len_bytes, int fd, off_t offset, sys_error* err) 
     return _map(0, len_bytes, PROT_READ, MAP_PRIVATE, fd, offset, err)
 
 
+cdef void* sys_map_lease(size_t len_bytes, int fd, sys_error* err) noexcept nogil:
+    """Map the file writable and shared, for children to inherit; nobody reads or writes it."""
+    return _map(0, len_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0, err)
+
+
 cdef int sys_unmap(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
-    if _check_injected(CALL_MUNMAP, addr, len_bytes, err):
+    if sys_injected(CALL_MUNMAP, addr, len_bytes, err):
         return -1
-    return _check(munmap(<void*>addr, len_bytes) != 0, CALL_MUNMAP, addr, len_bytes, err)
+    return sys_check(munmap(<void*>addr, len_bytes) != 0, CALL_MUNMAP, addr, len_bytes, err)
 
 
 cdef void* sys_grow(void* array, size_t old_bytes, size_t new_bytes, sys_error* err) noexcept nogil:
     """Grow an array made by sys_map_anon; moves page tables, not bytes. NULL: the old one stays."""
     cdef void* p
-    if _check_injected(CALL_MREMAP, <uintptr_t>array, new_bytes, err):
+    if sys_injected(CALL_MREMAP, <uintptr_t>array, new_bytes, err):
         return NULL
     p = ksm_grow(array, old_bytes, new_bytes)
-    _check(p == NULL, CALL_MREMAP, <uintptr_t>array, new_bytes, err)
+    sys_check(p == NULL, CALL_MREMAP, <uintptr_t>array, new_bytes, err)
     return p
 
 
 cdef int sys_move(uintptr_t source, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
     """Move the pages at `source` over those at `target`, in one step for everybody who looks."""
-    if _check_injected(CALL_MREMAP, target, len_bytes, err):
+    if sys_injected(CALL_MREMAP, target, len_bytes, err):
         return -1
-    return _check(
+    return sys_check(
         ksm_move(<void*>source, <void*>target, len_bytes) != 0, CALL_MREMAP, target, len_bytes, err
     )
 
 
 cdef int sys_protect(uintptr_t addr, size_t len_bytes, bint writable, sys_error* err) noexcept nogil:
     cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
-    if _check_injected(CALL_MPROTECT, addr, len_bytes, err):
+    if sys_injected(CALL_MPROTECT, addr, len_bytes, err):
         return -1
-    return _check(mprotect(<void*>addr, len_bytes, prot) != 0, CALL_MPROTECT, addr, len_bytes, err)
+    return sys_check(mprotect(<void*>addr, len_bytes, prot) != 0, CALL_MPROTECT, addr, len_bytes, err)
 
 
 cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* err) noexcept nogil:
@@ -251,32 +252,32 @@ cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* er
         value = MADV_NOHUGEPAGE
     elif what == ADVISE_POPULATE_WRITE:
         value = MADV_POPULATE_WRITE
-    if _check_injected(CALL_MADVISE, addr, len_bytes, err):
+    if sys_injected(CALL_MADVISE, addr, len_bytes, err):
         return -1
-    return _check(madvise(<void*>addr, len_bytes, value) != 0, CALL_MADVISE, addr, len_bytes, err)
+    return sys_check(madvise(<void*>addr, len_bytes, value) != 0, CALL_MADVISE, addr, len_bytes, err)
 
 
 cdef int sys_mincore(
     uintptr_t addr, size_t len_bytes, unsigned char* resident, sys_error* err
 ) noexcept nogil:
-    if _check_injected(CALL_MINCORE, addr, len_bytes, err):
+    if sys_injected(CALL_MINCORE, addr, len_bytes, err):
         return -1
-    return _check(mincore(<void*>addr, len_bytes, resident) != 0, CALL_MINCORE, addr, len_bytes, err)
+    return sys_check(mincore(<void*>addr, len_bytes, resident) != 0, CALL_MINCORE, addr, len_bytes, err)
 
 
 # ---- files ----------------------------------------------------------------------------------
 
 cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil:
     cdef int fd
-    if _check_injected(CALL_MEMFD_CREATE, 0, 0, err):
+    if sys_injected(CALL_MEMFD_CREATE, 0, 0, err):
         return -1
     fd = ksm_memfd(name)
-    _check(fd < 0, CALL_MEMFD_CREATE, 0, 0, err)
+    sys_check(fd < 0, CALL_MEMFD_CREATE, 0, 0, err)
     return fd
 
 
 cdef int sys_truncate(int fd, off_t len_bytes, sys_error* err) noexcept nogil:
-    if _check_injected(CALL_FTRUNCATE, 0, <size_t>len_bytes, err):
+    if sys_injected(CALL_FTRUNCATE, 0, <size_t>len_bytes, err):
         return -1
     while ftruncate(fd, len_bytes) != 0:
         if errno != EINTR:
@@ -290,7 +291,7 @@ cdef int sys_write_at(
     """Write everything or fail; a source that is not mapped gives EFAULT, never a signal."""
     cdef size_t done = 0
     cdef ssize_t n
-    if _check_injected(CALL_PWRITE, <uintptr_t>source, len_bytes, err):
+    if sys_injected(CALL_PWRITE, <uintptr_t>source, len_bytes, err):
         return -1
     while done < len_bytes:
         n = pwrite(fd, <const char*>source + done, len_bytes - done, offset + <off_t>done)
@@ -307,7 +308,7 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
     """Read everything or fail; a file that ends early gives EIO."""
     cdef size_t done = 0
     cdef ssize_t n
-    if _check_injected(CALL_PREAD, 0, len_bytes, err):
+    if sys_injected(CALL_PREAD, 0, len_bytes, err):
         return -1
     while done < len_bytes:
         n = pread(fd, <char*>target + done, len_bytes - done, offset + <off_t>done)
@@ -322,7 +323,7 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
 
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil:
     """Give the file's blocks of this range back to the system."""
-    if _check_injected(CALL_FALLOCATE, 0, len_bytes, err):
+    if sys_injected(CALL_FALLOCATE, 0, len_bytes, err):
         return -1
     while fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, <off_t>len_bytes) != 0:
         if errno != EINTR:
@@ -330,12 +331,18 @@ cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexc
     return 0
 
 
+cdef int sys_seal(int fd, sys_error* err) noexcept nogil:
+    if sys_injected(CALL_SEAL, 0, 0, err):
+        return -1
+    return sys_check(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE) != 0, CALL_SEAL, 0, 0, err)
+
+
 cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil:
     cdef int fd
-    if _check_injected(CALL_OPEN, 0, 0, err):
+    if sys_injected(CALL_OPEN, 0, 0, err):
         return -1
     fd = open(path, O_RDONLY | O_CLOEXEC)
-    _check(fd < 0, CALL_OPEN, 0, 0, err)
+    sys_check(fd < 0, CALL_OPEN, 0, 0, err)
     return fd
 
 
@@ -381,37 +388,14 @@ cdef int sys_count_maps(
 # ---- signals --------------------------------------------------------------------------------
 
 cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil:
-    if _check_injected(CALL_SIGACTION, 0, 0, err):
+    if sys_injected(CALL_SIGACTION, 0, 0, err):
         return -1
-    return _check(sigaction(signum, new, old) != 0, CALL_SIGACTION, 0, 0, err)
-
-
-# ---- fork gate ------------------------------------------------------------------------------
-
-cdef void gate_lock() noexcept nogil:
-    ksm_gate_lock()
-
-
-cdef void gate_unlock() noexcept nogil:
-    ksm_gate_unlock()
-
-
-cdef uint32_t gate_n_forks() noexcept nogil:
-    return ksm_n_forks
-
-
-cdef uint32_t gate_generation() noexcept nogil:
-    return ksm_gate_generation()
+    return sys_check(sigaction(signum, new, old) != 0, CALL_SIGACTION, 0, 0, err)
 
 
 def page_bytes():
     """Size of a system page in bytes."""
     return sys_page_bytes()
-
-
-def generation():
-    """Grows by one in every forked child, so that what belongs to the parent can be told."""
-    return ksm_gate_generation()
 
 
 def features():
@@ -428,7 +412,3 @@ def features():
     found["memfd"] = None if fd >= 0 else os.strerror(err.code)
     sys_close(fd)
     return found
-
-
-if ksm_gate_install() != 0:
-    raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

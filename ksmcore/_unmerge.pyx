@@ -9,11 +9,11 @@ caller holds the engine's lock.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from ksmcore._merge cimport restore_range
+from ksmcore._merge cimport restore_range, run_t
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find
 from ksmcore._runs cimport drop_sharer
 from ksmcore._scan cimport core_forget_item, core_region_at, engine_core, region_t
-from ksmcore._store cimport store_page, store_trim
+from ksmcore._store cimport DEAD, store_page, store_trim
 from ksmcore._sys cimport sys_error
 from ksmcore._trees cimport rb_check, rb_first, rb_next
 
@@ -41,6 +41,11 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     cdef size_t page = 0, start, n_restored
     cdef uint32_t item = 0
     cdef int rc = 0
+    cdef run_t run
+    run.guard = c.b.guard
+    run.page_bytes = c.page_bytes
+    run.over_store = True
+    run.flags = region.flags
     while page < region.n_pages and rc == 0:
         item = rmap_find(&c.rmap, first_no + page, item)
         if item == 0 or not c.rmap.tags[item].over_store:
@@ -50,9 +55,9 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
         while item != 0 and c.rmap.tags[item].over_store and page < region.n_pages:
             page += 1
             item = rmap_find(&c.rmap, first_no + page, item)
-        rc = restore_range(
-            c.page_bytes, region.addr + start * c.page_bytes, page - start, region.flags, &n_restored, err
-        )
+        run.addr = region.addr + start * c.page_bytes
+        run.n_pages = page - start
+        rc = restore_range(&run, &n_restored, err)
         _settle_restored(c, first_no + start, n_restored)
     store_trim(&c.store)
     return rc
@@ -87,8 +92,15 @@ cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
 # ---- what must hold between the modules -----------------------------------------------------------
 
 cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
-    cdef uint32_t slot, n_used = 0, n_shared = 0
+    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
     for slot in range(1, c.store.top):
+        n_frozen += c.store.uses[slot].frozen
+        if c.store.uses[slot].used and c.store.uses[slot].n_sharers == DEAD:
+            if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
+                return 15
+            n_used += 1
+            n_dead += 1
+            continue
         if c.store.uses[slot].pending:
             return 13
         if c.store.uses[slot].n_sharers != n_sharers[slot]:
@@ -98,6 +110,9 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
         n_used += c.store.uses[slot].used
         n_shared += n_sharers[slot] != 0
     if n_used != c.store.n_used or n_shared != c.store.n_shared:
+        return 16
+    # Frozen at a fork that the store has not seen yet: not marked, and not counted.
+    if n_frozen != c.store.n_frozen or n_dead != c.store.n_dead:
         return 16
     return 0
 
@@ -121,7 +136,7 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
 cdef int core_check(engine_core* c) noexcept nogil:
     """0, or the number of a broken invariant: 1-5 stable tree, 21-25 unstable tree, 31-34 rmap; between
     them 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left pending,
-    14: sharers counted wrong, 15: shared but not used, 16: totals, 17: a tree node that begins no block,
+    14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
     18: a shared page whose bytes are not those it was filed under, 19: unstable items counted wrong."""
     cdef uint32_t item, n_unstable = 0
     cdef uint64_t page_no

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksmcore import estimates, vmas
 from ksmcore._core import Core
+from ksmcore.features import choose_guard
 from ksmcore.progress import Progress, reporting
 from ksmcore.registration import Registrar
 from ksmcore.settings import Settings, check_names
@@ -54,10 +55,12 @@ class Engine(Registrar):
     def __init__(self, **settings: Any) -> None:
         check_names(settings)
         self._settings = Settings(**settings)
+        self._guard = choose_guard(self._settings.guard)
         super().__init__(
             Core(
                 order=self._settings.order,
                 checksum=self._settings.checksum,
+                guard=self._guard,
                 with_pagemap=True,
                 n_buckets=self._settings.rmap_hash_size,
             )
@@ -244,7 +247,7 @@ class Engine(Registrar):
         return Stats(
             page_bytes=self.page_bytes,
             skipped=frozen_counts(numbers.pop("skipped")),
-            guard=self._settings.guard_in_use,
+            guard=self._guard,
             dirty=self._settings.dirty_in_use,
             presence="pagemap" if with_pagemap else "mincore",
             **numbers,

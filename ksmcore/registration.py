@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from ksmcore import _sys, gate, headroom
+from ksmcore import _forks, _sys, gate, headroom
 from ksmcore._core import Core
 from ksmcore._memory import PageMemory
 from ksmcore.arrays import ArrayMaker
@@ -49,7 +49,7 @@ class Registrar(ArrayMaker):
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._generation = _sys.generation()
+        self._generation = _forks.generation()
         self._regions: dict[int, Region] = {}
         self._memories: _Memories = weakref.WeakValueDictionary()
         # Buffers that stay held because they could not be taken out of the core again.
@@ -311,10 +311,10 @@ class Registrar(ArrayMaker):
 
     @staticmethod
     def _generation_now() -> int:
-        return _sys.generation()
+        return _forks.generation()
 
     def _is_inherited(self) -> bool:
-        return self._generation != _sys.generation()
+        return self._generation != _forks.generation()
 
     def _own(self) -> None:
         """In a forked child: begin empty. The parent's regions count as closed here."""
@@ -323,7 +323,7 @@ class Registrar(ArrayMaker):
         regions, self._regions = self._regions, {}
         self._memories = weakref.WeakValueDictionary()
         self._renew()
-        self._generation = _sys.generation()
+        self._generation = _forks.generation()
         for region in regions.values():
             region.close()
 

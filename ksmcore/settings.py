@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 __all__ = ["Settings"]
 
-# What can be asked for by name. "auto" stands for the first of the others.
+# What can be asked for by name; "auto" stands for the first of them that is to be had.
 ORDERS = ("digest", "content")
 CHECKSUMS = ("jhash", "mmh3")
-GUARDS = ("mprotect",)
+GUARDS = ("userfaultfd", "userfaultfd-user", "mprotect")  # the strongest first
 DIRTY_TRACKERS = ("checksum",)
 
 _NO_WORD = object()
@@ -39,8 +39,9 @@ class Settings:
     """What tells whether a page changed. Fixed."""
     order: Literal["digest", "content"] = "digest"
     """Key of both trees: checksum, then bytes; or the bytes alone, as the 2009 original. Fixed."""
-    guard: Literal["auto", "mprotect"] = "auto"
-    """What keeps writers out of a page that is being merged. Fixed."""
+    guard: Literal["auto", "userfaultfd", "userfaultfd-user", "mprotect"] = "auto"
+    """What keeps writers out of a page that is being merged; "auto": the strongest that is there, in
+    this order. Fixed."""
     dirty: Literal["auto", "checksum"] = "auto"
     """What tells which pages changed since the last pass. Fixed."""
 
@@ -90,10 +91,6 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @property
-    def guard_in_use(self) -> str:
-        return GUARDS[0] if self.guard == "auto" else self.guard
 
     @property
     def dirty_in_use(self) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 import ksmcore
 from ksmcore import _guard, _sys, vmas
+from ksmcore.settings import GUARDS
 
 SEED = 20090331
 
@@ -58,10 +59,22 @@ def rng():
     return np.random.default_rng(SEED)
 
 
+@pytest.fixture(params=[name for name in GUARDS if ksmcore.features()[name] is None])
+def each_guard(request):
+    """Every guard that can be had here, one after the other."""
+    return request.param
+
+
 @pytest.fixture
-def engine():
+def guard():
+    """The guard of `engine`. Modules that want to try them all override it, with `each_guard`."""
+    return "auto"
+
+
+@pytest.fixture
+def engine(guard):
     """An engine of the test's own; afterwards its invariants must hold and its handler be gone."""
-    engine = ksmcore.Engine()
+    engine = ksmcore.Engine(guard=guard)
     try:
         yield engine
         if not engine.closed:

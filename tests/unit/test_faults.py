@@ -11,6 +11,14 @@ import ksmcore
 from ksmcore import _guard, _sys
 
 PAGE = ksmcore.Engine.page_bytes
+# What shuts a window; and the mmap calls made by entering a guard (for its scratch).
+SHUTS = {"mprotect": "mprotect", "userfaultfd-user": "uffd_protect", "userfaultfd": "uffd_register"}
+MMAPS_TO_ENTER = {"mprotect": 0, "userfaultfd-user": 0, "userfaultfd": 1}
+
+
+@pytest.fixture
+def guard(each_guard):
+    return each_guard
 
 
 def pages(rng: np.random.Generator, n_pages: int) -> np.ndarray:
@@ -22,11 +30,11 @@ def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, rng):
+def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
     source = pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(engine.array(pages(rng, 1)))  # the engine's own arrays exist now
-    _sys.inject("mmap", errno.ENOMEM, after=0, count=1000)
+    _sys.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
     report = engine.dedup(a, b)
     assert _sys.inject_clear() < 1000
     assert report.bytes_saved == 0
@@ -37,13 +45,13 @@ def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, rng):
     assert engine.dedup(a, b).bytes_saved == 64 * PAGE
 
 
-def test_one_failing_remap_undoes_both_halves(engine, rng):
+def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
     source = pages(rng, 8)
     warm_a, warm_b = engine.array(source), engine.array(source)
     engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
     new = pages(rng, 8)
     a, b = engine.array(new), engine.array(new)
-    _sys.inject("mmap", errno.ENOMEM)
+    _sys.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
     report = engine.dedup(a, b)
     assert _sys.inject_clear() == 0
     assert report.skipped["refused"] == 8
@@ -101,10 +109,11 @@ def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
     assert np.array_equal(b, new)
 
 
-def test_protection_that_is_refused_skips_the_window(engine, rng):
+def test_protection_that_is_refused_skips_the_window(engine, guard, rng):
     source = pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
-    _sys.inject("mprotect", errno.ENOMEM)
+    after = 1 if guard == "userfaultfd" else 0  # the scratch is registered first
+    _sys.inject(SHUTS[guard], errno.ENOMEM, after=after)
     report = engine.dedup(a, b)
     assert _sys.inject_clear() == 0
     assert report.skipped["refused"] + report.skipped["partner"] > 0
@@ -127,7 +136,7 @@ def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engi
 
 
 def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
-    with ksmcore.Engine() as engine:
+    with ksmcore.Engine(guard="mprotect") as engine:
         zero = engine.empty(4 * PAGE, np.uint8)
         zero[:] = 1
         zero[:] = 0
@@ -144,12 +153,15 @@ def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
     assert not _guard.handler_installed()
 
 
-def test_unregister_without_memory_changes_nothing(rng):
+def test_unregister_without_memory_changes_nothing(guard, rng):
     source = pages(rng, 600)
-    with ksmcore.Engine() as engine:
+    with ksmcore.Engine(guard=guard) as engine:
         a, b = engine.array(source), engine.array(source)
         engine.dedup(a, b)
-        for call, after in (("mmap", 0), ("mremap", 0), ("mremap", 2), ("madvise", 1)):
+        calls = [("mmap", 0), ("mmap", MMAPS_TO_ENTER[guard]), ("mremap", 0), ("mremap", 2)]
+        # Advice for the scratch may be refused, that for the new memory may not.
+        calls.append(("madvise", 1 + 2 * MMAPS_TO_ENTER[guard]))
+        for call, after in calls:
             _sys.inject(call, errno.ENOMEM, after=after)
             with pytest.raises(MemoryError, match="unregister"):
                 engine.unregister(a)
@@ -163,10 +175,10 @@ def test_unregister_without_memory_changes_nothing(rng):
         assert np.array_equal(b, source)
 
 
-def test_a_region_that_cannot_be_closed_stays_open(rng):
+def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
     source = pages(rng, 600)
     buffer = bytearray(source.tobytes())
-    with ksmcore.Engine() as engine:
+    with ksmcore.Engine(guard=guard) as engine:
         b = engine.array(source)
         with engine.register(buffer) as region:
             engine.dedup()
@@ -195,10 +207,12 @@ def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
     assert a.size == 4 * PAGE
 
 
-def test_a_handler_that_cannot_be_installed_is_an_oserror(engine):
-    _sys.inject("sigaction", errno.EPERM)
-    with pytest.raises(OSError, match="sigaction"):
+def test_a_guard_that_cannot_be_had_is_an_oserror(engine, guard):
+    call = "sigaction" if guard == "mprotect" else "userfaultfd"
+    _sys.inject(call, errno.EPERM)
+    with pytest.raises(OSError, match=call):
         engine.scan()
+    engine.scan()
 
 
 CODES = {
@@ -214,11 +228,19 @@ CODES = {
     "pread": (errno.EIO, errno.ENOMEM),
     "open": (errno.EMFILE, errno.EACCES),
     "sigaction": (errno.EINVAL,),
+    "seal": (errno.EBUSY, errno.EPERM),
+    "userfaultfd": (errno.EPERM, errno.EMFILE),
+    "uffd_register": (errno.ENOMEM, errno.EBUSY),
+    "uffd_unregister": (errno.ENOMEM, errno.EINVAL),
+    "uffd_protect": (errno.ENOENT, errno.EAGAIN),
+    "uffd_move": (errno.EAGAIN, errno.EBUSY, errno.EINVAL, errno.ENOENT, errno.ENOMEM),
+    "uffd_copy": (errno.ENOMEM,),
+    "uffd_wake": (errno.EINVAL,),
 }
 
 
 @pytest.mark.parametrize("call", sorted(CODES))
-def test_any_call_may_fail_at_any_time(call, rng):
+def test_any_call_may_fail_at_any_time(call, guard, rng):
     """Each call, each errno, at its first to n-th use, through a whole life of an engine."""
     source = pages(rng, 300)
     fds = open_fds()
@@ -228,7 +250,7 @@ def test_any_call_may_fail_at_any_time(call, rng):
             engine = None
             arrays = []
             try:
-                engine = ksmcore.Engine()
+                engine = ksmcore.Engine(guard=guard)
                 for _ in range(3):
                     arrays.append(engine.array(source))
                 arrays.append(engine.empty(40 * PAGE, np.uint8))
@@ -239,8 +261,9 @@ def test_any_call_may_fail_at_any_time(call, rng):
                 arrays[0][5 * PAGE] ^= 1
                 engine.dedup()
                 engine.unregister(arrays[1])
-            except (OSError, MemoryError):
-                pass
+            except (OSError, MemoryError, ValueError) as error:
+                # ValueError: the guard is not to be had.
+                assert not isinstance(error, ValueError) or call == "userfaultfd"
             _sys.inject_clear()
             for array in arrays[:3]:
                 assert np.array_equal(array[6 * PAGE :], source[6 * PAGE :])

@@ -1,4 +1,4 @@
-"""The guard: no write is lost, true faults reach their handler, nothing is left behind."""
+"""The mprotect guard: no write is lost, true faults reach their handler, nothing is left behind."""
 
 import faulthandler
 import subprocess
@@ -13,6 +13,11 @@ import ksmcore
 from ksmcore import _guard
 
 PAGE = ksmcore.Engine.page_bytes
+
+
+@pytest.fixture
+def guard():
+    return "mprotect"
 
 
 def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +75,7 @@ def test_faulthandler_is_still_the_one_in_charge(engine, rng):
 
 CRASH = """
     import ctypes, faulthandler, numpy as np, ksmcore
-    engine = ksmcore.Engine()
+    engine = ksmcore.Engine(guard="mprotect")
     a = engine.array(np.arange(8 << 20, dtype=np.uint8))
     b = engine.array(np.arange(8 << 20, dtype=np.uint8))
     def crash(done, total):
@@ -99,7 +104,7 @@ def test_a_fault_in_registered_memory_that_the_program_protected_is_a_true_one()
     done = run(
         """
         import ctypes, numpy as np, ksmcore
-        engine = ksmcore.Engine()
+        engine = ksmcore.Engine(guard="mprotect")
         a = engine.array(np.arange(8 << 20, dtype=np.uint8))
         b = engine.array(np.arange(8 << 20, dtype=np.uint8))
         libc = ctypes.CDLL(None)
@@ -121,7 +126,7 @@ def test_faulthandler_enabled_in_the_middle_of_a_scan_works_in_later_scans():
     done = run(
         """
         import ctypes, faulthandler, numpy as np, ksmcore
-        engine = ksmcore.Engine()
+        engine = ksmcore.Engine(guard="mprotect")
         a = engine.array(np.arange(8 << 20, dtype=np.uint8))
         b = engine.array(np.arange(8 << 20, dtype=np.uint8))
         engine.dedup(progress=lambda done, total: faulthandler.enable())
@@ -155,7 +160,7 @@ def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():
                         ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
         action = SigAction(mend, (ctypes.c_ulong * 16)(), 4, None)
         assert libc.sigaction(11, ctypes.byref(action), None) == 0
-        engine = ksmcore.Engine()
+        engine = ksmcore.Engine(guard="mprotect")
         a = engine.array(np.arange(8 << 20, dtype=np.uint8))
         b = engine.array(np.arange(8 << 20, dtype=np.uint8))
         def fault(done, total):

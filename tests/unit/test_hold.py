@@ -15,6 +15,11 @@ from ksmcore.stats import STORE_PATH
 PAGE = ksmcore.Engine.page_bytes
 
 
+@pytest.fixture
+def guard(each_guard):
+    return each_guard
+
+
 def is_merged(array: np.ndarray) -> bool:
     start = array.__array_interface__["data"][0]
     return any(vma.path.startswith(STORE_PATH) for vma in vmas.vmas_in(start, start + array.nbytes))

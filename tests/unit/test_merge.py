@@ -15,6 +15,11 @@ from ksmcore.stats import STORE_PATH
 PAGE = ksmcore.Engine.page_bytes
 
 
+@pytest.fixture
+def guard(each_guard):
+    return each_guard
+
+
 def pss_bytes() -> int:
     # A page that the kernel is moving just now counts in full at each of its mappings.
     return min(vmas.smaps_rollup()["Pss"] for _ in range(3))

@@ -1,0 +1,34 @@
+"""A window: pages that no writer reaches while they are compared and remapped. Types only."""
+
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+
+
+cdef enum:
+    WINDOW_PAGES = 128       # most pages of one window: tens of microseconds for a waiting writer
+
+# How writers are kept out; the names are in settings.py.
+cdef enum guard_kind:
+    GUARD_MPROTECT           # permission taken away, and a signal handler
+    GUARD_UFFD_USER          # userfaultfd that holds back user code only
+    GUARD_UFFD               # userfaultfd that holds back system calls as well
+    N_GUARDS
+
+# What became of one page.
+cdef enum page_outcome:
+    DONE                     # in the window: in the guard's hand; after it: dealt with
+    CHANGED                  # its bytes were not (or no longer) what they were taken for
+    REFUSED                  # the kernel would not protect or remap it; see the error
+    PINNED                   # a device may be writing into it
+
+
+ctypedef struct window_t:
+    # set by whoever opens it
+    guard_kind guard
+    bint over_store          # the pages map the store (or a shared file); else anonymous memory
+    uintptr_t addr
+    uint32_t n_pages         # at most WINDOW_PAGES
+    size_t page_bytes
+    uint8_t* outcomes        # enum page_outcome, for each page
+    # set by the guard
+    const uint8_t* bytes     # where the pages can be read while it is open: those with outcome DONE
+    uint8_t away[<int>WINDOW_PAGES]     # private to the guard: this page is not at its address now
