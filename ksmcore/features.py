@@ -50,6 +50,7 @@ def choose_guard(asked: str) -> str:
     if reason is not None:
         there = ", ".join(repr(name) for name in GUARDS if _guard.probe(name) is None)
         raise ValueError(
-            f"guard={asked!r} is not to be had here: {reason} ({_REMEDIES[asked]}); there is {there}"
+            f"guard={asked!r} is not to be had here: {reason} ({_REMEDIES[asked]}); there is "
+            f"{there}"
         )
     return asked
