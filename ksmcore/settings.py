@@ -40,8 +40,8 @@ class Settings:
     order: Literal["digest", "content"] = "digest"
     """Key of both trees: checksum, then bytes; or the bytes alone, as the 2009 original. Fixed."""
     guard: Literal["auto", "userfaultfd", "userfaultfd-user", "mprotect"] = "auto"
-    """What keeps writers out of a page that is being merged; "auto": the first of these that is to be
-    had. Fixed."""
+    """What keeps writers out of a page that is being merged; "auto": the first of these that is
+    to be had. Fixed."""
     dirty: Literal["auto", "checksum"] = "auto"
     """What tells which pages changed since the last pass. Fixed."""
 

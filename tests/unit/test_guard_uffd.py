@@ -48,7 +48,7 @@ def descriptors() -> list[str]:
     return [name for name in found if "userfaultfd" in name]
 
 
-# ---- which guard ---------------------------------------------------------------------------------
+# ---- which guard ----------------------------------------------------
 
 
 def test_auto_is_the_strongest_that_is_there():
@@ -89,7 +89,7 @@ def test_nothing_stays_behind(engine, rng):
     assert np.array_equal(a, b)
 
 
-# ---- windows ----------------------------------------------------------------------------------------
+# ---- windows ----------------------------------------------------
 
 
 def test_a_writer_with_sigsegv_blocked_only_waits(engine):
@@ -202,7 +202,8 @@ def test_a_window_that_stays_shut_is_an_internal_error_and_heals(guard, rng):
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(array)
         _sys.inject_clear()
-        engine.dedup(engine.full(4 * PAGE, 3, np.uint8))  # opens a window, and heals the other first
+        # The next window heals the other first.
+        engine.dedup(engine.full(4 * PAGE, 3, np.uint8))
         assert np.array_equal(array, zero)
         array[:] = 5
         assert (array == 5).all()
@@ -230,7 +231,7 @@ def test_a_program_that_closes_all_descriptors(guard, rng):
         assert np.array_equal(b, source)
 
 
-# ---- fork and pins ----------------------------------------------------------------------------------
+# ---- fork and pins ----------------------------------------------------
 
 
 @pytest.mark.parametrize("alive", [True, False])
