@@ -7,7 +7,7 @@ class Core:
         *,
         order: Literal["digest", "content"],
         checksum: Literal["jhash", "mmh3"],
-        guard: Literal["mprotect", "userfaultfd", "userfaultfd-user"],
+        guard: str,
         with_pagemap: bool,
         n_buckets: int,
     ) -> Core: ...
