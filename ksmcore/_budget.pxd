@@ -9,5 +9,7 @@ ctypedef struct map_budget:
     int reserve_shift            # of the share that is held back for longer runs; grows by passes
 
 
-cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil
+cdef void budget_refresh(
+    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
+) noexcept nogil
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil

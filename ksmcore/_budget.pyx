@@ -1,6 +1,6 @@
 """The map budget: how many of the process's memory mappings an engine may use, and for what.
 
-Called by: _runs (may this run be mapped?), _core (refresh at the start of a pass). Calls: _sys.
+Called by: _runs (may this run be mapped?), _census (refresh at the start of a pass). Calls nothing.
 
 Every isolated merged page costs the process two mappings, and without a few free ones a process cannot
 start a thread, load a library or allocate an array. So the engine takes half of what is free, counted
@@ -9,32 +9,27 @@ anew at each pass because the program maps memory too, and puts down what each r
 
 from libc.stdint cimport int64_t, uint32_t
 
-from ksmcore._sys cimport error_clear, sys_count_maps, sys_error
 
+cdef void budget_refresh(
+    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
+) noexcept nogil:
+    """Set what the engine may use, of the process's `n_maps` mappings, `n_ours` of them for stores.
 
-cdef int budget_refresh(map_budget* budget, int64_t asked, int64_t max_map_count) noexcept nogil:
-    """Count the mappings of the process, and set what the engine may use.
-
-    `asked`: a number of mappings, or -1 for half of what would be free without the engine. A mapping
-    of a store costs itself, and what it cut off behind it; those of other engines count as ours.
+    n_maps: -1 when they could not be counted. asked: a number of mappings, or -1 for half of what would
+    be free without the engine.
     """
-    cdef uint32_t n_maps, n_ours
-    cdef sys_error err
-    cdef int64_t ours, free_maps
-    error_clear(&err)
-    if sys_count_maps(b"memfd:ksmcore-store", &n_maps, &n_ours, &err) != 0:
+    cdef int64_t free_maps
+    if n_maps < 0:
         # Nothing is known of the room left: allow no more than what is used now.
         budget.allowed = budget.used
-        return -1
-    ours = n_ours
-    free_maps = max_map_count - (<int64_t>n_maps - ours)
-    budget.used = ours
+        return
+    free_maps = max_map_count - (n_maps - n_ours)
+    budget.used = n_ours
     budget.allowed = max(free_maps // 2, <int64_t>0)
     if asked >= 0:
         # Never more than three quarters of what is free: without room for a few mappings a process
         # cannot start a thread, load a library or allocate an array.
         budget.allowed = min(asked, max(free_maps * 3 // 4, <int64_t>0))
-    return 0
 
 
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil:

@@ -1,6 +1,7 @@
 """The engine's core as Python sees it: a lock, regions, and passes without the GIL.
 
-Called by: engine.py, registration.py, _memory. Calls: _scan, _unmerge, _numbers, _guard, _merge, _budget.
+Called by: engine.py, registration.py, _memory. Calls: _scan, _unmerge, _census,
+_numbers, _regions, _guard, _merge.
 
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
 could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
@@ -15,22 +16,20 @@ from cpython.pythread cimport (
     PyThread_type_lock, WAIT_LOCK,
 )
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport realloc
-from libc.string cimport memmove
 
-from ksmcore._budget cimport budget_refresh
+from ksmcore._census cimport census_of_region, census_take
 from ksmcore._forks cimport gate_generation
 from ksmcore._guard cimport guard_by_name, guard_enter, guard_leave
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
-from ksmcore._runs cimport SKIP_HELD
+from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
+from ksmcore._runs cimport SKIP_ALTERED, SKIP_HELD
 from ksmcore._scan cimport (
-    SPAN_PAGES, core_begin_pass, core_destroy, core_init, core_region_at, core_scan_span, engine_core,
-    region_t,
+    SPAN_PAGES, core_begin_pass, core_destroy, core_init, core_scan_span, engine_core,
 )
 from ksmcore._sys cimport CALL_MINCORE, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
-from ksmcore._unmerge cimport core_check, core_forget, core_restore, core_shared_in
+from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind
 
 from ksmcore.errors import InternalError
@@ -118,55 +117,45 @@ cdef class Core:
 
     # ---- regions ----------------------------------------------------------------------------
 
-    def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags):
+    def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh=False):
         """Register `n_pages` pages from `addr` on, under an id that no other region of the process has.
+
+        `fresh`: the kernel has just handed out this memory. So a region that was there before has been
+        unmapped behind its owner's back, and is given up.
 
         ValueError when they overlap a region; MemoryError. The caller keeps the memory mapped until
         `remove` has returned.
         """
-        cdef region_t* regions
-        cdef const region_t* after
-        cdef size_t index, len_bytes = n_pages * sys_page_bytes()
-        cdef bint overlaps, grown = True
+        cdef region_t* after
+        cdef size_t len_bytes = n_pages * sys_page_bytes()
+        cdef bint overlaps, added = False
         self._own()
         with nogil:
             self._lock()
-            after = core_region_at(&self.c, addr)
-            overlaps = after != NULL and after.addr < addr + len_bytes
+            while True:
+                after = regions_at(&self.c.regions, addr)
+                overlaps = after != NULL and after.addr < addr + len_bytes
+                if not overlaps or not fresh:
+                    break
+                core_abandon(&self.c, after)
+                regions_drop(&self.c.regions, after)
             if not overlaps:
-                index = after - self.c.regions if after != NULL else self.c.n_regions
-                if self.c.n_regions == self.c.regions_capacity:
-                    regions = <region_t*>realloc(
-                        self.c.regions, (2 * self.c.regions_capacity + 8) * sizeof(region_t)
-                    )
-                    grown = regions != NULL
-                    if grown:
-                        self.c.regions = regions
-                        self.c.regions_capacity = 2 * self.c.regions_capacity + 8
-                if grown:
-                    memmove(
-                        &self.c.regions[index + 1], &self.c.regions[index],
-                        (self.c.n_regions - index) * sizeof(region_t),
-                    )
-                    self.c.regions[index].addr = addr
-                    self.c.regions[index].n_pages = n_pages
-                    self.c.regions[index].id = region_id
-                    self.c.regions[index].flags = flags
-                    self.c.regions[index].n_holds = 0
-                    self.c.n_regions += 1
+                added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
             self._unlock()
         if overlaps:
             raise ValueError(f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered")
-        if not grown:
+        if not added:
             raise MemoryError("no memory for a region")
 
     def remove(self, uint64_t region_id, uintptr_t addr, bint restore):
         """Forget the region with this id at `addr`; with `restore`, make it plain private memory first.
 
         False when there is no such region (in a forked child, say). MemoryError: it could not be
-        restored; it is still registered, and all its bytes are right. RuntimeError: it is held.
+        restored; it is still registered, and all its bytes are right. RuntimeError: it is held, or the
+        program has taken its permissions away.
         """
-        cdef const region_t* region
+        cdef region_t* region
+        cdef size_t n_blocked = 0
         cdef sys_error err
         cdef bint found, held, entered = False
         cdef int rc = 0
@@ -177,21 +166,30 @@ cdef class Core:
                 rc = guard_enter(self.guard, &err)
                 entered = rc == 0
             self._lock()
-            region = core_region_at(&self.c, addr)
+            region = regions_at(&self.c.regions, addr)
             found = region != NULL and region.id == region_id
             held = found and restore and region.n_holds != 0
-            if found and not held and rc == 0:
+            if found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
+                rc = census_of_region(&self.c, region, &n_blocked, &err)
+            if found and not held and rc == 0 and not (restore and n_blocked != 0):
                 if restore:
                     rc = core_restore(&self.c, region, &err)
                 if rc == 0:
                     core_forget(&self.c, region)
-                    self._drop_locked(region - self.c.regions)
+                    regions_drop(&self.c.regions, region)
             self._unlock()
             if entered:
                 guard_leave(self.guard)
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
+        if restore and n_blocked != 0:
+            raise RuntimeError(
+                f"{n_blocked} pages of this memory cannot be read and written any more, so they cannot be "
+                "unmerged: undo the mprotect(2) first"
+            )
         if rc != 0:
+            if err.code == 0:
+                raise MemoryError("unregister: no memory to look at the mappings")
             error_raise(&err, "unregister")
         return bool(found)
 
@@ -209,7 +207,7 @@ cdef class Core:
         while True:
             with nogil:
                 self._lock()
-                region = <region_t*>core_region_at(&self.c, cursor)
+                region = regions_at(&self.c.regions, cursor)
                 region_id = 0
                 if region != NULL and region.addr < addr + len_bytes:
                     region.n_holds += 1
@@ -227,7 +225,7 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
-            region = <region_t*>core_region_at(&self.c, addr)
+            region = regions_at(&self.c.regions, addr)
             if region != NULL and region.id == region_id and region.n_holds != 0:
                 region.n_holds -= 1
             self._unlock()
@@ -239,18 +237,11 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
-            region = core_region_at(&self.c, addr)
+            region = regions_at(&self.c.regions, addr)
             if region != NULL and region.id == region_id:
                 n_shared = core_shared_in(&self.c, region)
             self._unlock()
         return n_shared
-
-    cdef void _drop_locked(self, size_t index) noexcept nogil:
-        self.c.n_regions -= 1
-        memmove(
-            &self.c.regions[index], &self.c.regions[index + 1],
-            (self.c.n_regions - index) * sizeof(region_t),
-        )
 
     def find(self, uintptr_t addr, size_t len_bytes):
         """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
@@ -265,7 +256,7 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
-            region = core_region_at(&self.c, addr)
+            region = regions_at(&self.c.regions, addr)
             if region != NULL and region.addr < addr + len_bytes:
                 region_id = region.id
                 start = region.addr
@@ -292,7 +283,7 @@ cdef class Core:
         while True:
             with nogil:
                 self._lock()
-                region = core_region_at(&self.c, cursor)
+                region = regions_at(&self.c.regions, cursor)
                 region_id = 0
                 if region != NULL:
                     region_id = region.id
@@ -364,12 +355,27 @@ cdef class Core:
                 self.c.b.budget.reserve_shift += 1
             self._unlock()
 
-    def refresh_budget(self, int64_t asked, int64_t max_map_count):
-        """Count the process's mappings and set how many the engine may use (-1: half of the free ones)."""
+    def take_census(self, int64_t asked_maps, int64_t max_map_count):
+        """Look at the process's mappings: how many the engine may use (asked_maps -1: half of the free
+        ones), and which regions are not what they were registered as."""
+        cdef sys_error ignored
+        error_clear(&ignored)
         self._own()
         with nogil:
             self._lock()
-            budget_refresh(&self.c.b.budget, asked, max_map_count)
+            census_take(&self.c, asked_maps, max_map_count, &ignored)
+            self._unlock()
+
+    def pass_over(self, uintptr_t addr, uintptr_t end):
+        """Take what is registered in [addr, end) for altered, until the next census."""
+        cdef region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            region = regions_at(&self.c.regions, addr)
+            while region != NULL and region.addr < end:
+                region.altered = True
+                region = regions_next(&self.c.regions, region)
             self._unlock()
 
     def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate):
@@ -395,7 +401,7 @@ cdef class Core:
             entered = rc == 0
             while rc == 0 and done < max_pages and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
-                region = core_region_at(&self.c, cursor)
+                region = regions_at(&self.c.regions, cursor)
                 if region == NULL or region.addr >= end:
                     cursor = end
                 else:
@@ -403,17 +409,19 @@ cdef class Core:
                         cursor = region.addr
                     first_page = (cursor - region.addr) // page_bytes
                     n_pages = region.n_pages - first_page
-                    if region.n_holds == 0:
+                    if region.n_holds == 0 and not region.altered:
                         n_pages = min(n_pages, <size_t>SPAN_PAGES)
                     if end - cursor < n_pages * page_bytes:
                         n_pages = (end - cursor) // page_bytes
                     if n_pages == 0:
                         cursor = end
                     else:
-                        if region.n_holds == 0:
-                            rc = core_scan_span(&self.c, region, first_page, n_pages, immediate, &err)
-                        else:
+                        if region.n_holds != 0:
                             self.c.counters.skips[<int>SKIP_HELD] += n_pages
+                        elif region.altered:
+                            self.c.counters.skips[<int>SKIP_ALTERED] += n_pages
+                        else:
+                            rc = core_scan_span(&self.c, region, first_page, n_pages, immediate, &err)
                         cursor += n_pages * page_bytes
                         done += n_pages
                 PyThread_release_lock(self.lock)

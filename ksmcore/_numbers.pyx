@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint64_t
 from ksmcore._guard cimport guard_n_waits
 from ksmcore._rmap cimport N_STATES, PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 from ksmcore._runs cimport (
-    SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
+    SKIP_ALTERED, SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
     SKIP_REFUSED, SKIP_STORE,
 )
 from ksmcore._scan cimport core_bytes, engine_core
@@ -26,7 +26,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.n_used = c.store.n_used
     numbers.n_frozen = c.store.n_frozen
     numbers.n_compares = c.stable.n_compares + c.unstable.n_compares
-    numbers.n_regions = c.n_regions
+    numbers.n_regions = c.regions.n
     numbers.metadata_bytes = core_bytes(c)
     numbers.with_pagemap = c.pm.file.fd >= 0
 
@@ -65,6 +65,7 @@ cdef dict numbers_as_dict(const core_numbers* numbers):
             "partner": skips[<int>SKIP_PARTNER],
             "away": skips[<int>SKIP_AWAY],
             "pinned": skips[<int>SKIP_PINNED],
+            "altered": skips[<int>SKIP_ALTERED],
             "held": skips[<int>SKIP_HELD],
         },
     }

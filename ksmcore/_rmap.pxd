@@ -52,6 +52,7 @@ ctypedef struct rmap_table:
     uint32_t bucket_base   # power of two, bucket_base <= n_buckets <= 2 * bucket_base
     uint32_t bucket_capacity
     uint32_t n_by_state[<int>N_STATES]
+    uint32_t n_over_store  # items with over_store
 
 
 cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexcept nogil
@@ -60,6 +61,7 @@ cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noex
 cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil
+cdef void rmap_set_over_store(rmap_table* table, uint32_t item, bint over_store) noexcept nogil
 cdef void rmap_forget_epochs(rmap_table* table) noexcept nogil
 cdef size_t rmap_bytes(rmap_table* table) noexcept nogil
 cdef int rmap_check(rmap_table* table) noexcept nogil

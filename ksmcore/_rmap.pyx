@@ -191,10 +191,17 @@ cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil:
         link = &table.nexts[link[0]]
     link[0] = table.nexts[item]
     table.n_by_state[<int>table.tags[item].state] -= 1
+    table.n_over_store -= table.tags[item].over_store
     table.n_items -= 1
     table.tags[item].page_no = 0
     table.nexts[item] = table.free_head
     table.free_head = item
+
+
+cdef void rmap_set_over_store(rmap_table* table, uint32_t item, bint over_store) noexcept nogil:
+    table.n_over_store -= table.tags[item].over_store
+    table.n_over_store += over_store
+    table.tags[item].over_store = over_store
 
 
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil:
@@ -221,7 +228,7 @@ cdef size_t rmap_bytes(rmap_table* table) noexcept nogil:
 cdef int rmap_check(rmap_table* table) noexcept nogil:
     """0, or the number of the first broken invariant."""
     cdef uint32_t bucket, item, other
-    cdef uint64_t n_chained = 0, n_free = 0
+    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0
     cdef uint64_t by_state[<int>N_STATES]
     cdef int state
     memset(by_state, 0, sizeof(by_state))
@@ -236,11 +243,12 @@ cdef int rmap_check(rmap_table* table) noexcept nogil:
                     return 2
                 other = table.nexts[other]
             by_state[table.tags[item].state] += 1
+            n_over_store += table.tags[item].over_store
             n_chained += 1
             if n_chained > table.n_items:
                 return 3
             item = table.nexts[item]
-    if n_chained != table.n_items:
+    if n_chained != table.n_items or n_over_store != table.n_over_store:
         return 3
     for state in range(<int>N_STATES):
         if by_state[state] != table.n_by_state[state]:

@@ -21,6 +21,7 @@ cdef enum skip_reason:
     SKIP_PARTNER             # its partner could not be merged, so the merge was undone
     SKIP_AWAY                # swapped out, or being moved by the kernel
     SKIP_PINNED              # a device may be writing into it (direct I/O, io_uring)
+    SKIP_ALTERED             # in a region that the program has mapped otherwise meanwhile
     SKIP_HELD                # in a region that is held (see Region.hold)
     N_SKIPS
 

@@ -17,7 +17,8 @@ from libc.stdlib cimport free, malloc, qsort
 from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_over_store,
+    rmap_set_state,
 )
 from ksmcore._store cimport (
     store_alloc, store_block, store_page, store_release, store_share, store_trim,
@@ -366,7 +367,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     done.fate = MERGED
     if done.kind == INTENT_ZERO:
         b.counters.pages_zeroed += 1
-        b.rmap.tags[item].over_store = 0
+        rmap_set_over_store(b.rmap, item, False)
         b.rmap.nodes[item].left = 0
         rmap_set_state(b.rmap, item, PAGE_ZERO)
         return
@@ -375,7 +376,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
         b.counters.pages_reshared += 1
     store_share(b.store, done.slot)
     rmap_set_state(b.rmap, item, PAGE_SHARED)
-    b.rmap.tags[item].over_store = 1
+    rmap_set_over_store(b.rmap, item, True)
     b.rmap.nodes[item].left = done.slot
 
 
@@ -460,7 +461,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         run.flags = founder.flags
         if restore_range(&run, &n_restored, &b.err) == 0:
             drop_sharer(b, founder.item)
-            b.rmap.tags[founder.item].over_store = 0
+            rmap_set_over_store(b.rmap, founder.item, False)
             b.rmap.nodes[founder.item].left = 0
             b.counters.skips[<int>SKIP_PARTNER] += 1
 

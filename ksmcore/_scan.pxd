@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._pagemap cimport pagemap
 from ksmcore._pages cimport checksum_pages_t
+from ksmcore._regions cimport region_list, region_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._runs cimport batch, scan_counters
 from ksmcore._store cimport store_t
@@ -16,15 +17,6 @@ cdef enum:
     SPAN_PAGES = 1024        # looked at, matched and merged together, and the lock held that long
 
 
-# The whole pages inside one registered buffer.
-ctypedef struct region_t:
-    uintptr_t addr           # of the first page
-    size_t n_pages
-    uint64_t id
-    int flags                # enum region_flag bits
-    uint32_t n_holds         # while not 0, no window is opened in it
-
-
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
 ctypedef struct engine_core:
     size_t page_bytes
@@ -35,9 +27,7 @@ ctypedef struct engine_core:
     checksum_pages_t checksum
     uint32_t zero_digest         # checksum of a page of zeros
     # state
-    region_t* regions            # by address, disjoint
-    size_t n_regions
-    size_t regions_capacity
+    region_list regions
     rmap_table rmap
     store_t store
     rb_tree stable
@@ -66,6 +56,5 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil
 cdef int core_scan_span(
     engine_core* c, const region_t* region, size_t first_page, size_t n_pages, bint immediate, sys_error* err
 ) noexcept nogil
-cdef const region_t* core_region_at(engine_core* c, uintptr_t addr) noexcept nogil
 cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil
 cdef size_t core_bytes(engine_core* c) noexcept nogil

@@ -32,6 +32,7 @@ from ksmcore._pagemap cimport (
     pagemap_query,
 )
 from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._regions cimport region_t, regions_at, regions_destroy, regions_init
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_bytes, rmap_destroy,
     rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
@@ -82,8 +83,7 @@ cdef int core_init(
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
     c.stretch_start = c.stretch_end = c.stretch_pages = 0
-    c.regions = NULL
-    c.n_regions = c.regions_capacity = 0
+    regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
     store_init(&c.store, c.page_bytes)
     rb_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b)
@@ -129,9 +129,7 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     rmap_destroy(&c.rmap)
     store_destroy(&c.store)
     pagemap_close(&c.pm)
-    free(c.regions)
-    c.regions = NULL
-    c.n_regions = c.regions_capacity = 0
+    regions_destroy(&c.regions)
     free(c.flags)
     free(c.items)
     free(c.pages)
@@ -153,21 +151,9 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil:
     c.stretch_start = c.stretch_end = c.stretch_pages = 0
 
 
-cdef const region_t* core_region_at(engine_core* c, uintptr_t addr) noexcept nogil:
-    """The region that holds `addr`, or the first one after it, or NULL."""
-    cdef size_t low = 0, high = c.n_regions, middle
-    while low < high:
-        middle = (low + high) // 2
-        if c.regions[middle].addr + c.regions[middle].n_pages * c.page_bytes <= addr:
-            low = middle + 1
-        else:
-            high = middle
-    return &c.regions[low] if low < c.n_regions else NULL
-
-
 cdef size_t core_bytes(engine_core* c) noexcept nogil:
     """Bytes of metadata that grow with the pages tracked."""
-    return rmap_bytes(&c.rmap) + store_bytes(&c.store) + c.regions_capacity * sizeof(region_t)
+    return rmap_bytes(&c.rmap) + store_bytes(&c.store) + c.regions.capacity * sizeof(region_t)
 
 
 # ---- items ----------------------------------------------------------------------------------
@@ -203,9 +189,9 @@ cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
 
 cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_t flag) noexcept nogil:
     """Must the bytes of this present page be looked at? `item`: 0 when it has none."""
+    if flag & PAGE_OF_FILE and (item == 0 or not c.rmap.tags[item].over_store):
+        return False             # something that was mapped here behind our back: not ours to touch
     if item == 0:
-        if flag & PAGE_OF_FILE:
-            return False         # something that was mapped here behind our back: not ours to touch
         # The kernel's own zero page, read but never written: there is no memory to save.
         return flag & (PAGE_EXCLUSIVE | PAGE_UNSURE) or not page_is_zero(page, c.page_bytes)
     if c.rmap.tags[item].state == PAGE_SHARED:
@@ -357,7 +343,7 @@ cdef void _match_unstable(
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
-    home = core_region_at(c, <uintptr_t>(partner_no * c.page_bytes))
+    home = regions_at(&c.regions, <uintptr_t>(partner_no * c.page_bytes))
     if home.n_holds != 0:
         c.counters.skips[<int>SKIP_HELD] += 1
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)

@@ -11,11 +11,12 @@ cdef extern from *:
     #ifndef KSMCORE_STORE_USE
     #define KSMCORE_STORE_USE
     typedef struct {
-        uint32_t n_sharers : 28;
+        uint32_t n_sharers : 27;
         uint32_t used : 1;
         uint32_t copy : 1;
         uint32_t frozen : 1;
         uint32_t pending : 1;
+        uint32_t lost : 1;
     } store_use;
     #endif
     """
@@ -25,11 +26,12 @@ cdef extern from *:
         uint32_t used          # handed out, and its release not yet carried out
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
         uint32_t frozen        # existed at a fork: another process may map it, not written or punched before it is thawed
+        uint32_t lost          # mapped where nobody keeps account of it: never released
         uint32_t pending       # not written yet; its bytes are still the candidate's
 
 cdef enum:
-    MAX_SHARERS = 0x0fff0000   # what n_sharers can hold, less what one batch can add
-    DEAD = 0x0fffffff          # in n_sharers: released, but still mapped by another process
+    MAX_SHARERS = 0x07ff0000   # what n_sharers can hold, less what one batch can add
+    DEAD = 0x07ffffff          # in n_sharers: released, but still mapped by another process
     EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
     MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
 
@@ -66,6 +68,7 @@ cdef int store_write(
 ) noexcept nogil
 cdef void store_share(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil
+cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_trim(store_t* store) noexcept nogil

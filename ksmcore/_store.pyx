@@ -216,9 +216,15 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     store.n_shared -= 1
     first = store_block(store, slot, &n_copies)
     for i in range(n_copies):
-        if store.uses[first + i].n_sharers != 0:
+        if store.uses[first + i].n_sharers != 0 or store.uses[first + i].lost:
             return 0
     return first
+
+
+cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
+    """Keep a slot and its bytes for ever: the program has mapped it somewhere by its own means."""
+    if slot < store.top and store.uses[slot].used:
+        store.uses[slot].lost = 1
 
 
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil:

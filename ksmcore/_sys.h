@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -75,44 +76,6 @@ static void ksm_identify(int fd, uint64_t *dev, uint64_t *ino) {
 static void ksm_pause(void) {
     struct timespec t = {0, 1000000L};
     nanosleep(&t, 0);
-}
-
-/* Count the lines of /proc/self/maps, and those that exist because of a file named `needle`: its
-   mappings, and what follows one of them without a gap, which was cut off by it. A small buffer on the
-   stack and no allocation; a line longer than the buffer is counted once. */
-static int ksm_count_maps(int fd, const char *needle, uint32_t *n_maps, uint32_t *n_named) {
-    char buf[16384];
-    size_t kept = 0;
-    uint32_t maps = 0, named = 0;
-    unsigned long long last_end = 0;
-    int last_named = 0;
-    for (;;) {
-        ssize_t got = read(fd, buf + kept, sizeof buf - kept);
-        if (got < 0) {
-            if (errno == EINTR) continue;
-            return -1;
-        }
-        size_t len = kept + (size_t)got, start = 0;
-        char *end;
-        while ((end = memchr(buf + start, '\n', len - start))) {
-            size_t line = (size_t)(end - (buf + start));
-            maps++;
-            char *dash;
-            unsigned long long from = strtoull(buf + start, &dash, 16);
-            int is_named = memmem(buf + start, line, needle, strlen(needle)) != NULL;
-            named += is_named || (last_named && from == last_end);
-            last_named = is_named;
-            last_end = *dash == '-' ? strtoull(dash + 1, NULL, 16) : 0;
-            start += line + 1;
-        }
-        if (got == 0) break;
-        kept = len - start;
-        if (kept == sizeof buf) kept = 0;
-        else memmove(buf, buf + start, kept);
-    }
-    *n_maps = maps;
-    *n_named = named;
-    return 0;
 }
 
 #endif

@@ -84,9 +84,7 @@ cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember wha
 cdef bint sys_is_kept(const sys_file* file) noexcept nogil        # is it still that?
 cdef void sys_drop(sys_file* file) noexcept nogil                 # close it if so
 cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil
-cdef int sys_count_maps(
-    const char* needle, uint32_t* n_maps, uint32_t* n_named, sys_error* err
-) noexcept nogil
+cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil
 cdef size_t sys_page_bytes() noexcept nogil
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil

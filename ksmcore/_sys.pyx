@@ -21,7 +21,8 @@ cdef extern from "_sys.h":
     void ksm_pause() nogil
     void ksm_identify(int fd, uint64_t* dev, uint64_t* ino) nogil
     int F_ADD_SEALS, F_SEAL_WRITE
-    int ksm_count_maps(int fd, const char* needle, uint32_t* n_maps, uint32_t* n_named) nogil
+    unsigned int major(uint64_t dev) nogil
+    unsigned int minor(uint64_t dev) nogil
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE
@@ -370,19 +371,10 @@ cdef void sys_drop(sys_file* file) noexcept nogil:
     file.fd = -1
 
 
-cdef int sys_count_maps(
-    const char* needle, uint32_t* n_maps, uint32_t* n_named, sys_error* err
-) noexcept nogil:
-    """Mappings of this process, and those of them that a file named `needle` is the reason for."""
-    cdef int fd = sys_open_read(b"/proc/self/maps", err)
-    cdef int rc
-    if fd < 0:
-        return -1
-    rc = ksm_count_maps(fd, needle, n_maps, n_named)
-    if rc != 0:
-        _fail(err, CALL_PREAD, errno, 0, 0)
-    sys_close(fd)
-    return rc
+cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil:
+    """The device of a kept file, as /proc/self/maps shows it."""
+    dev_major[0] = major(file.dev)
+    dev_minor[0] = minor(file.dev)
 
 
 # ---- signals --------------------------------------------------------------------------------

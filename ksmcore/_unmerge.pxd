@@ -1,9 +1,11 @@
 """The way back: from merged pages to plain memory; see _unmerge.pyx."""
 
-from ksmcore._scan cimport engine_core, region_t
+from ksmcore._regions cimport region_t
+from ksmcore._scan cimport engine_core
 from ksmcore._sys cimport sys_error
 
 cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil
 cdef size_t core_shared_in(engine_core* c, const region_t* region) noexcept nogil
+cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil
 cdef int core_check(engine_core* c) noexcept nogil

@@ -10,10 +10,11 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._merge cimport restore_range, run_t
-from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find
+from ksmcore._regions cimport region_t, regions_at
+from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._runs cimport drop_sharer
-from ksmcore._scan cimport core_forget_item, core_region_at, engine_core, region_t
-from ksmcore._store cimport DEAD, store_page, store_trim
+from ksmcore._scan cimport core_forget_item, engine_core
+from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
 from ksmcore._sys cimport sys_error
 from ksmcore._trees cimport rb_check, rb_first, rb_next
 
@@ -26,7 +27,7 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
             drop_sharer(&c.b, item)
-        c.rmap.tags[item].over_store = 0
+        rmap_set_over_store(&c.rmap, item, False)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
             c.rmap.nodes[item].left = 0
 
@@ -87,6 +88,21 @@ cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
             hint = item
             core_forget_item(c, item)
     store_trim(&c.store)
+
+
+cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
+    """Drop all items of a region whose memory went elsewhere: whatever still maps their slots, somewhere,
+    goes on seeing the same bytes."""
+    cdef uint64_t first_no = region.addr // c.page_bytes
+    cdef size_t page
+    cdef uint32_t item = 0, hint = 0
+    for page in range(region.n_pages):
+        item = rmap_find(&c.rmap, first_no + page, hint)
+        if item != 0:
+            hint = item
+            if c.rmap.tags[item].state == PAGE_SHARED:
+                store_lose(&c.store, c.rmap.nodes[item].left)
+            core_forget_item(c, item)
 
 
 # ---- what must hold between the modules -----------------------------------------------------------
@@ -178,5 +194,5 @@ cdef int core_check(engine_core* c) noexcept nogil:
 
 cdef bint _in_region(engine_core* c, uint64_t page_no) noexcept nogil:
     cdef uintptr_t addr = <uintptr_t>(page_no * c.page_bytes)
-    cdef const region_t* region = core_region_at(c, addr)
+    cdef const region_t* region = regions_at(&c.regions, addr)
     return region != NULL and region.addr <= addr

@@ -150,7 +150,8 @@ class Engine(Registrar):
         with self._alone():
             self._check_open()
             self._started = time.perf_counter()
-            self._core.refresh_budget(self._asked_budget(), vmas.max_map_count())
+            self._core.take_census(self._asked_budget(), vmas.max_map_count())
+            self._pass_over_locked()
             self._core.enter_guard()
             try:
                 yield self._core.snapshot()
@@ -171,6 +172,14 @@ class Engine(Registrar):
                 yield
             finally:
                 self._pass_owner = 0
+
+    def _pass_over_locked(self) -> None:
+        """Memory that the program has locked since it was registered stays as it is: a new mapping
+        would not be locked."""
+        if vmas.locked_bytes() > 0:
+            for vma in vmas.Snapshot().vmas_in(0, END_OF_MEMORY):
+                if "lo" in vma.flags:
+                    self._core.pass_over(vma.start, vma.end)
 
     def _asked_budget(self) -> int:
         return -1 if self._settings.map_budget == "auto" else self._settings.map_budget

@@ -21,8 +21,13 @@ def guard(each_guard):
 
 
 def pss_bytes() -> int:
-    # A page that the kernel is moving just now counts in full at each of its mappings.
-    return min(vmas.smaps_rollup()["Pss"] for _ in range(3))
+    # Without the files: the share of a library changes whenever another process starts or ends. And a
+    # page that the kernel is moving just now counts in full at each of its mappings.
+    def own() -> int:
+        totals = vmas.smaps_rollup()
+        return totals["Pss"] - totals.get("Pss_File", 0)
+
+    return min(own() for _ in range(3))
 
 
 def store_maps(array: np.ndarray) -> list[vmas.Vma]:

@@ -1,0 +1,11 @@
+"""Are the mappings still what the engine takes them for? See _census.pyx."""
+
+from libc.stdint cimport int64_t
+
+from ksmcore._regions cimport region_t
+from ksmcore._scan cimport engine_core
+from ksmcore._sys cimport sys_error
+
+
+cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, sys_error* err) noexcept nogil
+cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, sys_error* err) noexcept nogil

@@ -1,0 +1,34 @@
+"""The registered page ranges of an engine; see _regions.pyx."""
+
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+
+
+# The whole pages inside one registered buffer.
+ctypedef struct region_t:
+    uintptr_t addr           # of the first page
+    size_t n_pages
+    uint64_t id
+    int flags                # enum region_flag bits (see _merge)
+    uint32_t n_holds         # while not 0, no window is opened in it
+    bint altered             # the program has mapped it otherwise: not looked at (see _census)
+    size_t n_plain_pages     # private to _census
+    size_t n_store_pages     # private to _census
+
+
+# By address, disjoint.
+ctypedef struct region_list:
+    region_t* all
+    size_t n
+    size_t capacity
+    size_t page_bytes
+
+
+cdef void regions_init(region_list* regions, size_t page_bytes) noexcept nogil
+cdef void regions_destroy(region_list* regions) noexcept nogil
+cdef region_t* regions_at(const region_list* regions, uintptr_t addr) noexcept nogil
+cdef region_t* regions_next(const region_list* regions, const region_t* region) noexcept nogil
+cdef uintptr_t region_end(const region_list* regions, const region_t* region) noexcept nogil
+cdef region_t* regions_insert(
+    region_list* regions, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags
+) noexcept nogil
+cdef void regions_drop(region_list* regions, region_t* region) noexcept nogil

@@ -1,0 +1,276 @@
+"""What a program may do to registered memory behind the engine's back: no crash, nothing of others touched.
+
+Everything here goes through the C library, past the objects that own the memory.
+"""
+
+import ctypes
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import vmas
+
+PAGE = ksmcore.Engine.page_bytes
+N = 64
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+PRIVATE_ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
+
+
+@pytest.fixture
+def guard(each_guard):
+    return each_guard
+
+
+def call(name: str, *args: int) -> int:
+    result = getattr(libc, name)(*(ctypes.c_size_t(arg) for arg in args))
+    assert result not in (-1, 2**64 - 1), os.strerror(ctypes.get_errno())
+    return result
+
+
+def map_at(addr: int, n_pages: int, prot: int = 3, flags: int = PRIVATE_ANON, fd: int = -1) -> None:
+    fixed = flags | (MAP_FIXED if addr else 0)
+    mapped = libc.mmap(
+        ctypes.c_void_p(addr), ctypes.c_size_t(n_pages * PAGE), prot, fixed, fd, ctypes.c_long(0)
+    )
+    assert mapped not in (None, 2**64 - 1), os.strerror(ctypes.get_errno())
+    return mapped
+
+
+class Loose:
+    """Memory that nobody owns, so that nobody is surprised when it goes: an array over bare pages."""
+
+    def __init__(self, source: np.ndarray) -> None:
+        self.n_pages = len(source)
+        self.addr = map_at(0, self.n_pages)
+        self.pages = self.view(self.addr)
+        self.pages[:] = source
+
+    def view(self, addr: int) -> np.ndarray:
+        raw = (ctypes.c_uint8 * (self.n_pages * PAGE)).from_address(addr)
+        return np.frombuffer(raw, np.uint8).reshape(-1, PAGE)
+
+    def at(self, page: int) -> int:
+        return self.addr + page * PAGE
+
+    def unmap(self) -> None:
+        call("munmap", self.addr, self.n_pages * PAGE)
+
+
+@pytest.fixture
+def source(rng):
+    return rng.integers(1, 256, (N, PAGE), dtype=np.uint8)
+
+
+@pytest.fixture
+def merged(engine, source):
+    """Loose memory that shares all its pages with an ordinary array."""
+    loose = Loose(source)
+    region = engine.register(loose.pages)
+    partner = engine.array(source)
+    assert engine.dedup().pages_merged == 2 * N
+    return loose, region, partner
+
+
+def check_partner(engine, partner, source):
+    """The rest of the engine works, and its bytes are right."""
+    assert np.array_equal(partner, source)
+    twin = engine.array(source)
+    engine.dedup()
+    assert np.array_equal(twin, source)
+    partner[:] += 1
+    assert np.array_equal(partner, source + 1)
+    assert np.array_equal(twin, source)
+    engine._core.check()
+
+
+@pytest.mark.parametrize("part", [slice(0, N), slice(10, 20), slice(0, 1), slice(N - 1, N)])
+def test_munmap(engine, merged, source, part):
+    loose, region, partner = merged
+    call("munmap", loose.at(part.start), (part.stop - part.start) * PAGE)
+    report = engine.scan()
+    assert report.skipped["altered"] == N
+    engine.dedup(partner)
+    check_partner(engine, partner, source)
+    region.close()
+    left = [page for page in range(N) if not part.start <= page < part.stop]
+    assert np.array_equal(loose.pages[left], source[left])
+    gone = vmas.vmas_in(loose.at(part.start), loose.at(part.stop))
+    assert gone == []
+    engine._core.check()
+
+
+def test_munmap_before_anything_merged(engine, source):
+    loose = Loose(source)
+    region = engine.register(loose.pages)
+    engine.scan()
+    loose.unmap()
+    engine.scan()
+    engine.dedup()
+    engine.estimate()
+    region.close()
+    assert vmas.vmas_in(loose.addr, loose.at(N)) == []
+
+
+def test_another_file_in_its_place(engine, merged, source, tmp_path):
+    loose, region, partner = merged
+    path = tmp_path / "other"
+    path.write_bytes(source.tobytes())  # equal bytes: tempting
+    fd = os.open(path, os.O_RDWR)
+    map_at(loose.addr, N, flags=mmap.MAP_SHARED, fd=fd)
+    for _ in range(3):
+        engine.scan()
+    engine.dedup()
+    check_partner(engine, partner, source)
+    region.close()
+    (vma,) = vmas.vmas_in(loose.addr, loose.at(N))
+    assert vma.path == str(path)
+    loose.pages[3] = 7  # still the shared mapping of the file
+    assert path.read_bytes()[3 * PAGE : 4 * PAGE] == b"\x07" * PAGE
+    loose.unmap()
+    os.close(fd)
+
+
+def test_fresh_memory_in_its_place(engine, merged, source):
+    """Private, anonymous, writable: as good as before, but nothing that was known of it holds."""
+    loose, region, partner = merged
+    map_at(loose.addr, N)
+    assert not loose.pages.any()
+    loose.pages[5] = 9
+    engine.scan()
+    engine._core.check()
+    assert (loose.pages[5] == 9).all()
+    loose.pages[:] = source
+    engine.dedup()
+    assert np.array_equal(loose.pages, source)
+    check_partner(engine, partner, source)
+    region.close()
+    assert np.array_equal(loose.pages, source)
+    loose.unmap()
+
+
+@pytest.mark.parametrize("first", ["scan", "close"])
+def test_mremap_elsewhere(engine, merged, source, first):
+    """What is moved away keeps its bytes, whatever the engine does afterwards."""
+    loose, region, partner = merged
+    target = map_at(0, N)
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED
+    call("mremap", loose.addr, N * PAGE, N * PAGE, flags, target)
+    moved = loose.view(target)
+    assert np.array_equal(moved, source)
+    if first == "close":
+        region.close()
+    for step in range(4):
+        # The partner gives its pages up, and new contents come that want slots.
+        partner[:] = source + step + 1
+        twin = engine.array(partner)
+        engine.dedup()
+        engine.scan()
+        assert np.array_equal(moved, source)
+        assert np.array_equal(twin, partner)
+        engine._core.check()
+        del twin
+    if first == "scan":
+        region.close()
+    moved[:] += 1
+    assert np.array_equal(moved, source + 1)
+    engine._core.check()
+    call("munmap", target, N * PAGE)
+
+
+def test_mremap_of_a_part(engine, merged, source):
+    loose, region, partner = merged
+    target = map_at(0, 10)
+    call("mremap", loose.at(20), 10 * PAGE, 10 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target)
+    partner[:] = 0
+    region.close()
+    engine.dedup()
+    moved = loose.view(target)[:0]
+    moved = np.frombuffer((ctypes.c_uint8 * (10 * PAGE)).from_address(target), np.uint8)
+    assert np.array_equal(moved.reshape(10, PAGE), source[20:30])
+    assert np.array_equal(loose.pages[:20], source[:20])
+    assert np.array_equal(loose.pages[30:], source[30:])
+    assert vmas.vmas_in(loose.at(20), loose.at(30)) == []
+    call("munmap", target, 10 * PAGE)
+
+
+@pytest.mark.parametrize("prot", [0, 1], ids=["none", "read"])
+@pytest.mark.parametrize("part", [slice(0, N), slice(7, 8)])
+def test_mprotect(engine, merged, source, prot, part):
+    loose, region, partner = merged
+    addr, len_bytes = loose.at(part.start), (part.stop - part.start) * PAGE
+    call("mprotect", addr, len_bytes, prot)
+    assert engine.scan().skipped["altered"] == N
+    engine.dedup()
+    engine.estimate()
+    with pytest.raises(RuntimeError, match="mprotect"):
+        region.close()
+    assert not region.closed
+    for vma in vmas.vmas_in(addr, addr + len_bytes):
+        assert vma.readable == bool(prot)
+        assert not vma.writable
+    check_partner(engine, partner, source)
+    call("mprotect", addr, len_bytes, 3)
+    assert engine.scan().skipped["altered"] == 0
+    assert np.array_equal(loose.pages, source)
+    region.close()
+    assert np.array_equal(loose.pages, source)
+    loose.unmap()
+
+
+def test_mprotect_before_anything_merged(engine, source):
+    loose = Loose(source)
+    twin = engine.array(source)
+    region = engine.register(loose.pages)
+    call("mprotect", loose.addr, N * PAGE, 0)
+    for _ in range(3):
+        assert engine.scan().pages_merged == 0
+    call("mprotect", loose.addr, N * PAGE, 1)
+    for _ in range(3):
+        assert engine.scan().pages_merged == 0
+    region.close()  # nothing to be restored
+    (vma,) = vmas.vmas_in(loose.addr, loose.at(N))
+    assert not vma.writable
+    assert np.array_equal(twin, source)
+    loose.unmap()
+
+
+def test_dontneed(engine, merged, source):
+    """Plain pages become zeros. Merged ones show what they share, in place of what was written since."""
+    loose, region, partner = merged
+    loose.pages[3] = 1
+    call("madvise", loose.addr, N * PAGE, mmap.MADV_DONTNEED)
+    assert np.array_equal(loose.pages, source)
+    for _ in range(3):
+        engine.scan()
+    assert np.array_equal(loose.pages, source)
+    check_partner(engine, partner, source)
+    region.close()
+    assert np.array_equal(loose.pages, source)
+    call("madvise", loose.addr, N * PAGE, mmap.MADV_DONTNEED)
+    assert not loose.pages.any()
+    loose.unmap()
+
+
+def test_mlock(engine, merged, source):
+    loose, region, partner = merged
+    loose.pages[:4] += 1
+    call("mlock", loose.addr, N * PAGE)
+    try:
+        for _ in range(3):
+            assert engine.scan().skipped["altered"] == N
+        assert engine.dedup().pages_merged == 0
+        for vma in vmas.Snapshot().vmas_in(loose.addr, loose.at(N)):
+            assert "lo" in vma.flags
+    finally:
+        call("munlock", loose.addr, N * PAGE)
+    loose.pages[:4] -= 1
+    engine.dedup()
+    assert engine.stats().pages_sharing == N
+    check_partner(engine, partner, source)
+    region.close()
+    loose.unmap()
