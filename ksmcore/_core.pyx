@@ -23,6 +23,7 @@ from ksmcore._guard cimport guard_by_name, guard_enter, guard_leave
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
+from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
 from ksmcore._runs cimport SKIP_ALTERED, SKIP_HELD
 from ksmcore._scan cimport (
@@ -162,6 +163,7 @@ cdef class Core:
         error_clear(&err)
         self._own()
         with nogil:
+            reader_enter()
             if restore:
                 rc = guard_enter(self.guard, &err)
                 entered = rc == 0
@@ -180,6 +182,7 @@ cdef class Core:
             self._unlock()
             if entered:
                 guard_leave(self.guard)
+            reader_leave()
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
         if restore and n_blocked != 0:
@@ -397,6 +400,7 @@ cdef class Core:
         error_clear(&err)
         self._own()
         with nogil:
+            reader_enter()
             rc = guard_enter(self.guard, &err)
             entered = rc == 0
             while rc == 0 and done < max_pages and cursor < end:
@@ -428,6 +432,7 @@ cdef class Core:
                 self._let_others()
             if entered:
                 guard_leave(self.guard)
+            reader_leave()
         if rc != 0:
             if entered and err.call != <int>CALL_PREAD and err.call != <int>CALL_MINCORE:
                 raise InternalError(

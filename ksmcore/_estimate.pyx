@@ -9,15 +9,34 @@ byte. Pages that change meanwhile make the answer inexact, nothing worse.
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 
+from ksmcore._guard cimport guard_enter, guard_leave
 from ksmcore._pagemap cimport (
     PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open,
     pagemap_query,
 )
-from ksmcore._pages cimport checksum_by_name, checksum_pages_t, page_compare, page_is_zero
+from ksmcore._pages cimport checksum_by_name, checksum_safely, checksum_pages_t, page_compare, page_is_zero
+from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._sys cimport error_clear, error_raise, sys_error, sys_page_bytes
+from ksmcore._window cimport GUARD_MPROTECT
 
 cdef enum:
     CHUNK_PAGES = 1024         # pages between two looks at signals
+
+
+cdef int _enter() except -1:
+    """Read under protection. The handler of a guard is there for it, though nothing is guarded."""
+    cdef sys_error err
+    error_clear(&err)
+    if guard_enter(GUARD_MPROTECT, &err) != 0:
+        error_raise(&err, "estimate")
+    reader_enter()
+    return 0
+
+
+cdef void _leave() noexcept:
+    reader_leave()
+    with nogil:
+        guard_leave(GUARD_MPROTECT)
 
 
 ctypedef struct found_page:
@@ -65,6 +84,7 @@ cdef class Tally:
         cdef bint no_memory = False
         error_clear(&err)
         self.n_pages += n_pages
+        _enter()
         pagemap_open(&pm, self.page_bytes, True)
         try:
             while done < n_pages:
@@ -83,7 +103,7 @@ cdef class Tally:
                             continue
                         pages[n_look] = page
                         n_look += 1
-                    self.checksum(pages, n_look, self.page_bytes, digests)
+                    checksum_safely(self.checksum, pages, n_look, self.page_bytes, digests)
                     no_memory = not self._keep(pages, digests, n_look)
                     done += n
                 if rc != 0:
@@ -92,6 +112,7 @@ cdef class Tally:
                     raise MemoryError("no memory to remember the pages of an estimate")
         finally:
             pagemap_close(&pm)
+            _leave()
 
     cdef bint _keep(self, const uint8_t** pages, const uint32_t* digests, size_t n) noexcept nogil:
         cdef found_page* grown
@@ -117,6 +138,13 @@ cdef class Tally:
 
     def distinct(self):
         """Number of different contents among the pages that are not zero."""
+        _enter()
+        try:
+            return self._distinct()
+        finally:
+            _leave()
+
+    cdef size_t _distinct(self) except? 0:
         cdef size_t start = 0, end, n_distinct = 0, n
         with nogil:
             qsort(self.found, self.n_found, sizeof(found_page), _by_digest)

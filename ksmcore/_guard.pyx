@@ -24,14 +24,20 @@ import os
 
 
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
-    return signal_enter(err) if kind == GUARD_MPROTECT else uffd_enter(kind, err)
+    """The signal handler is there with every guard: it also rescues the scanner from pages that the
+    program takes away while they are read."""
+    if signal_enter(err) != 0:
+        return -1
+    if kind != GUARD_MPROTECT and uffd_enter(kind, err) != 0:
+        signal_leave()
+        return -1
+    return 0
 
 
 cdef void guard_leave(guard_kind kind) noexcept nogil:
-    if kind == GUARD_MPROTECT:
-        signal_leave()
-    else:
+    if kind != GUARD_MPROTECT:
         uffd_leave(kind)
+    signal_leave()
 
 
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:

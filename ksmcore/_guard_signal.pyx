@@ -17,6 +17,7 @@ from libc.signal cimport SIGSEGV
 from posix.signal cimport sigaction_t
 
 from ksmcore._forks cimport gate_lock, gate_unlock
+from ksmcore._reader cimport reader_return
 from ksmcore._sys cimport error_clear, sys_error, sys_pause, sys_protect, sys_sigaction
 
 cdef extern from "_segv.h":
@@ -28,6 +29,7 @@ cdef extern from "_segv.h":
         uintptr_t stuck_hi
         sigaction_t previous
     segv_state segv
+    void (*segv_reader_return)() noexcept nogil
     void segv_open(uintptr_t lo, uintptr_t hi) nogil
     void segv_close() nogil
     bint segv_is_installed(const sigaction_t* now) nogil
@@ -284,6 +286,8 @@ cdef bint signal_is_installed() noexcept nogil:
     error_clear(&err)
     return sys_sigaction(SIGSEGV, NULL, &now, &err) == 0 and segv_is_installed(&now)
 
+
+segv_reader_return = reader_return
 
 if signal_at_fork() != 0:
     raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

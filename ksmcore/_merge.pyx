@@ -17,19 +17,23 @@ that must be reported at once); everything else is told by page in `outcomes`. N
 allocates inside a window.
 """
 
-from libc.errno cimport EINVAL
+from libc.errno cimport EFAULT, EINVAL
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from ksmcore._guard cimport guard_close, guard_drop, guard_open
 from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._reader cimport ksm_reader, reader_here
 from ksmcore._store cimport store_is_there, store_page, store_t
 from ksmcore._sys cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
-    ADVISE_POPULATE_WRITE, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
+    ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
     sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
 from ksmcore._window cimport CHANGED, DONE, REFUSED, WINDOW_PAGES, window_t
+
+cdef extern from "_reader.h" nogil:
+    int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
 
 # What to do with a stretch of pages that passed the comparison.
 ctypedef enum remap_kind:
@@ -201,6 +205,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
     cdef uint8_t outcomes[<int>WINDOW_PAGES]
     cdef size_t window_bytes
     cdef uintptr_t fresh
+    cdef ksm_reader* reader
     cdef int rc = 0
     n_restored[0] = 0
     error_clear(&ignored)
@@ -226,8 +231,17 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         if guard_open(&w, err) != 0:
             rc = -1
             break
-        memcpy(<void*>fresh, w.bytes, window_bytes)
-        rc = _move(fresh, w.addr, window_bytes, err)
+        reader = reader_here()
+        if reader == NULL:
+            memcpy(<void*>fresh, w.bytes, window_bytes)
+        elif ksm_read_copy(reader, <void*>fresh, w.bytes, window_bytes):
+            err.code = EFAULT
+            err.call = <int>CALL_MREMAP
+            err.addr = w.addr
+            err.len_bytes = window_bytes
+            rc = -1
+        if rc == 0:
+            rc = _move(fresh, w.addr, window_bytes, err)
         if guard_close(&w, rc == 0, err) != 0 or rc != 0:
             rc = -1
             break

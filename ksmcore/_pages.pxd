@@ -12,6 +12,9 @@ ctypedef void (*checksum_pages_t)(const uint8_t* const* pages, size_t n_pages, s
 # memcmp order: negative, zero or positive.
 cdef int page_compare(const uint8_t* a, const uint8_t* b, size_t len_bytes) noexcept nogil
 
+# What reads below is safe against pages that go away, between reader_enter and reader_leave: such a page
+# differs from every other, is not zero, and has the checksum 0.
+
 # True when all len_bytes bytes are zero (so also for no bytes); leaves at the first block that is not.
 cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil
 
@@ -20,6 +23,11 @@ cdef uint32_t jhash_page(const uint8_t* page, size_t len_bytes, uint32_t initval
 
 # lookup3 with initval 17 over each page, by the best kernel of this machine; a checksum_pages_t.
 cdef void jhash_pages(const uint8_t* const* pages, size_t n_pages, size_t len_bytes, uint32_t* digests) noexcept nogil
+
+# checksum(pages, n_pages, len_bytes, digests), safe against pages that go away.
+cdef void checksum_safely(
+    checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
+) noexcept nogil
 
 # "jhash" or "mmh3"; ValueError naming the valid ones, ImportError when mmh3 is asked for and not installed.
 # Needs the GIL; what it returns does not, and stays valid for the life of the process.

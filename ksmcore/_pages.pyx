@@ -17,8 +17,17 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+from ksmcore._reader cimport ksm_reader, reader_here
+
 import os
 
+
+cdef extern from "_reader.h" nogil:
+    int ksm_read_compare(ksm_reader* reader, const uint8_t* a, const uint8_t* b, size_t len_bytes)
+    int ksm_read_checksum(
+        ksm_reader* reader, checksum_pages_t checksum, const uint8_t* const* pages, size_t n_pages,
+        size_t len_bytes, uint32_t* digests
+    )
 
 cdef extern from "_jhash.h" nogil:
     enum:
@@ -43,10 +52,25 @@ cdef extern from "<dlfcn.h>" nogil:
 # ---- compare and zero test ----
 
 cdef int page_compare(const uint8_t* a, const uint8_t* b, size_t len_bytes) noexcept nogil:
-    return memcmp(a, b, len_bytes)
+    cdef ksm_reader* reader = reader_here()
+    return memcmp(a, b, len_bytes) if reader == NULL else ksm_read_compare(reader, a, b, len_bytes)
+
+
+cdef void _zero_as_checksum(
+    const uint8_t* const* pages, size_t n_pages, size_t len_bytes, uint32_t* digests
+) noexcept nogil:
+    digests[0] = _is_zero(pages[0], len_bytes)
 
 
 cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil:
+    cdef ksm_reader* reader = reader_here()
+    cdef uint32_t is_zero = False
+    if reader == NULL:
+        return _is_zero(page, len_bytes)
+    return ksm_read_checksum(reader, _zero_as_checksum, &page, 1, len_bytes, &is_zero) == 0 and is_zero
+
+
+cdef bint _is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil:
     # Most pages that are not zero show it in the first block, so leaving early costs one block of 64 bytes.
     cdef uint64_t w[8]
     cdef size_t at = 0
@@ -158,6 +182,20 @@ cdef int _load_mmh3() except -1:
     if candidate != NULL and _murmur_is_right(candidate):
         _murmur = candidate
     return 0
+
+
+cdef void checksum_safely(
+    checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
+) noexcept nogil:
+    cdef ksm_reader* reader = reader_here()
+    cdef size_t i
+    # Python code cannot be left in the middle.
+    if reader == NULL or checksum == _mmh3_pages_by_python:
+        checksum(pages, n_pages, len_bytes, digests)
+    elif ksm_read_checksum(reader, checksum, pages, n_pages, len_bytes, digests):
+        for i in range(n_pages):
+            if ksm_read_checksum(reader, checksum, pages + i, 1, len_bytes, digests + i):
+                digests[i] = 0
 
 
 cdef checksum_pages_t checksum_by_name(str name) except NULL:

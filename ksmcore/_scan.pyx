@@ -31,7 +31,7 @@ from ksmcore._pagemap cimport (
     PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_close, pagemap_open,
     pagemap_query,
 )
-from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._regions cimport region_t, regions_at, regions_destroy, regions_init
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_bytes, rmap_destroy,
@@ -436,7 +436,7 @@ cdef int core_scan_span(
             return -1
     n_look = _classify(c, addr, n_pages)
     if n_look > 0:
-        c.checksum(c.pages, n_look, c.page_bytes, c.digests)
+        checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
         c.counters.pages_hashed += n_look
         _settle_items(c, n_look, err)
         for i in range(n_look):

@@ -146,8 +146,12 @@ static void segv_pass_on(int sig, siginfo_t *info, void *context) {
     if (segv.cyclic) __atomic_store_n(&segv.passing_tid, 0, __ATOMIC_RELAXED);
 }
 
+/* Sends a scanning thread back from a page that went away while it was read (_reader.pyx). */
+static void (*segv_reader_return)(void);
+
 static void segv_handler(int sig, siginfo_t *info, void *context) {
     int saved = errno;
+    if (info->si_code == SEGV_MAPERR || info->si_code == SEGV_ACCERR) segv_reader_return();
     int ours = segv_ours(info, context);
     errno = saved;
     if (!ours) segv_pass_on(sig, info, context);

@@ -176,7 +176,7 @@ class Engine(Registrar):
     def _pass_over_locked(self) -> None:
         """Memory that the program has locked since it was registered stays as it is: a new mapping
         would not be locked."""
-        if vmas.locked_bytes() > 0:
+        if vmas.locked_bytes():
             for vma in vmas.Snapshot().vmas_in(0, END_OF_MEMORY):
                 if "lo" in vma.flags:
                     self._core.pass_over(vma.start, vma.end)

@@ -1,11 +1,17 @@
-"""What a program may do to registered memory behind the engine's back: no crash, nothing of others touched.
+"""What a program may do to registered memory behind the engine's back.
 
-Everything here goes through the C library, past the objects that own the memory.
+No crash, nothing of others touched, a clear error where one is due. Everything here goes through
+the C library, past the objects that own the memory.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -42,7 +48,7 @@ def map_at(addr: int, n_pages: int, prot: int = 3, flags: int = PRIVATE_ANON, fd
 
 
 class Loose:
-    """Memory that nobody owns, so that nobody is surprised when it goes: an array over bare pages."""
+    """An array over bare pages, which nobody owns and misses."""
 
     def __init__(self, source: np.ndarray) -> None:
         self.n_pages = len(source)
@@ -240,7 +246,7 @@ def test_mprotect_before_anything_merged(engine, source):
 
 
 def test_dontneed(engine, merged, source):
-    """Plain pages become zeros. Merged ones show what they share, in place of what was written since."""
+    """Plain pages become zeros; merged ones show what they share, not what was written since."""
     loose, region, partner = merged
     loose.pages[3] = 1
     call("madvise", loose.addr, N * PAGE, mmap.MADV_DONTNEED)
@@ -274,3 +280,62 @@ def test_mlock(engine, merged, source):
     check_partner(engine, partner, source)
     region.close()
     loose.unmap()
+
+
+def test_pages_that_go_away_while_they_are_read(engine, source, rng):
+    """munmap, mprotect and fresh memory at any moment of a pass, again and again."""
+    partner = engine.array(source)
+    stop = threading.Event()
+    failures = []
+
+    def scan() -> None:
+        passes = (engine.scan, engine.dedup, engine.estimate)
+        count = 0
+        try:
+            while not stop.is_set():
+                passes[count % 3]()
+                count += 1
+        except BaseException as error:
+            failures.append(error)
+
+    scanner = threading.Thread(target=scan)
+    scanner.start()
+    try:
+        for step in range(300):
+            loose = Loose(source)
+            region = engine.register(loose.pages)
+            for _ in range(int(rng.integers(1, 4))):
+                call("mprotect", loose.addr, N * PAGE, 0)
+                call("mprotect", loose.addr, N * PAGE, 3)
+            with contextlib.suppress(OSError):
+                if step % 3 == 0:
+                    loose.unmap()
+                    region.close()
+                elif step % 3 == 1:
+                    map_at(loose.addr, N)
+                    region.close()
+                    loose.unmap()
+                else:
+                    region.close()
+                    assert np.array_equal(loose.pages, source)
+                    loose.unmap()
+    finally:
+        stop.set()
+        scanner.join()
+    assert failures == []
+    check_partner(engine, partner, source)
+
+
+def test_true_faults_of_other_threads_still_end_the_process(guard):
+    code = f"""
+        import ctypes, threading, numpy as np, ksmcore
+        engine = ksmcore.Engine(guard={guard!r})
+        a = engine.array(np.arange(8 << 20, dtype=np.uint8))
+        def scan():
+            while True:
+                engine.scan()
+        threading.Thread(target=scan, daemon=True).start()
+        ctypes.string_at(8)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=False)
+    assert done.returncode == -11

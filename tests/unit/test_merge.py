@@ -21,7 +21,7 @@ def guard(each_guard):
 
 
 def pss_bytes() -> int:
-    # Without the files: the share of a library changes whenever another process starts or ends. And a
+    # Without files: the share of a library changes whenever another process starts or ends. And a
     # page that the kernel is moving just now counts in full at each of its mappings.
     def own() -> int:
         totals = vmas.smaps_rollup()
