@@ -19,16 +19,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._census cimport census_of_region, census_take
 from ksmcore._forks cimport gate_generation
-from ksmcore._guard cimport guard_by_name, guard_enter, guard_leave
+from ksmcore._guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave, guard_name
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
-from ksmcore._runs cimport SKIP_ALTERED, SKIP_HELD
-from ksmcore._scan cimport (
-    SPAN_PAGES, core_begin_pass, core_destroy, core_init, core_scan_span, engine_core,
-)
+from ksmcore._scan cimport core_begin_pass, core_destroy, core_init, core_scan_at, engine_core
 from ksmcore._sys cimport CALL_MINCORE, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind
@@ -53,12 +50,17 @@ cdef class Core:
     cdef PyThread_type_lock lock
     cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
     cdef uint32_t generation
-    cdef guard_kind guard
+    cdef guard_kind guard            # asked for
+    cdef bint any_guard              # or a weaker one
     cdef uint32_t n_buckets
     cdef bint with_pagemap
 
-    def __cinit__(self, *, str order, str checksum, str guard, bint with_pagemap, uint32_t n_buckets):
+    def __cinit__(
+        self, *, str order, str checksum, str guard, bint any_guard, bint with_pagemap,
+        uint32_t n_buckets
+    ):
         self.guard = guard_by_name(guard)
+        self.any_guard = any_guard
         self.n_buckets = n_buckets
         self.with_pagemap = with_pagemap
         self.c.by_content = order == "content"
@@ -159,13 +161,14 @@ cdef class Core:
         cdef size_t n_blocked = 0
         cdef sys_error err
         cdef bint found, held, entered = False
+        cdef guard_kind guard = self.guard
         cdef int rc = 0
         error_clear(&err)
         self._own()
         with nogil:
             reader_enter()
             if restore:
-                rc = guard_enter(self.guard, &err)
+                rc = self._enter(&guard, &err)
                 entered = rc == 0
             self._lock()
             region = regions_at(&self.c.regions, addr)
@@ -181,7 +184,7 @@ cdef class Core:
                     regions_drop(&self.c.regions, region)
             self._unlock()
             if entered:
-                guard_leave(self.guard)
+                guard_leave(guard)
             reader_leave()
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
@@ -310,35 +313,56 @@ cdef class Core:
         cdef int rc
         error_clear(&err)
         self._own()
-        run.guard = self.guard
         run.addr = addr
         run.n_pages = n_pages
         run.page_bytes = sys_page_bytes()
         run.over_store = True
         run.flags = flags
         with nogil:
-            rc = guard_enter(self.guard, &err)
+            rc = self._enter(&run.guard, &err)
             if rc == 0:
                 rc = restore_range(&run, &n_restored, &err)
-                guard_leave(self.guard)
+                guard_leave(run.guard)
         if rc != 0:
             error_raise(&err, "privatize")
 
     # ---- passes -----------------------------------------------------------------------------
 
+    cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil:
+        """Get ready to open windows; leave what was *entered.
+
+        A guard that could be had once may be gone (a program that gives up its privileges): where any
+        guard would do, a weaker one then takes its place for good.
+        """
+        entered[0] = self.c.b.guard
+        if not self.any_guard:
+            return guard_enter(entered[0], err)
+        if guard_enter_any(entered, err) != 0:
+            return -1
+        # Nobody else is inside with the former one, or it could still be had. So no window is open with it.
+        self.c.b.guard = entered[0]
+        return 0
+
+    @property
+    def guard_in_use(self):
+        """Name of the guard."""
+        return guard_name(self.c.b.guard)
+
     def enter_guard(self):
-        """Get ready to open windows; pair with leave_guard. OSError when it cannot be had."""
+        """Get ready to open windows; pass what is returned to leave_guard. OSError when none can be had."""
+        cdef guard_kind entered = self.guard
         cdef sys_error err
         cdef int rc
         error_clear(&err)
         with nogil:
-            rc = guard_enter(self.guard, &err)
+            rc = self._enter(&entered, &err)
         if rc != 0:
             error_raise(&err, "guard")
+        return <int>entered
 
-    def leave_guard(self):
+    def leave_guard(self, int entered):
         with nogil:
-            guard_leave(self.guard)
+            guard_leave(<guard_kind>entered)
 
     def begin_pass(self):
         """Throw the unstable tree away."""
@@ -391,47 +415,24 @@ cdef class Core:
         OSError when the kernel does not answer for a page; InternalError when it would not give back a
         write permission that the guard had taken.
         """
-        cdef const region_t* region
         cdef sys_error err
-        cdef size_t first_page, n_pages, done = 0
-        cdef size_t page_bytes = sys_page_bytes()
+        cdef size_t done = 0
         cdef bint entered
+        cdef guard_kind guard = self.guard
         cdef int rc
         error_clear(&err)
         self._own()
         with nogil:
             reader_enter()
-            rc = guard_enter(self.guard, &err)
+            rc = self._enter(&guard, &err)
             entered = rc == 0
             while rc == 0 and done < max_pages and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
-                region = regions_at(&self.c.regions, cursor)
-                if region == NULL or region.addr >= end:
-                    cursor = end
-                else:
-                    if cursor < region.addr:
-                        cursor = region.addr
-                    first_page = (cursor - region.addr) // page_bytes
-                    n_pages = region.n_pages - first_page
-                    if region.n_holds == 0 and not region.altered:
-                        n_pages = min(n_pages, <size_t>SPAN_PAGES)
-                    if end - cursor < n_pages * page_bytes:
-                        n_pages = (end - cursor) // page_bytes
-                    if n_pages == 0:
-                        cursor = end
-                    else:
-                        if region.n_holds != 0:
-                            self.c.counters.skips[<int>SKIP_HELD] += n_pages
-                        elif region.altered:
-                            self.c.counters.skips[<int>SKIP_ALTERED] += n_pages
-                        else:
-                            rc = core_scan_span(&self.c, region, first_page, n_pages, immediate, &err)
-                        cursor += n_pages * page_bytes
-                        done += n_pages
+                rc = core_scan_at(&self.c, &cursor, end, immediate, &done, &err)
                 PyThread_release_lock(self.lock)
                 self._let_others()
             if entered:
-                guard_leave(self.guard)
+                guard_leave(guard)
             reader_leave()
         if rc != 0:
             if entered and err.call != <int>CALL_PREAD and err.call != <int>CALL_MINCORE:

@@ -19,6 +19,7 @@ from ksmcore._window cimport guard_kind, window_t
 # A guard must be entered before a window is opened and left afterwards; entering is counted. It costs
 # tens of microseconds, so it is done once for a batch of windows.
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil
+cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      # or the next weaker one
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
@@ -26,4 +27,5 @@ cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noe
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
 
 cdef guard_kind guard_by_name(str name) except *
+cdef str guard_name(guard_kind kind)
 cdef uint32_t guard_n_waits() noexcept nogil     # accesses that had to wait for a window, ever

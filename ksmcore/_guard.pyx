@@ -6,6 +6,7 @@ Three kinds, with the same interface; what each guarantees is in docs/guarantees
 process. Its lock is the fork gate, so a fork never happens inside a window.
 """
 
+from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
@@ -22,6 +23,9 @@ from ksmcore._window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
 
 import os
 
+# In the order of enum guard_kind.
+_NAMES = ("mprotect", "userfaultfd-user", "userfaultfd")
+
 
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
     """The signal handler is there with every guard: it also rescues the scanner from pages that the
@@ -31,6 +35,16 @@ cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
     if kind != GUARD_MPROTECT and uffd_enter(kind, err) != 0:
         signal_leave()
         return -1
+    return 0
+
+
+cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil:
+    """Enter, and where the kernel does not allow this guard, the strongest that it does allow."""
+    while guard_enter(kind[0], err) != 0:
+        if kind[0] == GUARD_MPROTECT or err.code not in (EPERM, EACCES, ENOSYS, EINVAL):
+            return -1
+        kind[0] = GUARD_UFFD_USER if kind[0] == GUARD_UFFD else GUARD_MPROTECT
+        error_clear(err)
     return 0
 
 
@@ -80,13 +94,13 @@ cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept no
 
 
 cdef guard_kind guard_by_name(str name) except *:
-    if name == "userfaultfd":
-        return GUARD_UFFD
-    if name == "userfaultfd-user":
-        return GUARD_UFFD_USER
-    if name == "mprotect":
-        return GUARD_MPROTECT
-    raise ValueError(f"no guard {name!r}")
+    if name not in _NAMES:
+        raise ValueError(f"no guard {name!r}")
+    return <guard_kind><int>_NAMES.index(name)
+
+
+cdef str guard_name(guard_kind kind):
+    return _NAMES[<int>kind]
 
 
 cdef uint32_t guard_n_waits() noexcept nogil:

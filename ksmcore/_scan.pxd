@@ -53,8 +53,8 @@ cdef int core_init(
 ) noexcept nogil
 cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
 cdef void core_begin_pass(engine_core* c) noexcept nogil
-cdef int core_scan_span(
-    engine_core* c, const region_t* region, size_t first_page, size_t n_pages, bint immediate, sys_error* err
+cdef int core_scan_at(
+    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
 ) noexcept nogil
 cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil
 cdef size_t core_bytes(engine_core* c) noexcept nogil

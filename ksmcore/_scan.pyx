@@ -38,7 +38,7 @@ from ksmcore._rmap cimport (
     rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
 )
 from ksmcore._runs cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
     batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
 )
 from ksmcore._store cimport (
@@ -419,7 +419,7 @@ cdef void _match(
         _match_unstable(c, region, item, page, digest, page_no, n_wanted)
 
 
-cdef int core_scan_span(
+cdef int _scan_span(
     engine_core* c, const region_t* region, size_t first_page, size_t n_pages, bint immediate, sys_error* err
 ) noexcept nogil:
     """Take up to SPAN_PAGES pages of a region all the way. -1 with *err when the kernel did not answer,
@@ -445,4 +445,33 @@ cdef int core_scan_span(
     rc = batch_flush(&c.b)
     if rc != 0:
         err[0] = c.b.err
+    return rc
+
+
+cdef int core_scan_at(
+    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
+) noexcept nogil:
+    """One step of a walk: the registered pages at *cursor or next after it, SPAN_PAGES at most, or all of
+    a region that is passed over. Moves *cursor on, to `end` when there is nothing left, and adds to
+    *n_pages. Fails as _scan_span does."""
+    cdef const region_t* region = regions_at(&c.regions, cursor[0])
+    cdef size_t first_page, n
+    cdef int rc = 0
+    if region == NULL or region.addr >= end:
+        cursor[0] = end
+        return 0
+    cursor[0] = max(cursor[0], region.addr)
+    first_page = (cursor[0] - region.addr) // c.page_bytes
+    n = min(region.n_pages - first_page, (end - cursor[0]) // c.page_bytes)
+    if n == 0:
+        cursor[0] = end
+    elif region.n_holds != 0:
+        c.counters.skips[<int>SKIP_HELD] += n
+    elif region.altered:
+        c.counters.skips[<int>SKIP_ALTERED] += n
+    else:
+        n = min(n, <size_t>SPAN_PAGES)
+        rc = _scan_span(c, region, first_page, n, immediate, err)
+    cursor[0] = max(cursor[0], region.addr + (first_page + n) * c.page_bytes)
+    n_pages[0] += n
     return rc

@@ -55,12 +55,12 @@ class Engine(Registrar):
     def __init__(self, **settings: Any) -> None:
         check_names(settings)
         self._settings = Settings(**settings)
-        self._guard = choose_guard(self._settings.guard)
         super().__init__(
             Core(
                 order=self._settings.order,
                 checksum=self._settings.checksum,
-                guard=self._guard,
+                guard=choose_guard(self._settings.guard),
+                any_guard=self._settings.guard == "auto",
                 with_pagemap=True,
                 n_buckets=self._settings.rmap_hash_size,
             )
@@ -152,11 +152,11 @@ class Engine(Registrar):
             self._started = time.perf_counter()
             self._core.take_census(self._asked_budget(), vmas.max_map_count())
             self._pass_over_locked()
-            self._core.enter_guard()
+            entered = self._core.enter_guard()
             try:
                 yield self._core.snapshot()
             finally:
-                self._core.leave_guard()
+                self._core.leave_guard(entered)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -256,7 +256,7 @@ class Engine(Registrar):
         return Stats(
             page_bytes=self.page_bytes,
             skipped=frozen_counts(numbers.pop("skipped")),
-            guard=self._guard,
+            guard=self._core.guard_in_use,
             dirty=self._settings.dirty_in_use,
             presence="pagemap" if with_pagemap else "mincore",
             **numbers,

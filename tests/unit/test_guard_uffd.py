@@ -70,6 +70,21 @@ def test_by_name_what_is_not_there_names_what_is(asked):
     assert ksmcore.features()["pinned"] is not None
 
 
+def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng):
+    source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
+    with ksmcore.Engine() as engine, ksmcore.Engine(guard=UFFD[0]) as strict:
+        a, b = engine.array(source), engine.array(source)
+        _sys.inject("userfaultfd", errno.EPERM, count=2)
+        assert engine.dedup().pages_merged == 128
+        assert _sys.inject_clear() == 0
+        assert engine.stats().guard == "mprotect"
+        _sys.inject("userfaultfd", errno.EPERM)
+        with pytest.raises(PermissionError, match="userfaultfd"):
+            strict.scan()
+        a += 1
+        assert np.array_equal(b, source)
+
+
 def test_nothing_stays_behind(engine, rng):
     source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
     a, b = engine.array(source), engine.array(source)
