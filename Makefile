@@ -49,7 +49,7 @@ test: build ## Run the tests, the stress tests in short form
 	$(PY) -m pytest tests $(ARGS)
 
 stress: build ## Run the long stress tests
-	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress $(ARGS)
+	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress tests/property $(ARGS)
 
 bench: build ## Run the benchmarks
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)

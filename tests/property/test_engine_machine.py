@@ -1,14 +1,25 @@
 """Any order of operations, against a model of plain bytes; every invariant after every step."""
 
 import gc
+import os
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 import ksmcore
-from ksmcore import _pagemap
+from ksmcore import _pagemap, vmas
+from ksmcore.settings import GUARDS
 
 PAGE = ksmcore.Engine.page_bytes
 MAX_PAGES = 24
@@ -32,14 +43,21 @@ class Held:
 class EngineMachine(RuleBasedStateMachine):
     held = Bundle("held")
 
-    @initialize(order=st.sampled_from(["digest", "content"]), zero_pages=st.booleans())
-    def make_engine(self, order, zero_pages):
-        self.engine = ksmcore.Engine(order=order, use_zero_pages=zero_pages)
+    @initialize(
+        order=st.sampled_from(["digest", "content"]),
+        zero_pages=st.booleans(),
+        guard=st.sampled_from([name for name in GUARDS if ksmcore.features()[name] is None]),
+    )
+    def make_engine(self, order, zero_pages, guard):
+        self.engine = ksmcore.Engine(order=order, use_zero_pages=zero_pages, guard=guard)
         self.alive = []
+        self.children = []
         self.scanned = False
 
     def teardown(self):
         if hasattr(self, "engine"):
+            while self.children:
+                self.end_a_child()
             self.engine.close()
             for held in self.alive:
                 assert np.array_equal(held.array, held.model)
@@ -123,6 +141,60 @@ class EngineMachine(RuleBasedStateMachine):
             held.region = self.engine.register(held.array)
             self.scanned = False
 
+    @rule(held=held, immediate=st.booleans())
+    def pass_while_held(self, held, immediate):
+        """Nothing of a held region takes part, not as a partner either."""
+        addr = held.array.__array_interface__["data"][0]
+        if self.engine._core.find(addr, held.array.nbytes) is None:
+            return
+        before = [vma.path for vma in vmas.vmas_in(addr, addr + held.array.nbytes)]
+        with self.engine.hold(held.array), self.engine.hold(held.array[:1]):
+            (self.engine.dedup if immediate else self.engine.scan)()
+            held.array[-1] = CONTENTS[3]
+            held.model[-1] = CONTENTS[3]
+        assert [vma.path for vma in vmas.vmas_in(addr, addr + held.array.nbytes)] == before
+        self.scanned = False
+
+    @precondition(lambda self: len(self.children) < 3)
+    @rule(writes=st.booleans())
+    def fork(self, writes):
+        """A child that keeps what it inherited, and compares it when it is told to end."""
+        go = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                status = 0 if self.live_as_a_child(go[0], writes) else 2
+            finally:
+                os._exit(status)
+        os.close(go[0])
+        self.children.append((pid, go[1]))
+
+    def live_as_a_child(self, go, writes):
+        expected = [held.model.copy() for held in self.alive]
+        if writes:
+            own = self.engine.full((3, PAGE), 7, np.uint8)
+            merged = self.engine.dedup(own).pages_merged
+            self.engine._core.check()
+            if merged != 3 or self.engine.stats().regions != 1:
+                return False
+            for held, model in zip(self.alive, expected, strict=True):
+                held.array[0] ^= 0x55
+                model[0] ^= 0x55
+        os.read(go, 1)
+        return all(
+            np.array_equal(held.array, model)
+            for held, model in zip(self.alive, expected, strict=True)
+        )
+
+    @precondition(lambda self: self.children)
+    @rule()
+    def end_a_child(self):
+        pid, go = self.children.pop(0)
+        os.write(go, b"x")
+        os.close(go)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
     @rule(held=consumes(held))
     def drop(self, held):
         """Forget the last name of an array: its memory goes, registered or not."""
@@ -160,12 +232,20 @@ class EngineMachine(RuleBasedStateMachine):
             == stats.pages_tracked
         )
         assert stats.bytes_saved == (stats.pages_sharing + stats.ksm_zero_pages) * PAGE
+        if not self.children:
+            # The pass has found out that nobody else maps the store any more.
+            assert stats.store_pages_frozen == 0
 
+
+LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=3000 if LONG else 100,
+    stateful_step_count=60 if LONG else 40,
+    derandomize=not LONG,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(
+    EngineMachine.TestCase
+)
