@@ -190,6 +190,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.children)
     @rule()
     def end_a_child(self):
+        self.scanned = False
         pid, go = self.children.pop(0)
         os.write(go, b"x")
         os.close(go)
