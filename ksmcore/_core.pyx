@@ -480,6 +480,11 @@ cdef class Core:
             raise InternalError(f"invariant {rc} is broken (see core_check)")
 
     @property
+    def maps_used(self):
+        """Mappings that the engine is taken to use."""
+        return self.c.b.budget.used
+
+    @property
     def store_fd(self):
         """Descriptor of the memory file, -1 before the first shared page; for tests."""
         return self.c.store.file.fd

@@ -180,6 +180,13 @@ cdef bint _splits(uint32_t left, uint32_t right) noexcept nogil:
     return left == 0 or left == UNKNOWN_SLOT or right != left + 1
 
 
+cdef bint _splits_surely(uint32_t left, uint32_t right) noexcept nogil:
+    """The same, but no where it is not known: what is taken off the cost must really be there."""
+    if left == UNKNOWN_SLOT or right == UNKNOWN_SLOT:
+        return left == 0 or right == 0
+    return _splits(left, right)
+
+
 cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """Mappings more (or, negative, fewer) once the run [start, end) is carried out."""
     cdef intent* first = &b.intents[start]
@@ -190,9 +197,9 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     cdef int64_t cost = 0
     for i in range(start, end):
         under = _slot_under(b, b.intents[i].page_no, b.intents[i].item)
-        cost -= _splits(before, under)
+        cost -= _splits_surely(before, under)
         before = under
-    cost -= _splits(before, right)
+    cost -= _splits_surely(before, right)
     if first.kind == INTENT_ZERO:
         return cost + _splits(left, 0) + _splits(0, right)
     return cost + _splits(left, first.slot) + _splits(last.slot, right)
@@ -381,9 +388,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
 
 
 cdef skip_reason _reason(uint8_t outcome) noexcept nogil:
-    if outcome == CHANGED:
-        return SKIP_CHANGED
-    return SKIP_PINNED if outcome == PINNED else SKIP_REFUSED
+    return SKIP_CHANGED if outcome == CHANGED else SKIP_PINNED if outcome == PINNED else SKIP_REFUSED
 
 
 cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:

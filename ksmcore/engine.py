@@ -40,6 +40,8 @@ log = logging.getLogger("ksmcore")
 BATCH_PAGES = 4096
 # How often dedup goes over pages that the map budget left out, giving short runs more each time.
 BUDGET_ROUNDS = 6
+# A pass that has made so many mappings looks again at what the program has mapped meanwhile.
+MAPS_TO_CENSUS = 500
 END_OF_MEMORY = 2**64 - 1
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -150,8 +152,7 @@ class Engine(Registrar):
         with self._alone():
             self._check_open()
             self._started = time.perf_counter()
-            self._core.take_census(self._asked_budget(), vmas.max_map_count())
-            self._pass_over_locked()
+            self._take_census()
             entered = self._core.enter_guard()
             try:
                 yield self._core.snapshot()
@@ -173,9 +174,12 @@ class Engine(Registrar):
             finally:
                 self._pass_owner = 0
 
-    def _pass_over_locked(self) -> None:
-        """Memory that the program has locked since it was registered stays as it is: a new mapping
-        would not be locked."""
+    def _take_census(self) -> None:
+        """Look at what is mapped: the map budget, and memory that was altered behind our back. What
+        the program has locked since it was registered stays as it is: a new mapping would not be
+        locked."""
+        self._core.take_census(self._asked_budget(), vmas.max_map_count())
+        self._maps_at_census = self._core.maps_used
         if vmas.locked_bytes():
             for vma in vmas.Snapshot().vmas_in(0, END_OF_MEMORY):
                 if "lo" in vma.flags:
@@ -199,6 +203,8 @@ class Engine(Registrar):
             for cursor, end in ranges:
                 while cursor < end:
                     # Between two calls the interpreter runs signal handlers, and other threads.
+                    if self._core.maps_used - self._maps_at_census > MAPS_TO_CENSUS:
+                        self._take_census()
                     cursor = self._core.walk(cursor, end, BATCH_PAGES, immediate)
                     done = min(done + BATCH_PAGES, n_pages)
                     tell(done)

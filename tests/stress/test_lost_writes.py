@@ -1,132 +1,147 @@
-"""The lost-write detector: C threads write while the scanner merges, unmerges and forks.
+"""The lost-write detector: user code writes while the scanner merges, unmerges and forks.
 
-A few seconds each in `make test`; KSMCORE_STRESS=1 (`make stress`) makes them long.
+About a second each in `make test`; KSMCORE_STRESS=1 (`make stress`) makes them long, and asserts
+how much was written.
 """
 
-import contextlib
 import ctypes
-import mmap
+import itertools
 import os
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from detector import WORDS, Writers, address, at_least, private_pages, rounds, running
 
 import ksmcore
 from ksmcore import _sys
 
-PAGE = ksmcore.Engine.page_bytes
-WORDS = PAGE // 8
-SECONDS = 60.0 if os.environ.get("KSMCORE_STRESS", "0") not in ("", "0") else 4.0
-N_PAGES, N_THREADS = 600, 3
+N_PAGES = 600
+# Words that each guard has to see written in the long form, by C and by NumPy.
+N_WRITES = 10_000_000
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
-
-@pytest.fixture(scope="module")
-def writers(tmp_path_factory):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("writers") / "writers.so"
-    source = Path(__file__).with_name("writers.c")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.writers_run.restype = ctypes.c_long
-    return loaded
+# Every two of these values meet in one case; all guards run all cases.
+CASES = [
+    ("digest", "three contents", "pagemap"),
+    ("digest", "zero", "mincore"),
+    ("content", "three contents", "mincore"),
+    ("content", "zero", "pagemap"),
+]
 
 
-def address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.__array_interface__["data"][0])
-
-
-class Writers:
-    """N_THREADS threads of writers_run over one array, and what they found."""
-
-    def __init__(self, library: ctypes.CDLL, pages: np.ndarray, pause_us: int) -> None:
-        self.library = library
-        self.pages = pages
-        self.last = [np.zeros((len(pages), 8), np.uint64) for _ in range(N_THREADS)]
-        self.wrong = [-1] * N_THREADS
-        self.n_writes = np.zeros(N_THREADS, np.uint64)
-        self.threads = [
-            threading.Thread(target=self.run, args=(i, pause_us)) for i in range(N_THREADS)
-        ]
-
-    def run(self, i: int, pause_us: int) -> None:
-        self.wrong[i] = self.library.writers_run(
-            address(self.pages),
-            ctypes.c_long(len(self.pages)),
-            ctypes.c_long(WORDS),
-            ctypes.c_long(i),
-            address(self.last[i]),
-            ctypes.c_uint64(i + 1),
-            ctypes.c_long(pause_us),
-            address(self.n_writes[i:]),
-        )
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        self.library.writers_stop(0)
-        for thread in self.threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self.library.writers_stop(1)
-            for thread in self.threads:
-                thread.join()
-
-
-@pytest.mark.parametrize("presence", ["pagemap", "mincore"])
-@pytest.mark.parametrize("fill", ["three contents", "zero"])
-@pytest.mark.parametrize("order", ["digest", "content"])
-def test_no_word_is_lost(writers, order, fill, presence):
+@pytest.mark.parametrize(("order", "fill", "presence"), CASES)
+def test_no_word_is_lost(writers, guard, order, fill, presence, record_property):
     if presence == "mincore":
         _sys.inject("open", 13)
-    memory = mmap.mmap(-1, N_PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages = np.frombuffer(memory, np.uint64).reshape(N_PAGES, WORDS)
+    memory, pages = private_pages(N_PAGES)
     if fill != "zero":
         pages[:, 64:] = np.arange(N_PAGES)[:, None] % 3 + 1
     fixed = pages[:, 64:].copy()
-    with ksmcore.Engine(order=order) as engine:
+    with ksmcore.Engine(guard=guard, order=order) as engine:
         assert engine.stats().presence == presence
         engine.register(memory)
         bystander = engine.empty((300, WORDS), np.uint64)
         bystander[:] = 7
         bystander[:, 0] = np.arange(300) % 5
         expected = bystander.copy()
-        end = time.monotonic() + SECONDS / 2
-        n_passes = 0
-        threads = Writers(writers, pages, pause_us=50)
+        threads = Writers(writers, pages)
+        enough = at_least(N_WRITES // len(CASES), 1000)
+        waited = engine.stats().guard_waits
         with threads.running():
-            while time.monotonic() < end:
-                (engine.scan if n_passes % 2 else engine.dedup)()
-                n_passes += 1
-                if n_passes % 16 == 0:
+            for n in rounds(1.2, lambda: threads.n_writes >= enough):
+                (engine.scan if n % 2 else engine.dedup)()
+                if n % 16 == 0:
                     engine._core.check()
                     assert np.array_equal(bystander, expected)
                     assert np.array_equal(pages[:, 64:], fixed)
-        assert threads.wrong == [0] * N_THREADS
-        assert np.array_equal(pages[:, 64:], fixed)
-        assert threads.n_writes.sum() > 1000
         stats = engine.stats()
+        record_property("words", f"{threads.n_writes:,}; waits: {stats.guard_waits - waited}")
+        threads.check()
+        assert np.array_equal(pages[:, 64:], fixed)
+        assert np.array_equal(bystander, expected)
+        assert threads.n_writes >= enough
         assert stats.pages_merged + stats.pages_zeroed > N_PAGES
         assert stats.cow_breaks > 0
         engine._core.check()
 
 
-def test_no_word_is_lost_while_regions_come_and_go(writers):
-    memory = mmap.mmap(-1, N_PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages = np.frombuffer(memory, np.uint64).reshape(N_PAGES, WORDS)
+class Calculator(threading.Thread):
+    """Writes its part of an array with NumPy, which lets go of the GIL, and checks every word.
+
+    The contents are the same pattern in every page, plus a number: one of four, now and then a
+    count that never comes back. Half of the writes add to what is there, half copy over it.
+    """
+
+    def __init__(self, part: np.ndarray, pattern: np.ndarray, seed: int) -> None:
+        super().__init__()
+        self.part = part
+        self.pattern = pattern
+        self.random = np.random.default_rng(seed)
+        self.stopped = False
+        self.n_writes = 0
+        self.n_wrong = 0
+
+    def run(self) -> None:
+        expected = self.pattern.copy()
+        self.n_wrong += np.count_nonzero(self.part != expected)
+        number = 0
+        while not self.stopped:
+            few, add, rest = self.random.integers(8), self.random.integers(2), self.random.random()
+            before, number = number, int(few % 4) if few else self.n_writes + 4
+            expected = self.pattern + np.uint64(number)
+            if add:
+                # Unsigned: what is taken away comes back by wrapping round.
+                np.add(self.part, np.uint64((number - before) % 2**64), out=self.part)
+            else:
+                np.copyto(self.part, expected)
+            self.n_writes += self.part.size
+            self.n_wrong += np.count_nonzero(self.part != expected)
+            time.sleep(0.004 * rest)
+            self.n_wrong += np.count_nonzero(self.part != expected)
+
+
+def test_no_word_of_numpy_is_lost(guard, record_property):
+    with ksmcore.Engine(guard=guard) as engine:
+        words = engine.empty(N_PAGES * WORDS, np.uint64)
+        pattern = np.tile(np.arange(WORDS, dtype=np.uint64) * np.uint64(3), N_PAGES)
+        words[:] = pattern
+        # Parts that do not end where pages end: threads share those pages.
+        ends = [0, words.size // 3 + 5, words.size // 3 * 2 + 77, words.size]
+        threads = [
+            Calculator(words[start:end], pattern[start:end], seed)
+            for seed, (start, end) in enumerate(itertools.pairwise(ends))
+        ]
+
+        def n_writes() -> int:
+            return sum(thread.n_writes for thread in threads)
+
+        for thread in threads:
+            thread.start()
+        try:
+            for n in rounds(1.5, lambda: n_writes() >= N_WRITES):
+                (engine.scan if n % 2 else engine.dedup)()
+        finally:
+            for thread in threads:
+                thread.stopped = True
+            for thread in threads:
+                thread.join()
+        record_property("words", f"{n_writes():,}")
+        assert [thread.n_wrong for thread in threads] == [0] * len(threads)
+        assert n_writes() >= at_least(N_WRITES, 1000)
+        stats = engine.stats()
+        assert stats.pages_merged > N_PAGES
+        assert stats.cow_breaks > 0
+        engine._core.check()
+
+
+def test_no_word_is_lost_while_regions_come_and_go(writers, guard, record_property):
+    memory, pages = private_pages(N_PAGES)
     stop = threading.Event()
     failures: list[BaseException] = []
-    with ksmcore.Engine() as engine:
+    with ksmcore.Engine(guard=guard) as engine:
 
         def scan() -> None:
             try:
@@ -137,24 +152,26 @@ def test_no_word_is_lost_while_regions_come_and_go(writers):
 
         scanner = threading.Thread(target=scan)
         scanner.start()
-        end = time.monotonic() + SECONDS
         n_rounds = 0
-        threads = Writers(writers, pages, pause_us=50)
-        with threads.running():
-            while time.monotonic() < end:
-                with engine.register(memory):
-                    time.sleep(0.01)
-                n_rounds += 1
-        stop.set()
-        scanner.join()
-        assert threads.wrong == [0] * N_THREADS
+        threads = Writers(writers, pages)
+        try:
+            with threads.running():
+                for _ in rounds(2.0):
+                    with engine.register(memory):
+                        time.sleep(0.01)
+                    n_rounds += 1
+        finally:
+            stop.set()
+            scanner.join()
+        record_property("words", f"{threads.n_writes:,}; rounds: {n_rounds}")
+        threads.check()
         assert failures == []
         assert n_rounds > 3
 
 
-def test_no_word_is_lost_while_the_process_forks(writers):
+def test_no_word_is_lost_while_the_process_forks(writers, guard, record_property):
     """Children check that what they inherited holds still, then merge and write on their own."""
-    with ksmcore.Engine() as engine:
+    with ksmcore.Engine(guard=guard) as engine:
         pages = engine.zeros((N_PAGES, WORDS), np.uint64)
         still = engine.empty((300, WORDS), np.uint64)
         still[:] = 9
@@ -194,16 +211,18 @@ def test_no_word_is_lost_while_the_process_forks(writers):
                 statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
         forker = threading.Thread(target=fork)
-        threads = Writers(writers, pages, pause_us=50)
+        threads = Writers(writers, pages)
         with threads.running():
             forker.start()
-            end = time.monotonic() + SECONDS
-            while time.monotonic() < end:
-                engine.dedup()
-                assert np.array_equal(still, expected)
-            stop.set()
-            forker.join()
-        assert threads.wrong == [0] * N_THREADS
+            try:
+                for _ in rounds(2.0):
+                    engine.dedup()
+                    assert np.array_equal(still, expected)
+            finally:
+                stop.set()
+                forker.join()
+        record_property("words", f"{threads.n_writes:,}; children: {len(statuses)}")
+        threads.check()
         assert len(statuses) > 3
         assert set(statuses) == {0}
         engine._core.check()
@@ -226,14 +245,8 @@ def test_trees_stay_in_order_whatever_the_pages_do(writers, order, delay):
                 ctypes.c_long(delay),
             ),
         )
-        writers.writers_stop(0)
-        flipper.start()
-        try:
-            end = time.monotonic() + SECONDS / 2
-            while time.monotonic() < end:
+        with running(writers, [flipper]):
+            for _ in rounds(1.0):
                 engine.dedup()
                 engine._core.check()
-        finally:
-            writers.writers_stop(1)
-            flipper.join()
         assert np.array_equal(pages[:, 1:], np.tile(np.arange(1, WORDS), (64, 1)))

@@ -1,0 +1,206 @@
+"""The lost-write detector for system calls that write into memory that the scanner merges.
+
+What a call wrote must be there when it returned, and stay. A call that meets a window may fail with
+EFAULT, except under the full userfaultfd guard; how often is in the summary after the tests.
+"""
+
+import collections
+import ctypes
+import mmap
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+from detector import PAGE, WORDS, Callers, at_least, hard_scanning, private_pages, rounds
+
+import ksmcore
+
+N_PAGES = Callers.N_SLOTS * Callers.SLOT_PAGES
+# Calls that each guard has to see in the long form.
+N_CALLS = 1_000_000
+# The guard that makes system calls wait, too.
+FULL = "userfaultfd"
+KINDS = ["pread", "stream", "datagram", "seqpacket"]
+# These do not write where the guard can see it; see the test of them.
+UNSEEN = ["process_vm_writev", "process_vm_writev (cold)", "/proc/self/mem"]
+
+
+def scan_while_calling(engine: ksmcore.Engine, callers: Callers, seconds: float, enough: int):
+    with hard_scanning(callers.library, engine, *callers.threads):
+        for n in rounds(seconds, lambda: callers.total("right") >= enough):
+            (engine.scan if n % 2 else engine.dedup)()
+
+
+@pytest.fixture
+def slots():
+    """Memory for calls_run, with mergeable contents."""
+    memory, pages = private_pages(N_PAGES)
+    pages[:, : WORDS - 8] = np.arange(N_PAGES)[:, None] % Callers.SLOT_PAGES + 5
+    return memory, pages
+
+
+@pytest.mark.parametrize("call", KINDS)
+def test_what_a_system_call_wrote_is_there(writers, guard, slots, call, record_property):
+    memory, pages = slots
+    enough = at_least(N_CALLS // len(KINDS), 1000)
+    with ksmcore.Engine(guard=guard) as engine:
+        engine.register(memory)
+        callers = Callers(writers, call, pages)
+        scan_while_calling(engine, callers, 1.0, enough)
+        record_property(call, callers)
+        assert callers.errors == []
+        # A failed call took nothing from a stream.
+        assert callers.total("astray") == 0
+        assert callers.total("lost") == callers.total("changed") == 0
+        assert callers.total("right") >= enough
+        if guard == FULL:
+            assert callers.total("failed") == 0
+            assert call == "stream" or callers.total("short") == 0
+        stats = engine.stats()
+        assert stats.pages_merged + stats.pages_zeroed > N_PAGES
+        assert stats.cow_breaks > 0
+        engine._core.check()
+
+
+@pytest.mark.parametrize("call", UNSEEN)
+def test_calls_that_reach_pages_past_the_guard(writers, guard, slots, call, record_property):
+    """Two ways round the guard, which the summary counts.
+
+    /proc/self/mem writes to pages that are protected; userfaultfd stops it, which it cannot wait
+    for: then it fails (EIO). process_vm_writev looks
+    up the pages, lets go of the memory map, and then copies: where a page was merged in between, to
+    nowhere, whatever the guard. Often when the copy has to fault in its source ("cold"), else
+    nearly never; but never could not be promised.
+    """
+    memory, pages = slots
+    with ksmcore.Engine(guard=guard) as engine:
+        engine.register(memory)
+        callers = Callers(writers, call, pages)
+        scan_while_calling(engine, callers, 0.8, 1000)
+        record_property(call, callers)
+        if "Function not implemented" in callers.errors:
+            pytest.skip(f"the kernel has no {call}")
+        assert callers.errors == []
+        assert callers.total("right") > 1000
+        if guard != "mprotect" and call == "/proc/self/mem":
+            assert callers.total("lost") == callers.total("changed") == 0
+        if guard == FULL and call != "/proc/self/mem":
+            assert callers.total("failed") == 0
+        engine._core.check()
+
+
+class Iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("len_bytes", ctypes.c_size_t)]
+
+
+class Calls:
+    """System calls as Python makes them: each writes `data` into `memory`, by its own way."""
+
+    def __init__(self, size: int) -> None:
+        self.file = os.memfd_create("ksmcore-test")
+        os.ftruncate(self.file, size)
+        self.source = mmap.mmap(self.file, size)
+        self.proc_mem = os.open("/proc/self/mem", os.O_RDWR)
+        self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def recv_into(self, memory: mmap.mmap, data: bytes) -> int:
+        self.far.send(data)
+        return self.near.recv_into(memory)
+
+    def preadv(self, memory: mmap.mmap, data: bytes) -> int:
+        os.pwrite(self.file, data, 0)
+        return os.preadv(self.file, [memory], 0)
+
+    def process_vm_writev(self, memory: mmap.mmap, data: bytes) -> int:
+        self.source[:] = data
+        self.source.madvise(mmap.MADV_DONTNEED)
+        here, there = (
+            Iovec(ctypes.addressof(ctypes.c_char.from_buffer(pages)), len(data))
+            for pages in (self.source, memory)
+        )
+        return self.libc.process_vm_writev(
+            os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0
+        )
+
+    def write_proc_mem(self, memory: mmap.mmap, data: bytes) -> int:
+        return os.pwrite(self.proc_mem, data, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+
+    def close(self) -> None:
+        self.near.close()
+        self.far.close()
+        self.source.close()
+        os.close(self.file)
+        os.close(self.proc_mem)
+
+
+class Holder(threading.Thread):
+    """Writes messages into regions of its own by one call, each under a hold, and checks all.
+
+    The last word of the first page gets the number of the message, the rest one of few contents.
+    """
+
+    N_REGIONS, N_REGION_PAGES = 2, 16
+
+    def __init__(self, engine: ksmcore.Engine, how: str, seed: int) -> None:
+        super().__init__()
+        self.how = how
+        self.random = np.random.default_rng(seed)
+        self.places = [private_pages(self.N_REGION_PAGES) for _ in range(self.N_REGIONS)]
+        self.regions = [engine.register(memory) for memory, _ in self.places]
+        self.calls = Calls(self.N_REGION_PAGES * PAGE)
+        self.stopped = False
+        self.n_calls = 0
+        self.failures: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> None:
+        write = getattr(self.calls, self.how)
+        models = [pages.copy() for _, pages in self.places]
+        while not self.stopped:
+            which, value = (int(n) for n in self.random.integers([self.N_REGIONS, 4]))
+            memory, pages = self.places[which]
+            model = models[which]
+            self.failures["changed later"] += not np.array_equal(pages, model)
+            model[:] = value
+            model[0, -1] = self.n_calls + 4
+            data = model.tobytes()
+            n_bytes = 0
+            try:
+                with self.regions[which].hold():
+                    n_bytes = write(memory, data)
+            except OSError as error:
+                self.failures[str(error)] += 1
+            else:
+                self.failures["written in part"] += n_bytes != len(data)
+                self.failures["lost"] += not np.array_equal(pages, model)
+            self.n_calls += 1
+            # By an ordinary store: the first page becomes equal to others, too.
+            pages[0, -1] = value
+            model[:] = pages
+
+
+def test_calls_under_a_hold_never_fail(writers, guard, record_property):
+    with ksmcore.Engine(guard=guard) as engine:
+        ways = ["recv_into", "preadv", "process_vm_writev", "write_proc_mem"]
+        threads = [Holder(engine, how, seed) for seed, how in enumerate(ways)]
+        with hard_scanning(writers, engine):
+            for thread in threads:
+                thread.start()
+            try:
+                for n in rounds(1.5):
+                    (engine.scan if n % 2 else engine.dedup)()
+            finally:
+                for thread in threads:
+                    thread.stopped = True
+                for thread in threads:
+                    thread.join()
+                    thread.calls.close()
+        record_property("calls under a hold", {t.how: t.n_calls for t in threads})
+        assert {t.how: +t.failures for t in threads} == {how: {} for how in ways}
+        assert min(t.n_calls for t in threads) > 100
+        stats = engine.stats()
+        assert stats.pages_merged + stats.pages_zeroed > 1000
+        assert stats.cow_breaks > 0
+        engine._core.check()

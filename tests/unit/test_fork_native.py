@@ -1,0 +1,95 @@
+"""Forks that Python does not make: fork() and vfork() of C, from a thread of C, through ctypes."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
+
+import ksmcore
+from ksmcore import _forks
+
+pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("forker") / "forker.so"
+    source = Path(__file__).with_name("forker.c")
+    command = [compiler, "-O2", "-Wall", "-shared", "-fPIC", "-pthread", "-o", library, source]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.forker_many.restype = loaded.forker_one.restype = ctypes.c_long
+    return loaded
+
+
+@pytest.fixture
+def memory(engine):
+    return Memory.merged(engine, 1)
+
+
+def pointers(array: np.ndarray, expected: np.ndarray) -> list[object]:
+    return [
+        ctypes.c_void_p(array.ctypes.data),
+        ctypes.c_void_p(expected.ctypes.data),
+        ctypes.c_size_t(array.nbytes),
+    ]
+
+
+def test_fork_by_ctypes(engine, memory):
+    """Python's own hooks do not run in this child; the engine starts empty all the same."""
+    generation = _forks.generation()
+    pid = ctypes.CDLL(None).fork()
+    if pid == 0:
+        watch()
+
+        def work() -> None:
+            assert _forks.generation() == generation + 1
+            assert engine.stats() == ksmcore.Engine().stats()
+            live_anew(memory, 1000)
+
+        finish(work)
+    live(memory, 100)
+    assert exit_code(pid) == 0
+    memory.check()
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_child_forked_by_a_c_thread(engine, memory, forker, closes):
+    """It keeps its bytes, whatever the parent does."""
+    news, orders = os.pipe(), os.pipe()
+    pid = forker.forker_one(*pointers(memory.arrays[0], memory.expected[0]), news[1], orders[0])
+    assert os.read(news[0], 1) == b"."
+    # The model is the child's own copy, so this does not change what it compares with.
+    live(memory, 100)
+    assert engine.stats().store_pages_frozen > 0
+    if closes:
+        engine.close()
+    os.write(orders[1], b"g")
+    assert exit_code(pid) == 0
+    memory.check()
+    for fd in (*news, *orders):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("by_vfork", [0, 1], ids=["fork", "vfork"])
+def test_forks_of_a_c_thread_while_another_thread_scans(engine, memory, forker, by_vfork):
+    with scanning(memory):
+        before = engine.stats().pages_merged
+        for array, expected in zip(memory.arrays, memory.expected, strict=True):
+            assert forker.forker_many(*pointers(array, expected), 60, by_vfork) == 0
+        assert engine.stats().pages_merged > before
+
+
+def test_a_vfork_freezes_nothing(engine, memory, forker):
+    """The child leaves the parent's memory before the parent goes on."""
+    assert forker.forker_many(*pointers(memory.arrays[0], memory.expected[0]), 3, 1) == 0
+    live(memory, 100)
+    assert engine.stats().store_pages_frozen == 0

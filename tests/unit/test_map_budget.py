@@ -1,0 +1,418 @@
+"""The map budget against the kernel's own count, while the program maps memory too.
+
+Every test runs in a process of its own, because mappings are counted by process. Most of them take
+mappings away first, so that few pages are enough to need all that the engine may use.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import json
+import mmap
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import vmas
+
+PAGE = mmap.PAGESIZE
+SEED = 20090331
+LIMIT = vmas.max_map_count()
+# What the engine maps for itself: views of its store, its tables. And what the interpreter maps
+# between two counts.
+FEW = 16
+# How many mappings tests leave to the engine and the program together.
+ROOM = 6_000
+# Two pages in the midst of others: each one a mapping, and what it cuts off behind it.
+COST_OF_PAIR = 4
+
+pytestmark = pytest.mark.skipif(
+    LIMIT > 200_000, reason=f"vm.max_map_count is {LIMIT}: too many mappings to use up"
+)
+
+
+def alone(test):
+    """Run a test in a process of its own."""
+
+    @functools.wraps(test)
+    def run(**arguments):
+        command = [sys.executable, "-W", "error", __file__, test.__name__, json.dumps(arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+
+    return run
+
+
+# ---- the program -------------------------------------------------------------------------------
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+# Of the standard library, with a shared library each, where it was built so.
+PACKAGES = {"asyncio": "_asyncio", "sqlite3": "_sqlite3", "ssl": "_ssl"}
+
+
+def n_maps():
+    with open("/proc/self/maps", "rb") as maps:
+        return sum(1 for _ in maps)
+
+
+class Taken:
+    """So many mappings of the program, give or take two: pages of no use, every second readable."""
+
+    def __init__(self, n):
+        self.len_bytes = (n | 1) * PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.addr = libc.mmap(None, self.len_bytes, 0, flags, -1, 0)
+        assert self.addr not in (None, 2**64 - 1)
+        for page in range(1, n - 1, 2):
+            failed = libc.mprotect(self.addr + page * PAGE, PAGE, mmap.PROT_READ)
+            assert not failed, f"the program gets no more than {page} of {n} mappings"
+
+    def give_back(self):
+        assert libc.munmap(self.addr, self.len_bytes) == 0
+
+
+def take_all_but(room):
+    return Taken(LIMIT - n_maps() - room)
+
+
+def assert_program_works(large_bytes=16 << 20):
+    """What a program does that has a few mappings left: a large array, threads, packages."""
+    large = np.ones(large_bytes, np.uint8)
+    assert large[::PAGE].all()
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait) for _ in range(50)]
+    try:
+        for thread in threads:
+            thread.start()
+        assert all(thread.is_alive() for thread in threads)
+    finally:
+        done.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    before = libraries()
+    for package, library in PACKAGES.items():
+        if importlib.util.find_spec(library) is not None:
+            importlib.import_module(package)
+    assert libraries() > before
+
+
+def libraries():
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        return {line.split()[-1] for line in maps if ".so" in line}
+
+
+# ---- the pages ---------------------------------------------------------------------------------
+
+
+class Pages:
+    """Pages of an engine that differ in their last word only, and what they should hold."""
+
+    def __init__(self, engine, tails):
+        self.engine = engine
+        self.array = engine.zeros((len(tails), PAGE // 8), np.uint64)
+        # For comparing: the process may have no mapping left for it when it is wanted.
+        self.some = np.zeros((256, PAGE // 8), np.uint64)
+        self.write(tails)
+
+    def write(self, tails):
+        self.array[:, -1] = self.tails = tails
+        # By content: how many pages have a twin, so that they can be merged.
+        _, counts = np.unique(tails, return_counts=True)
+        self.n_mergeable = int(counts[counts > 1].sum())
+
+    def write_first_words(self, value):
+        self.array[:, 0] = self.some[:, 0] = value
+
+    @property
+    def n_merged(self):
+        stats = self.engine.stats()
+        return stats.pages_shared + stats.pages_sharing
+
+    def assert_right(self):
+        self.engine._core.check()
+        for start in range(0, len(self.array), len(self.some)):
+            some = self.array[start : start + len(self.some)]
+            self.some[: len(some), -1] = self.tails[start : start + len(some)]
+            assert libc.memcmp(some.ctypes.data, self.some.ctypes.data, some.nbytes) == 0
+
+    def assert_all_accounted(self, report):
+        """What has a twin is merged, or counted as left for want of mappings; nothing else is."""
+        left, away = report.skipped["map_budget"], report.skipped["away"]
+        # A page that the kernel is moving at that moment is not seen, and its twin finds none.
+        assert abs(self.n_mergeable - self.n_merged - left) <= 2 * away
+        assert report.pages_skipped == left + away
+
+    def assert_plain(self):
+        """None of them is mapped from a store."""
+        start, end = self.array.ctypes.data, self.array.ctypes.data + self.array.nbytes
+        assert all("ksmcore" not in vma.path for vma in vmas.vmas_in(start, end))
+
+
+def shuffled(n_contents, times=2, first=1):
+    """Each content so many times, in random order: most pages need mappings of their own."""
+    tails = np.repeat(np.arange(first, first + n_contents, dtype=np.uint64), times)
+    return np.random.default_rng(SEED).permutation(tails)
+
+
+def merge_all(engine, *, scan=False):
+    """Pass after pass, until nothing merges any more or a pair could not be paid for; its report.
+
+    The first pass of `scan` merges nothing, and after a pass that could not spend its reserve the
+    next may do so: hence two passes in a row.
+    """
+    n_idle = 0
+    for _ in range(60):
+        report = (engine.scan if scan else engine.dedup)()
+        stats = engine.stats()
+        n_idle = 0 if report.pages_merged else n_idle + 1
+        if n_idle == 2 or (n_idle == 0 and stats.maps_allowed - stats.maps_used < COST_OF_PAIR):
+            return report
+    raise AssertionError(f"it still merges: {report}")
+
+
+# ---- the limit of the kernel ---------------------------------------------------------------------
+
+
+@alone
+def test_program_works_after_all_was_merged():
+    with ksmcore.Engine() as engine:
+        pages = Pages(engine, shuffled(25_000))
+        before = n_maps()
+        report = merge_all(engine)
+        after, stats = n_maps(), engine.stats()
+        assert_program_works(256 << 20)
+        # Half of what was free, and all of that is used.
+        half = (LIMIT - before) // 2
+        assert abs(stats.maps_allowed - half) <= FEW
+        assert stats.maps_used <= stats.maps_allowed + FEW
+        assert half - FEW <= after - before <= half + FEW
+        assert pages.n_merged > half // 2
+        assert pages.n_mergeable == 50_000
+        pages.assert_all_accounted(report)
+        pages.assert_right()
+
+
+@alone
+def test_program_works_whatever_number_is_asked_for():
+    taken = take_all_but(ROOM)
+    with ksmcore.Engine(map_budget=10**6) as engine:
+        pages = Pages(engine, shuffled(4_000))
+        before = n_maps()
+        report = merge_all(engine)
+        assert n_maps() - before <= ROOM * 3 // 4 + FEW
+        assert_program_works()
+        pages.assert_all_accounted(report)
+        assert 0 < report.skipped["map_budget"] < pages.n_mergeable
+        pages.assert_right()
+    taken.give_back()
+
+
+@alone
+def test_engines_share_one_half():
+    taken = take_all_but(ROOM)
+    engines = [ksmcore.Engine() for _ in range(3)]
+    all_pages = [Pages(engine, shuffled(1_500)) for engine in engines]
+    before = n_maps()
+    for _ in range(2):
+        for engine, pages in zip(engines, all_pages, strict=True):
+            pages.assert_all_accounted(merge_all(engine))
+    assert ROOM // 2 - 10 * FEW < n_maps() - before <= ROOM // 2 + len(engines) * FEW
+    assert_program_works()
+    for engine, pages in zip(engines, all_pages, strict=True):
+        pages.assert_right()
+        engine.close()
+    taken.give_back()
+
+
+# ---- the program maps memory too -----------------------------------------------------------------
+
+
+@alone
+def test_shrinks_and_grows_with_the_program():
+    with ksmcore.Engine() as engine:
+        pages = Pages(engine, shuffled(4_000))
+        engine.scan()
+        all_free = engine.stats().maps_allowed
+        first = take_all_but(ROOM)
+        pages.assert_all_accounted(merge_all(engine))
+        n_before, allowed, merged = n_maps(), engine.stats().maps_allowed, pages.n_merged
+        assert abs(allowed - ROOM // 2) <= FEW
+        assert 0 < merged < pages.n_mergeable
+        # The program takes more than half of what is left: nothing that is merged is taken back.
+        # A page between merged ones may still join them, which takes no mapping.
+        second = Taken(2_000)
+        report = merge_all(engine)
+        assert abs(engine.stats().maps_allowed - (allowed - 1_000)) <= FEW
+        assert n_maps() <= n_before + 2_000 + FEW < LIMIT
+        assert merged <= pages.n_merged < pages.n_mergeable
+        pages.assert_all_accounted(report)
+        assert_program_works()
+        second.give_back()
+        first.give_back()
+        report = merge_all(engine)
+        assert abs(engine.stats().maps_allowed - all_free) <= 5 * FEW
+        assert pages.n_merged == pages.n_mergeable
+        pages.assert_all_accounted(report)
+        pages.assert_right()
+
+
+@alone
+def check_taken_during_a_pass(n):
+    """The program maps memory when the pass has just begun, and needs some more afterwards."""
+    first = take_all_but(ROOM)
+    taken = []
+
+    def take(n_done, n_pages):
+        if not taken and 0 < n_done < n_pages:
+            taken.append(Taken(n))
+
+    with ksmcore.Engine() as engine:
+        pages = Pages(engine, shuffled(4_000))
+        engine.dedup(progress=take)
+        pages.assert_right()
+        try:
+            assert len(taken) == 1
+            assert n_maps() < LIMIT - 500
+            assert_program_works()
+        finally:
+            first.give_back()
+        pages.assert_all_accounted(merge_all(engine))
+        pages.assert_right()
+
+
+def test_taken_during_a_pass():
+    check_taken_during_a_pass(n=ROOM // 3)
+
+
+@pytest.mark.xfail(reason="counted anew only after 500 mappings made, and it comes before them")
+def test_more_than_the_other_half_taken_during_a_pass():
+    check_taken_during_a_pass(n=ROOM * 2 // 3)
+
+
+# ---- small numbers -------------------------------------------------------------------------------
+
+
+def corpora():
+    """Pages for small budgets: scattered, in runs, and runs of one page."""
+    rng = np.random.default_rng(SEED)
+    return {
+        "scattered": shuffled(400),
+        "neighbours": np.arange(800, dtype=np.uint64) // 2 + 1,
+        "two copies": np.tile(np.arange(1, 401, dtype=np.uint64), 2),
+        "one page": np.repeat(rng.integers(1, 5, 20, np.uint64), 40),
+        "isolated": np.where(np.arange(800) % 2, np.arange(800), 10**6).astype(np.uint64),
+    }
+
+
+@alone
+def test_small_number_is_kept():
+    for name, tails in corpora().items():
+        for budget in (0, 1, 2, 7, 40, 150):
+            case = f"{name}, {budget}"
+            with ksmcore.Engine(map_budget=budget) as engine:
+                pages = Pages(engine, tails)
+                before = n_maps()
+                report = merge_all(engine, scan=budget % 2 == 0)
+                assert n_maps() - before <= budget + FEW, case
+                assert engine.stats().maps_allowed == budget, case
+                assert engine.stats().maps_used <= budget + FEW, case
+                if budget == 0:
+                    assert pages.n_merged == 0, case
+                    pages.assert_plain()
+                if budget >= 40:
+                    assert pages.n_merged > 0, case
+                if np.unique(tails).size == len(tails) // 2:
+                    pages.assert_all_accounted(report)
+                pages.assert_right()
+
+
+@alone
+def test_rewritten_pages_cost_as_much_as_new_ones():
+    """Merged in two long runs, then written with pairs in random order, and merged again."""
+    first = take_all_but(ROOM)
+    for budget, most in ((300, 300), ("auto", ROOM // 2)):
+        with ksmcore.Engine(map_budget=budget) as engine:
+            pages = Pages(engine, np.tile(np.arange(1, 4_001, dtype=np.uint64), 2))
+            before = n_maps()
+            merge_all(engine)
+            assert pages.n_merged == pages.n_mergeable
+            pages.write(shuffled(4_000, first=10**6))
+            merge_all(engine)
+            pages.assert_right()
+            made = n_maps() - before
+            assert made <= most + FEW, f"{made} mappings made with a budget of {budget}"
+    assert_program_works()
+    first.give_back()
+
+
+# ---- what was left -------------------------------------------------------------------------------
+
+
+@alone
+def check_left(times):
+    alone = np.arange(10**6, 10**6 + 99, dtype=np.uint64)
+    for budget in (0, 100, 100_000):
+        with ksmcore.Engine(map_budget=budget) as engine:
+            pages = Pages(engine, np.concatenate([shuffled(900, times), alone]))
+            pages.assert_all_accounted(merge_all(engine))
+            assert engine.stats().pages_skipped >= pages.n_mergeable - pages.n_merged
+            pages.assert_right()
+
+
+def test_left_pages_are_counted():
+    check_left(times=2)
+
+
+@pytest.mark.xfail(reason="where a pair was left, a third page finds no twin, and is not counted")
+def test_left_pages_with_several_twins_are_counted():
+    check_left(times=3)
+
+
+# ---- leaving -------------------------------------------------------------------------------------
+
+
+@alone
+def test_closes_at_the_limit_or_stays_as_it_is():
+    # mremap refuses when fewer than six mappings are free; one or two the interpreter needs.
+    for n_left, refused in ((3, True), (40, False)):
+        engine = ksmcore.Engine()
+        pages = Pages(engine, shuffled(1_000))
+        merge_all(engine)
+        merged = pages.n_merged
+        assert merged == pages.n_mergeable
+        taken = take_all_but(n_left)
+        # Nothing fails in a pass either; there is just nothing to be had.
+        assert engine.dedup().pages_merged == 0
+        try:
+            engine.close()
+        except MemoryError:
+            assert refused
+            assert not engine.closed
+            assert engine.stats().regions == 1
+            assert 0 < pages.n_merged <= merged
+        else:
+            assert not refused
+        pages.assert_right()
+        # What is still merged is still copied by a write.
+        pages.write_first_words(5)
+        pages.assert_right()
+        taken.give_back()
+        engine.close()
+        pages.assert_right()
+        pages.assert_plain()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]].__wrapped__(**json.loads(sys.argv[2]))
