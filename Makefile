@@ -3,7 +3,6 @@
 #   PYTHON=python3.12       the interpreter to build for (another version makes the venv anew)
 #   VENV=.venv-other        another place for the venv
 #   ARGS="-k trees -x"      further arguments for pytest
-#   KSMCORE_SANITIZE=1      build with the address and undefined-behaviour sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,8 +17,10 @@ VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 VENV_STAMP := $(VENV)/.stamp-venv-$(VERSION)
 TOOLS_STAMP := $(VENV)/.stamp-tools
 INSTALL_STAMP := $(VENV)/.stamp-install
-BUILD_STAMP := $(VENV)/.stamp-build$(if $(filter-out 0,$(KSMCORE_SANITIZE)),-sanitize)
+BUILD_STAMP := $(VENV)/.stamp-build
 DEV_STAMP := $(VENV)/.stamp-dev
+# With the modules, which all venvs share.
+SANITIZE_STAMP := build/sanitize/.stamp-$(VERSION)
 
 SOURCES := $(wildcard ksmcore/*.pyx ksmcore/*.pxd ksmcore/*.h)
 # The build requirements of pyproject.toml, as arguments for pip.
@@ -33,7 +34,7 @@ LINTED := $(wildcard setup.py ksmcore tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dev demo test stress bench examples lint style types format sdist clean
+.PHONY: help venv build dev demo test stress sanitize leaks bench examples lint style types format sdist clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +51,12 @@ test: build ## Run the tests, the stress tests in short form
 
 stress: build ## Run the long stress tests
 	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress tests/property $(ARGS)
+
+sanitize: $(SANITIZE_STAMP) $(INSTALL_STAMP) ## Run the tests with address and undefined-behaviour sanitizers
+	$(PY) tests/native/check.py sanitize $(ARGS)
+
+leaks: $(SANITIZE_STAMP) $(INSTALL_STAMP) ## Look for leaks of native memory, mappings and descriptors
+	$(PY) tests/native/check.py leaks
 
 bench: build ## Run the benchmarks
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)
@@ -100,8 +107,15 @@ $(TOOLS_STAMP): $(VENV_STAMP) pyproject.toml
 
 # Compiles only the modules that changed. Not through pip, which buries the compiler's messages.
 $(BUILD_STAMP): $(TOOLS_STAMP) $(SOURCES) setup.py ksmcore/_platform.py
-	@rm -f $(VENV)/.stamp-build*
 	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# A whole package of its own beside the sources, so that `build` and `test` never meet it. Its Python
+# files are removed first, or one that is gone from the sources would live on here.
+$(SANITIZE_STAMP): $(TOOLS_STAMP) $(SOURCES) $(wildcard ksmcore/*.py) setup.py
+	@mkdir -p $(@D)
+	@rm -f build/sanitize/lib/ksmcore/*.py
+	KSMCORE_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	@touch $@
 
 # Editable, so that Python files are always the present ones; without build isolation, so that the

@@ -146,6 +146,8 @@ cdef class Tally:
 
     cdef size_t _distinct(self) except? 0:
         cdef size_t start = 0, end, n_distinct = 0, n
+        if self.n_found == 0:
+            return 0
         with nogil:
             qsort(self.found, self.n_found, sizeof(found_page), _by_digest)
         while start < self.n_found:

@@ -55,7 +55,8 @@ cdef void guard_leave(guard_kind kind) noexcept nogil:
 
 
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
-    """0: shut, and the gate held. -1: nothing happened; *err tells why."""
+    """0: shut, and the gate held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
+    shut be opened again; the caller must report that."""
     cdef int rc
     if w.guard == GUARD_MPROTECT and signal_ready(err) != 0:
         return -1
@@ -82,7 +83,7 @@ cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept no
     """Let everybody in again, wake who waits, release the gate.
 
     `all_remapped`: every page of the range got a new, writable mapping.
-    -1 when the kernel would not give something back; the caller must report that.
+    WINDOW_STUCK when the kernel would not give something back; the caller must report that.
     """
     cdef int rc
     if w.guard == GUARD_MPROTECT:

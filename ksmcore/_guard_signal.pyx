@@ -19,6 +19,7 @@ from posix.signal cimport sigaction_t
 from ksmcore._forks cimport gate_lock, gate_unlock
 from ksmcore._reader cimport reader_return
 from ksmcore._sys cimport error_clear, sys_error, sys_pause, sys_protect, sys_sigaction
+from ksmcore._window cimport WINDOW_STUCK
 
 cdef extern from "_segv.h":
     ctypedef struct segv_state:
@@ -238,10 +239,14 @@ cdef int signal_ready(sys_error* err) noexcept nogil:
 
 cdef int signal_protect(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
     """Announce the window, then protect it: a fault never precedes its window."""
+    cdef sys_error again
     segv_open(addr, addr + len_bytes)
     if sys_protect(addr, len_bytes, False, err) != 0:
         # mprotect may have protected a part before it failed.
-        signal_release(addr, len_bytes, False, err)
+        error_clear(&again)
+        if signal_release(addr, len_bytes, False, &again) != 0:
+            err[0] = again
+            return WINDOW_STUCK
         return -1
     return 0
 
@@ -251,7 +256,7 @@ cdef int signal_release(
 ) noexcept nogil:
     """Give writers the range back, and wake them.
 
-    -1 when the kernel would not give the permission back. Then the handler stays installed, and asks
+    WINDOW_STUCK when the kernel would not give the permission back. Then the handler stays installed, and asks
     again for a thread that writes.
     """
     cdef int rc = 0
@@ -273,7 +278,7 @@ cdef int signal_release(
                 segv.stuck_lo = min(segv.stuck_lo, addr)
                 segv.stuck_hi = max(segv.stuck_hi, addr + len_bytes)
     segv_close()
-    return rc
+    return WINDOW_STUCK if rc != 0 else 0
 
 
 cdef uint32_t signal_n_waits() noexcept nogil:

@@ -6,12 +6,19 @@ Two ways of closing a window, chosen by what lies under it:
 
   move      anonymous pages, where system calls can be made to wait as well. The range is registered for
             missing pages, and the pages are moved to a place that only the scanner knows (UFFDIO_MOVE):
-            whoever touches them waits. Compared there; those that are not remapped move back. Nothing can
-            write to them in between, a device neither: the kernel refuses to move a page that is pinned
-            for direct I/O or io_uring (EBUSY).
+            whoever touches them waits. Compared there; those that are not remapped move back. No device
+            writes to them in between: the kernel refuses to move a page that is pinned for direct I/O or
+            io_uring (EBUSY).
   protect   pages over the store, which cannot be moved, and all pages where only user code can be made to
             wait: a system call would get EFAULT even for reading, were the page missing. The range is
             registered for write-protection and protected; writers wait.
+
+Where a move reports an error, what really happened is asked of pagemap, never taken from the error: the
+target was empty before and nobody else can reach it, so a page that is there was moved. (Linux 6.18 moves
+pages and then says EEXIST, after it had to try one of them again.)
+
+Signals are blocked on the scanning thread while pages are away: a handler that read one would wait for
+the thread that it has interrupted.
 
 A page that is shared with a child since a fork is refused like a pinned one. A write fault tells the two
 apart: it gives the page back to this process alone, and such a page cannot have been pinned for writing.
@@ -24,10 +31,12 @@ The descriptor lives from the first enter to the last leave. A program that clos
 middle of a window, has asked the kernel to let everybody in: that is its own doing.
 """
 
-from libc.errno cimport EAGAIN, EBADF, EBUSY, EINVAL, ENOENT
+from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EINVAL, ENOENT
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
+from ksmcore._forks cimport gate_lock, gate_unlock
+from ksmcore._pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._sys cimport (
     ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD,
     error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_file, sys_is_kept, sys_keep, sys_map_anon,
@@ -37,7 +46,9 @@ from ksmcore._uffd cimport (
     UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect,
     uffd_register, uffd_unregister, uffd_wake,
 )
-from ksmcore._window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES
+from ksmcore._window cimport (
+    CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES, WINDOW_STUCK,
+)
 
 cdef extern from *:
     """
@@ -47,10 +58,26 @@ cdef extern from *:
     static void uffd_install_lock(void) { pthread_mutex_lock(&uffd_install); }
     static void uffd_install_unlock(void) { pthread_mutex_unlock(&uffd_install); }
     static void uffd_install_renew(void) { pthread_mutex_init(&uffd_install, 0); }
+
+    #include <signal.h>
+    /* All that may come at any time; not those that an instruction of this thread raises. */
+    static sigset_t uffd_mask_before;
+    static void uffd_block_signals(void) {
+        sigset_t all;
+        sigfillset(&all);
+        sigdelset(&all, SIGSEGV);
+        sigdelset(&all, SIGBUS);
+        sigdelset(&all, SIGFPE);
+        sigdelset(&all, SIGILL);
+        pthread_sigmask(SIG_BLOCK, &all, &uffd_mask_before);
+    }
+    static void uffd_unblock_signals(void) { pthread_sigmask(SIG_SETMASK, &uffd_mask_before, 0); }
     """
     void uffd_install_lock() nogil
     void uffd_install_unlock() nogil
     void uffd_install_renew() nogil
+    void uffd_block_signals() nogil      # in a window: the gate is held, so there is one mask to remember
+    void uffd_unblock_signals() nogil
     int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
 
 cdef enum:
@@ -66,6 +93,7 @@ ctypedef struct uffd_state:
     uint32_t n_users
     uintptr_t scratch          # where pages are moved to: WINDOW_PAGES pages
     bint scratch_full          # pages may be left in it
+    pagemap pm
     bint is_stuck              # the last window could not be given back
     window_t stuck
     uint8_t stuck_outcomes[<int>WINDOW_PAGES]
@@ -93,6 +121,11 @@ cdef int _begin(uffd_state* state, bint user_mode_only, sys_error* err) noexcept
         return -1
     if not state.moves:
         return 0
+    pagemap_open(&state.pm, sys_page_bytes(), True)
+    if state.pm.file.fd < 0:
+        # Without it nobody knows where a page is when a move fails.
+        state.moves = False
+        return 0
     state.scratch_full = False
     state.scratch = <uintptr_t>sys_map_anon(len_bytes, err)
     if state.scratch != 0:
@@ -112,14 +145,36 @@ cdef void _end(uffd_state* state) noexcept nogil:
     if state.scratch != 0:
         sys_unmap(state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), &ignored)
     state.scratch = 0
+    pagemap_close(&state.pm)
     sys_drop(&state.file)
+
+
+cdef int _heal(uffd_state* state, sys_error* err) noexcept nogil:
+    """Try once more to give back the window that is stuck, if one is. The caller holds the gate."""
+    if not state.is_stuck:
+        return 0
+    if _give_back(state, &state.stuck, False, True, err) != 0:
+        return -1
+    state.is_stuck = False
+    state.scratch_full = True
+    return 0
+
+
+cdef void _heal_if_stuck(uffd_state* state) noexcept nogil:
+    cdef sys_error ignored
+    if state.is_stuck:
+        error_clear(&ignored)
+        gate_lock()
+        _heal(state, &ignored)
+        gate_unlock()
 
 
 cdef int uffd_enter(guard_kind kind, sys_error* err) noexcept nogil:
     cdef uffd_state* state = &_states[<int>kind]
     cdef int rc = 0
     uffd_install_lock()
-    if state.n_users == 0 and not state.is_stuck:
+    _heal_if_stuck(state)
+    if state.n_users == 0 and state.file.fd < 0:
         rc = _begin(state, kind != GUARD_UFFD, err)
     if rc == 0:
         state.n_users += 1
@@ -133,6 +188,7 @@ cdef void uffd_leave(guard_kind kind) noexcept nogil:
     # Zero in a forked child: the enter was the parent's.
     if state.n_users > 0:
         state.n_users -= 1
+        _heal_if_stuck(state)
         if state.n_users == 0 and not state.is_stuck:
             _end(state)
     uffd_install_unlock()
@@ -140,15 +196,29 @@ cdef void uffd_leave(guard_kind kind) noexcept nogil:
 
 # ---- moving pages ---------------------------------------------------------------------------------
 
+cdef uint32_t _n_there(uffd_state* state, uintptr_t target, uint32_t n) noexcept nogil:
+    """How many pages from `target` on are there, without a gap."""
+    cdef uint8_t flags[<int>WINDOW_PAGES]
+    cdef sys_error ignored
+    cdef uint32_t i
+    error_clear(&ignored)
+    if pagemap_query(&state.pm, target, n, flags, &ignored) != 0:
+        return 0
+    for i in range(n):
+        if flags[i] == 0:
+            return i
+    return n
+
+
 cdef void _move(
-    int fd, uintptr_t target, uintptr_t source, uint32_t n, size_t page_bytes, uint8_t* moved, int* codes
+    uffd_state* state, uintptr_t target, uintptr_t source, uint32_t n, size_t page_bytes, uint8_t* moved, int* codes
 ) noexcept nogil:
-    """Move n pages, as far as the kernel allows: moved[i], or else errno in codes[i].
+    """Move n pages, to where none is yet, as far as the kernel allows: moved[i], or else errno in codes[i].
 
     One call serves many pages, but only within one mapping at either end; where a call fails for that,
     it is tried with half as many.
     """
-    cdef uint32_t done = 0, piece = n, tries = 0, k
+    cdef uint32_t done = 0, piece = n, tries = 0, k, n_moved
     cdef size_t moved_bytes
     cdef sys_error err
     memset(moved, 0, n)
@@ -156,11 +226,15 @@ cdef void _move(
         piece = min(piece, n - done)
         error_clear(&err)
         k = piece
-        if uffd_move(fd, target + done * page_bytes, source + done * page_bytes, k * page_bytes, &moved_bytes, &err) == 0:
-            moved_bytes = k * page_bytes
+        if uffd_move(
+            state.file.fd, target + done * page_bytes, source + done * page_bytes, k * page_bytes, &moved_bytes, &err
+        ) == 0:
+            n_moved = k
             piece = n
-        if moved_bytes > 0:
-            k = <uint32_t>(moved_bytes // page_bytes)
+        else:
+            n_moved = _n_there(state, target + done * page_bytes, k)
+        if n_moved > 0:
+            k = n_moved
             memset(moved + done, 1, k)
             done += k
             tries = 0
@@ -179,7 +253,7 @@ cdef uint32_t _move_out(uffd_state* state, window_t* w) noexcept nogil:
     """Take the pages away from everybody. Returns how many were refused as pinned."""
     cdef int codes[<int>WINDOW_PAGES]
     cdef uint32_t i, n_busy = 0
-    _move(state.file.fd, state.scratch, w.addr, w.n_pages, w.page_bytes, w.away, codes)
+    _move(state, state.scratch, w.addr, w.n_pages, w.page_bytes, w.away, codes)
     for i in range(w.n_pages):
         if w.away[i]:
             w.outcomes[i] = DONE
@@ -209,7 +283,7 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
             i += 1
         home = w.addr + start * w.page_bytes
         there = state.scratch + start * w.page_bytes
-        _move(state.file.fd, home, there, i - start, w.page_bytes, moved, codes)
+        _move(state, home, there, i - start, w.page_bytes, moved, codes)
         for k in range(i - start):
             if moved[k]:
                 w.away[start + k] = 0
@@ -217,10 +291,8 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
             # EINVAL: the program has changed the mapping in the meantime (its permission, its lock).
             if may_copy or codes[k] == EINVAL:
                 error_clear(&failed)
-                if (
-                    uffd_copy(state.file.fd, home + k * w.page_bytes, there + k * w.page_bytes, w.page_bytes, &failed) == 0
-                    or failed.code == ENOENT
-                ):
+                uffd_copy(state.file.fd, home + k * w.page_bytes, there + k * w.page_bytes, w.page_bytes, &failed)
+                if failed.code == 0 or failed.code == ENOENT or failed.code == EEXIST:
                     codes[k] = ENOENT
             if codes[k] == ENOENT:
                 # Copied; or the program has unmapped its memory, and nobody misses the page.
@@ -273,8 +345,8 @@ cdef int _give_back(uffd_state* state, window_t* w, bint all_remapped, bint may_
 
 
 cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
-    """-1 when the kernel would not take the pages back. Then they stay shut, and every window that is
-    to be opened later first tries again."""
+    """WINDOW_STUCK when the kernel would not take the pages back. Then they stay shut; every window, enter
+    and leave from then on first tries again."""
     cdef uffd_state* state = &_states[<int>w.guard]
     cdef sys_error again
     cdef int tries, rc = -1
@@ -290,12 +362,26 @@ cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept n
         memcpy(state.stuck_outcomes, w.outcomes, w.n_pages)
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
-        return -1
+        if _moves(w):
+            uffd_unblock_signals()
+        return WINDOW_STUCK
     if _moves(w):
+        uffd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
         error_clear(&again)
         state.scratch_full = sys_advise(state.scratch, w.n_pages * w.page_bytes, ADVISE_DONTNEED, &again) != 0
     return 0
+
+
+cdef int _undo(window_t* w, sys_error* err) noexcept nogil:
+    """Shutting failed with *err, perhaps for a part of the range only: let everybody in again."""
+    cdef sys_error again
+    error_clear(&again)
+    memset(w.outcomes, CHANGED, w.n_pages)
+    if uffd_release(w, False, &again) != 0:
+        err[0] = again
+        return WINDOW_STUCK
+    return -1
 
 
 cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcept nogil:
@@ -304,14 +390,16 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
     cdef uint32_t attempt, n_busy, i
     cdef uint8_t busy[<int>WINDOW_PAGES]
     w.bytes = <const uint8_t*>state.scratch
-    if state.scratch_full and sys_advise(
-        state.scratch, <size_t>WINDOW_PAGES * w.page_bytes, ADVISE_DONTNEED, err
-    ) != 0:
-        return -1
-    state.scratch_full = False
     for attempt in range(2):
-        if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
+        # What is in it after a move must be what was moved.
+        if state.scratch_full and sys_advise(
+            state.scratch, <size_t>WINDOW_PAGES * w.page_bytes, ADVISE_DONTNEED, err
+        ) != 0:
             return -1
+        state.scratch_full = False
+        uffd_block_signals()
+        if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
+            return _undo(w, err)
         n_busy = _move_out(state, w)
         if n_busy == 0 or attempt == 1:
             return 0
@@ -319,7 +407,7 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
             busy[i] = w.outcomes[i] == PINNED
             w.outcomes[i] = CHANGED
         if uffd_release(w, False, err) != 0:
-            return -1
+            return WINDOW_STUCK
         for i in range(w.n_pages):
             error_clear(&ignored)
             if busy[i]:
@@ -328,7 +416,7 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
 
 
 cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
-    """Close the window to everybody. -1: nothing is shut."""
+    """Close the window to everybody. -1: nothing is shut; WINDOW_STUCK: nor can it be opened again."""
     cdef uffd_state* state = &_states[<int>w.guard]
     cdef size_t len_bytes = w.n_pages * w.page_bytes
     memset(w.away, 0, w.n_pages)
@@ -339,19 +427,16 @@ cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
         err.addr = w.addr
         err.len_bytes = len_bytes
         return -1
-    if state.is_stuck:
-        if _give_back(state, &state.stuck, False, True, err) != 0:
-            return -1
-        state.is_stuck = False
-        state.scratch_full = True
+    if _heal(state, err) != 0:
+        return WINDOW_STUCK
     if _moves(w):
         return _shut_by_moving(state, w, err)
     w.bytes = <const uint8_t*>w.addr
-    if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_PROTECTED, err) != 0:
-        return -1
-    if uffd_protect(state.file.fd, w.addr, len_bytes, True, err) != 0:
-        uffd_release(w, False, err)
-        return -1
+    if (
+        uffd_register(state.file.fd, w.addr, len_bytes, UFFD_PROTECTED, err) != 0
+        or uffd_protect(state.file.fd, w.addr, len_bytes, True, err) != 0
+    ):
+        return _undo(w, err)
     return 0
 
 
@@ -367,19 +452,39 @@ cdef uint32_t uffd_n_waits() noexcept nogil:
     return _n_waits
 
 
+cdef void _before_fork() noexcept nogil:
+    """Runs before the gate is taken: what is away now would be missing in the child."""
+    cdef int kind
+    for kind in range(<int>N_GUARDS):
+        _heal_if_stuck(&_states[kind])
+
+
 cdef void _in_child() noexcept nogil:
-    """The descriptors mean the parent's memory, and the scratch was not inherited."""
+    """The descriptors mean the parent's memory, and the scratch was not inherited. Pages that are stuck in
+    it are lost to the child: better that it faults there than that it reads zeros."""
+    cdef sys_error ignored
+    cdef uint32_t i
     cdef int kind
     uffd_install_renew()
+    error_clear(&ignored)
     for kind in range(<int>N_GUARDS):
+        for i in range(_states[kind].stuck.n_pages if _states[kind].is_stuck else 0):
+            if _states[kind].stuck.away[i] and _states[kind].stuck.outcomes[i] != DONE:
+                sys_unmap(
+                    _states[kind].stuck.addr + i * _states[kind].stuck.page_bytes, _states[kind].stuck.page_bytes, &ignored
+                )
+        if _states[kind].n_users > 0:
+            pagemap_close(&_states[kind].pm)
         if _states[kind].n_users > 0 or _states[kind].is_stuck:
             sys_drop(&_states[kind].file)
         memset(&_states[kind], 0, sizeof(uffd_state))
         _states[kind].file.fd = -1
+        _states[kind].pm.file.fd = -1
 
 
 cdef int _kind
 for _kind in range(<int>N_GUARDS):
     _states[_kind].file.fd = -1
-if pthread_atfork(NULL, NULL, _in_child) != 0:
+    _states[_kind].pm.file.fd = -1
+if pthread_atfork(_before_fork, NULL, _in_child) != 0:
     raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

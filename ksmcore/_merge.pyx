@@ -30,7 +30,7 @@ from ksmcore._sys cimport (
     ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
     sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
-from ksmcore._window cimport CHANGED, DONE, REFUSED, WINDOW_PAGES, window_t
+from ksmcore._window cimport CHANGED, DONE, REFUSED, WINDOW_PAGES, WINDOW_STUCK, window_t
 
 cdef extern from "_reader.h" nogil:
     int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
@@ -96,9 +96,10 @@ cdef int _window(
     cdef const uint8_t* page
     cdef bint equal
     cdef int rc
-    if guard_open(w, err) != 0:
+    rc = guard_open(w, err)
+    if rc != 0:
         memset(w.outcomes, REFUSED, w.n_pages)
-        return 0
+        return -1 if rc == WINDOW_STUCK else 0
     for i in range(w.n_pages):
         if w.outcomes[i] != DONE:
             continue

@@ -9,7 +9,7 @@ parent's, and is never used there.
 from libc.stdint cimport uintptr_t
 
 from ksmcore._sys cimport (
-    CALL_UFFD_COPY, CALL_UFFD_MOVE, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_UNREGISTER, CALL_UFFD_WAKE,
+    CALL_UFFD_COPY, CALL_UFFD_MOVE, CALL_UFFD_MOVE_THEN_FAIL, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_UNREGISTER, CALL_UFFD_WAKE,
     CALL_USERFAULTFD, sys_check, sys_error, sys_injected,
 )
 
@@ -39,7 +39,9 @@ cdef int uffd_open(bint user_mode_only, bint* moves, sys_error* err) noexcept no
 cdef int uffd_register(int fd, uintptr_t addr, size_t len_bytes, uffd_mode mode, sys_error* err) noexcept nogil:
     if sys_injected(CALL_UFFD_REGISTER, addr, len_bytes, err):
         return -1
-    return sys_check(ksm_uffd_register(fd, addr, len_bytes, mode) != 0, CALL_UFFD_REGISTER, addr, len_bytes, err)
+    if sys_check(ksm_uffd_register(fd, addr, len_bytes, mode) != 0, CALL_UFFD_REGISTER, addr, len_bytes, err):
+        return -1
+    return sys_injected(CALL_UFFD_REGISTER_THEN_FAIL, addr, len_bytes, err)
 
 
 cdef int uffd_unregister(int fd, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
@@ -57,14 +59,16 @@ cdef int uffd_protect(int fd, uintptr_t addr, size_t len_bytes, bint on, sys_err
 cdef int uffd_move(
     int fd, uintptr_t target, uintptr_t source, size_t len_bytes, size_t* moved_bytes, sys_error* err
 ) noexcept nogil:
-    """Move pages without copying them. Failing, it may have moved the first *moved_bytes: then with
-    EAGAIN, and the reason shows when the next page is tried."""
+    """Move pages without copying them. Failing, it may have moved some: how many, *moved_bytes does not
+    tell reliably."""
     moved_bytes[0] = 0
     if sys_injected(CALL_UFFD_MOVE, source, len_bytes, err):
         return -1
-    return sys_check(
+    if sys_check(
         ksm_uffd_move(fd, target, source, len_bytes, moved_bytes) != 0, CALL_UFFD_MOVE, source, len_bytes, err
-    )
+    ):
+        return -1
+    return sys_injected(CALL_UFFD_MOVE_THEN_FAIL, source, len_bytes, err)
 
 
 cdef int uffd_copy(

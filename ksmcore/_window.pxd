@@ -5,6 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 
 cdef enum:
     WINDOW_PAGES = 128       # most pages of one window: tens of microseconds for a waiting writer
+    WINDOW_STUCK = -2        # what opening or closing returns when the kernel gives something not back
 
 # How writers are kept out; the names are in settings.py.
 cdef enum guard_kind:

@@ -23,8 +23,8 @@ def features() -> dict[str, str | None]:
     """What ksmcore can use here: name -> None when it is there, else why it is not.
 
     "pagemap", "memfd": parts of the kernel. "userfaultfd", "userfaultfd-user", "mprotect": the
-    guards, the strongest first. "pinned": pages that are pinned for a device (direct I/O, io_uring)
-    are left alone.
+    guards, the strongest first. "pinned": pages that were never merged, and are pinned for a
+    device (direct I/O, io_uring), are left alone; others need a hold.
     """
     found = _sys.features()
     for name in GUARDS:

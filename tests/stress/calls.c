@@ -50,8 +50,8 @@ static uint64_t mixed(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* Message number n: a header of its number, value and checksum, and a body of whole pages that
-   follows from the value. Three in four values are one of four (one of them gives zeros), the others are unique. */
+/* Message number n: a header of its number, value and checksum, and a body of whole pages that follows from
+   the value. Three in four values are one of four (one of them gives zeros), the others are unique. */
 static void make_message(const struct run *run, uint64_t n, uint64_t *message) {
     uint64_t random = mixed(run->seed + n);
     uint64_t value = (random & 3) ? (random >> 40) % 4 : random;
@@ -161,9 +161,10 @@ static int take_message(struct run *run, char *message, char *target, char *mode
     return 0;
 }
 
-/* Messages into slots `thread`, `thread` + n_threads, ... of n_slots, until stopped. The header
-   goes to the end of a slot's first page, the body is its other pages. */
-void calls_run(int kind, char *pages, long n_slots, long page_bytes, long slot_pages, long thread, long n_threads, uint64_t seed, struct tally *tally) {
+/* Messages into slots `thread`, `thread` + n_threads, ... of n_slots, until stopped. The header goes to the
+   end of a slot's first page, the body is its other pages. */
+void calls_run(int kind, char *pages, long n_slots, long page_bytes, long slot_pages, long thread,
+               long n_threads, uint64_t seed, struct tally *tally) {
     size_t page = (size_t)page_bytes, slot_bytes = page * (size_t)slot_pages, at = page - HEADER_BYTES;
     struct run run = {kind, -1, -1, mixed(seed), slot_bytes - page, slot_bytes - at, tally, 0};
     char *models = malloc((size_t)n_slots * slot_bytes), *spare = malloc(slot_bytes), *message = MAP_FAILED;

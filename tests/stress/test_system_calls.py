@@ -49,7 +49,7 @@ def test_what_a_system_call_wrote_is_there(writers, guard, slots, call, record_p
         engine.register(memory)
         callers = Callers(writers, call, pages)
         scan_while_calling(engine, callers, 1.0, enough)
-        record_property(call, callers)
+        record_property(call, str(callers))
         assert callers.errors == []
         # A failed call took nothing from a stream.
         assert callers.total("astray") == 0
@@ -68,18 +68,17 @@ def test_what_a_system_call_wrote_is_there(writers, guard, slots, call, record_p
 def test_calls_that_reach_pages_past_the_guard(writers, guard, slots, call, record_property):
     """Two ways round the guard, which the summary counts.
 
-    /proc/self/mem writes to pages that are protected; userfaultfd stops it, which it cannot wait
-    for: then it fails (EIO). process_vm_writev looks
-    up the pages, lets go of the memory map, and then copies: where a page was merged in between, to
-    nowhere, whatever the guard. Often when the copy has to fault in its source ("cold"), else
-    nearly never; but never could not be promised.
+    /proc/self/mem writes to pages that are protected. userfaultfd stops it; as it cannot wait, it
+    fails then, with EIO. process_vm_writev looks up the pages, lets go of the memory map, and then
+    copies: where a page was merged in between, to nowhere, whatever the guard. Often when the copy
+    has to fault in its source ("cold"), else nearly never; but never could not be promised.
     """
     memory, pages = slots
     with ksmcore.Engine(guard=guard) as engine:
         engine.register(memory)
         callers = Callers(writers, call, pages)
         scan_while_calling(engine, callers, 0.8, 1000)
-        record_property(call, callers)
+        record_property(call, str(callers))
         if "Function not implemented" in callers.errors:
             pytest.skip(f"the kernel has no {call}")
         assert callers.errors == []
@@ -197,7 +196,7 @@ def test_calls_under_a_hold_never_fail(writers, guard, record_property):
                 for thread in threads:
                     thread.join()
                     thread.calls.close()
-        record_property("calls under a hold", {t.how: t.n_calls for t in threads})
+        record_property("calls under a hold", str({t.how: t.n_calls for t in threads}))
         assert {t.how: +t.failures for t in threads} == {how: {} for how in ways}
         assert min(t.n_calls for t in threads) > 100
         stats = engine.stats()

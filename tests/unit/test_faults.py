@@ -236,6 +236,8 @@ CODES = {
     "uffd_move": (errno.EAGAIN, errno.EBUSY, errno.EINVAL, errno.ENOENT, errno.ENOMEM),
     "uffd_copy": (errno.ENOMEM,),
     "uffd_wake": (errno.EINVAL,),
+    "uffd_move_then_fail": (errno.EEXIST, errno.EAGAIN, errno.ENOENT),
+    "uffd_register_then_fail": (errno.ENOMEM,),
 }
 
 

@@ -189,6 +189,41 @@ def test_unequal_pages_come_back_as_they_were(full, rng):
     assert np.array_equal(b, source)
 
 
+def test_pages_that_were_moved_whatever_the_kernel_says(full, rng):
+    """Linux 6.18 may move pages and report an error: where a page is, is looked at."""
+    source = rng.integers(1, 256, (300, PAGE), dtype=np.uint8)
+    for after in range(5):
+        a, b = full.array(source), full.array(source)
+        _sys.inject("uffd_move_then_fail", errno.EEXIST, after=after, count=2)
+        full.dedup(a, b)
+        assert _sys.inject_clear() < 2
+        assert np.array_equal(a, source)
+        assert np.array_equal(b, source)
+        a += 1
+        assert np.array_equal(a, source + 1)
+        assert np.array_equal(b, source)
+        full.unregister(a)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_registration_that_fails_halfway_leaves_nothing_registered(engine, rng, first):
+    source = rng.integers(1, 256, (256, PAGE), dtype=np.uint8)
+    a, b = engine.array(source), engine.array(source)
+    during = []
+
+    def look(done, total):
+        for array in (a, b):
+            for vma in vmas.Snapshot().vmas_in(array.ctypes.data, array.ctypes.data + array.nbytes):
+                during.append({"um", "uw"} & set(vma.flags))
+
+    _sys.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
+    engine.dedup(a, b, progress=look)
+    _sys.inject_clear()
+    assert set.union(*during) == set()
+    a += 1
+    assert np.array_equal(b, source)
+
+
 @pytest.mark.parametrize("code", [errno.EBUSY, errno.ENOMEM, errno.EINVAL])
 def test_pages_that_cannot_be_moved_back_are_copied_back(full, rng, code):
     source = rng.integers(1, 256, (16, PAGE), dtype=np.uint8)
