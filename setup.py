@@ -4,7 +4,8 @@ Every ``ksmcore/*.pyx`` becomes one extension module. The C that Cython writes g
 ``build`` and never into the source tree or the sdist.
 
 Environment:
-    KSMCORE_SANITIZE=1   build with the address and undefined-behaviour sanitizers (`make sanitize` does)
+    KSMCORE_SANITIZE=1   build with the address and undefined-behaviour sanitizers, for
+                         `make sanitize`
 """
 
 import os
@@ -34,15 +35,16 @@ DIRECTIVES = {
 # Pages are read as words of several widths, which strict aliasing would not allow.
 COMPILE_ARGS = ["-fno-strict-aliasing"]
 LINK_ARGS = []
-# Where builds leave what they make on the way. Sanitized ones keep apart, so that neither kind is ever
-# taken for the other, or makes it compile anew.
+# Where builds leave what they make on the way. Sanitized ones keep apart, so that neither kind is
+# ever taken for the other, or makes it compile anew.
 BUILD = Path("build")
 SANITIZED = os.environ.get("KSMCORE_SANITIZE", "0") not in ("", "0")
 if SANITIZED:
     SANITIZE = ["-fsanitize=address,undefined"]
     LINK_ARGS += SANITIZE
     # The first report ends the process. Python's own flags are taken back where they would hide
-    # something: with -fwrapv no signed overflow is reported, and fortified calls pass by the sanitizer.
+    # something: with -fwrapv no signed overflow is reported, and the sanitizer does not see
+    # fortified calls.
     COMPILE_ARGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-wrapv", "-U_FORTIFY_SOURCE"]
     COMPILE_ARGS += ["-fno-omit-frame-pointer", "-g", "-O1"]
     BUILD = Path("build", "sanitize")

@@ -3,9 +3,9 @@
     make sanitize    the tests: any report ends them, and fails
     make leaks       lives.py: leaks of ksmcore fail, those of Python and its libraries are left out
 
-The modules are those of build/sanitize, which make builds. LeakSanitizer rather than valgrind: it needs
-nothing but gcc and the same build, and any memory can be registered under it, whereas valgrind's heap is
-executable memory, which the gate refuses.
+The modules are those of build/sanitize, which make builds. LeakSanitizer rather than valgrind: it
+needs nothing but gcc and the same build, and any memory can be registered under it, whereas
+valgrind's heap is executable memory, which the gate refuses.
 """
 
 import ctypes
@@ -80,7 +80,7 @@ def environment(**asan_options: object) -> dict[str, str]:
 
 
 def start(args: list[str | Path], env: dict[str, str], **how: object) -> subprocess.Popen[str]:
-    """A sanitized Python. Not in ROOT: there, `import ksmcore` finds the package of the checkout."""
+    """A sanitized Python. Not in ROOT: there, `import ksmcore` finds that of the checkout."""
     command = [sys.executable, *map(str, args)]
     return subprocess.Popen(command, cwd=BUILD, env=env, text=True, errors="replace", **how)
 
@@ -143,8 +143,8 @@ def leaks() -> int:
 
 
 def main(args: list[str]) -> int:
-    # Where the kernel spreads addresses widely (vm.mmap_rnd_bits above 28), the older runtimes do not
-    # find the room they need every time. Inherited by what is started here.
+    # Where the kernel spreads addresses widely (vm.mmap_rnd_bits above 28), the older runtimes do
+    # not find the room they need every time. Inherited by what is started here.
     ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)
     if args[:1] == ["sanitize"]:
         return sanitize(args[1:])

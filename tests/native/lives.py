@@ -1,8 +1,8 @@
 """Whole lives of everything that owns native memory, again and again: the work of `make leaks`.
 
-Run by check.py, with the sanitized modules. LeakSanitizer looks when this ends, and tells where a leak
-was allocated; but it knows of malloc alone, and only of what nothing points to any more, while most
-arrays of the core come from mmap. So the size of the process is watched here too.
+Run by check.py, with the sanitized modules. LeakSanitizer looks when this ends, and tells where a
+leak was allocated; but it knows of malloc alone, and only of what nothing points to any more, while
+most arrays of the core come from mmap. So the size of the process is watched here too.
 """
 
 import ctypes
@@ -19,14 +19,15 @@ import ksmcore
 from ksmcore import _estimate, _pagemap, _pages, _rmap, _sys, _tree_shell
 
 PAGE = ksmcore.Engine.page_bytes
-# Rounds before the size is watched (caches fill, modules are imported), and in each third after that.
+# Rounds before the size is watched (caches fill, modules are imported), and in each third after.
 WARM_UP, THIRD = 2, 4
 # How much a third may grow in descriptors, in bytes of address space, and in bytes from malloc, of
 # which Python's own caches go on taking a little for a long time.
 SLACK = (0, 0, THIRD * 4096)
 # Without munmap: memory that the kernel will not take back is there for good.
 CALLS = (
-    "mmap mremap mprotect madvise memfd_create ftruncate fallocate pwrite pread open sigaction"
+    "mmap mremap mprotect madvise memfd_create ftruncate fallocate pwrite pread open sigaction "
+    "seal userfaultfd uffd_register uffd_unregister uffd_protect uffd_move uffd_copy uffd_wake"
 ).split()
 
 libc = ctypes.CDLL(None)
@@ -161,7 +162,7 @@ def threads() -> None:
 
 
 def shells() -> None:
-    """What has native memory of its own and no engine: trees, the rmap table, a tally, checksums."""
+    """What has native memory and no engine: trees, the rmap table, a tally, checksums."""
     source = some_bytes(64)
     for order in ("digest", "content"):
         tree = _tree_shell.Tree(order=order, page_bytes=PAGE)
@@ -212,7 +213,7 @@ def sizes() -> tuple[int, int, int]:
 
 
 def growth(life: Callable[[], None]) -> list[tuple[int, int]]:
-    """By how much the least size of each third exceeds that of the third before, for each of `sizes`.
+    """By how much the least size of each third exceeds that of the third before, for each size.
 
     The least, because a size may go up and down; two steps, because it may go up once for good.
     """
@@ -237,7 +238,7 @@ def main() -> int:
         grown = grown or bad
         what = "descriptors {}, address space {}, malloc {}".format(*(min(pair) for pair in steps))
         print(f"{'GROWS' if bad else 'ok'}  {name}: {what}", flush=True)
-    # Leaks on purpose, of the size that check.py then looks for. Several: of the last one, an address
+    # Leaks on purpose, of the size that check.py looks for. Several: of the last one, an address
     # may be left somewhere.
     for _ in range(10):
         libc.malloc(int(sys.argv[1]))
