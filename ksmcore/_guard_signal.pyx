@@ -18,7 +18,9 @@ from posix.signal cimport sigaction_t
 
 from ksmcore._forks cimport gate_lock, gate_unlock
 from ksmcore._reader cimport reader_return
-from ksmcore._sys cimport error_clear, sys_error, sys_pause, sys_protect, sys_sigaction
+from ksmcore._sys cimport (
+    error_clear, sys_error, sys_is_mapped, sys_page_bytes, sys_pause, sys_protect, sys_sigaction,
+)
 from ksmcore._window cimport WINDOW_STUCK
 
 cdef extern from "_segv.h":
@@ -251,6 +253,20 @@ cdef int signal_protect(uintptr_t addr, size_t len_bytes, sys_error* err) noexce
     return 0
 
 
+cdef int _protect_what_is_left(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    """The program has unmapped a part of the window while it was open: nobody waits for that part."""
+    cdef size_t page_bytes = sys_page_bytes()
+    cdef uintptr_t page = addr
+    cdef sys_error failed
+    while page < addr + len_bytes:
+        error_clear(&failed)
+        if sys_protect(page, page_bytes, True, &failed) != 0 and sys_is_mapped(page, page_bytes):
+            err[0] = failed
+            return -1
+        page += page_bytes
+    return 0
+
+
 cdef int signal_release(
     uintptr_t addr, size_t len_bytes, bint all_remapped, sys_error* err
 ) noexcept nogil:
@@ -266,6 +282,8 @@ cdef int signal_release(
         for tries in range(<int>CLOSE_TRIES):
             error_clear(&again)
             rc = sys_protect(addr, len_bytes, True, &again)
+            if rc != 0 and not sys_is_mapped(addr, len_bytes):
+                rc = _protect_what_is_left(addr, len_bytes, &again)
             if rc == 0:
                 break
             sys_pause()
