@@ -61,6 +61,7 @@ __all__ = [
     "register",
     "scan",
     "stats",
+    "unmerge",
     "unregister",
     "zeros",
 ]
@@ -107,6 +108,11 @@ def scan(*, progress: Progress = None) -> PassReport:
 def dedup(*buffers: object, progress: Progress = None) -> PassReport:
     """`Engine.dedup` of the default engine: register what is not yet registered, and merge now."""
     return default_engine().dedup(*buffers, progress=progress)
+
+
+def unmerge() -> None:
+    """`Engine.unmerge` of the default engine: plain private memory again, still registered."""
+    default_engine().unmerge()
 
 
 def estimate(*buffers: object, progress: Progress = None) -> Estimate:

@@ -150,8 +150,9 @@ cdef class Core:
         if not added:
             raise MemoryError("no memory for a region")
 
-    def remove(self, uint64_t region_id, uintptr_t addr, bint restore):
-        """Forget the region with this id at `addr`; with `restore`, make it plain private memory first.
+    def remove(self, uint64_t region_id, uintptr_t addr, bint restore, bint keep=False):
+        """Forget the region with this id at `addr`; with `restore`, make it plain private memory first;
+        with `keep` as well, do only that.
 
         False when there is no such region (in a forked child, say). MemoryError: it could not be
         restored; it is still registered, and all its bytes are right. RuntimeError: it is held, or the
@@ -179,7 +180,7 @@ cdef class Core:
             if found and not held and rc == 0 and not (restore and n_blocked != 0):
                 if restore:
                     rc = core_restore(&self.c, region, &err)
-                if rc == 0:
+                if rc == 0 and not keep:
                     core_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
             self._unlock()

@@ -145,6 +145,19 @@ class Engine(Registrar):
             scanned = first["pages_scanned"] - started["pages_scanned"]
             return self._report(started, last_round=before, scanned=scanned)
 
+    def unmerge(self) -> None:
+        """Make everything plain private memory again, and leave it registered: later passes merge it
+        anew. Atomic for threads that write meanwhile.
+
+        Raises:
+            MemoryError: not enough memory for all; what is still merged stays so, all bytes right.
+            RuntimeError: some of it is held.
+        """
+        self._check_open()
+        with self._alone():
+            for region_id, addr, _ in self._core.regions():
+                self._restore(region_id, addr, keep=True)
+
     @contextlib.contextmanager
     def _passing(self) -> Iterator[dict[str, Any]]:
         """One pass at a time, with the guard ready; gives the counters from before."""

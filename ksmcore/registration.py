@@ -171,15 +171,16 @@ class Registrar(ArrayMaker):
         if region is not None:
             region.close()
 
-    def _restore(self, region_id: int, addr: int) -> None:
-        """Take a region out of the core, as plain memory; MemoryError when there is not enough."""
+    def _restore(self, region_id: int, addr: int, *, keep: bool = False) -> None:
+        """Take a region out of the core (or `keep` it there), as plain memory; MemoryError when there
+        is not enough."""
         needed = self._core.shared_in(region_id, addr) * self.page_bytes
         if needed > 0 and needed > (there := headroom.available_bytes()):
             raise MemoryError(
                 f"to unmerge this memory takes {needed:,} bytes, and {there:,} are to be had (of "
                 "the machine, or under the control group's limit); it stays merged"
             )
-        self._core.remove(region_id, addr, True)
+        self._core.remove(region_id, addr, True, keep)
 
     def _close_region(self, region: Region) -> None:
         admission = region._admission

@@ -1,5 +1,6 @@
 """Merging, proved by the kernel's view of the memory and by re-reading every byte."""
 
+import errno
 import mmap
 import os
 import socket
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
+from ksmcore import _sys, vmas
 from ksmcore.stats import STORE_PATH
 
 PAGE = ksmcore.Engine.page_bytes
@@ -295,3 +296,63 @@ def test_extra_memory_while_merging_is_bounded(engine, rng):
     engine.dedup(a, b, progress=lambda done, total: peaks.append(pss_bytes()))
     assert len(peaks) > 3
     assert max(peaks) - before <= 16 << 20
+
+
+def test_unmerge_leaves_everything_registered(engine, rng):
+    source = random_bytes(rng, 300)
+    a, b = twins(engine, source)
+    engine.dedup(a, b)
+    before = pss_bytes()
+    engine.unmerge()
+    assert store_maps(a) == store_maps(b) == []
+    assert pss_bytes() - before > 0.9 * source.nbytes
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+    stats = engine.stats()
+    assert (stats.regions, stats.pages_sharing, stats.store_pages) == (2, 0, 0)
+    engine._core.check()
+    assert sum(engine.scan().pages_merged for _ in range(2)) == 600
+    assert np.array_equal(a, b)
+
+
+def test_unmerge_while_threads_write(engine, rng):
+    """Written values are never lost, whether their page is being merged or unmerged just then."""
+    a, b = (engine.zeros((64, PAGE // 8), np.uint64) for _ in range(2))
+    stop = threading.Event()
+    wrong = []
+
+    def write(array: np.ndarray) -> None:
+        value = 0
+        while not stop.is_set():
+            value += 1
+            array[:] = value % 4 + 1
+            if not (array == value % 4 + 1).all():
+                wrong.append(value)
+
+    writers = [threading.Thread(target=write, args=(array,)) for array in (a, b)]
+    for writer in writers:
+        writer.start()
+    for _ in range(100):
+        engine.dedup()
+        engine.unmerge()
+    stop.set()
+    for writer in writers:
+        writer.join()
+    assert wrong == []
+    assert engine.stats().pages_merged > 0
+
+
+def test_unmerge_without_memory_leaves_the_rest_merged(engine, rng):
+    source = random_bytes(rng, 600)
+    a, b = twins(engine, source)
+    engine.dedup(a, b)
+    _sys.inject("mremap", errno.ENOMEM, after=2)
+    with pytest.raises(MemoryError):
+        engine.unmerge()
+    assert _sys.inject_clear() == 0
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+    assert 0 < engine.stats().pages_sharing <= 600
+    engine._core.check()
+    engine.unmerge()
+    assert engine.stats().pages_sharing == 0
