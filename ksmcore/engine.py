@@ -146,8 +146,8 @@ class Engine(Registrar):
             return self._report(started, last_round=before, scanned=scanned)
 
     def unmerge(self) -> None:
-        """Make everything plain private memory again, and leave it registered: later passes merge it
-        anew. Atomic for threads that write meanwhile.
+        """Make everything plain private memory again, and leave it registered: later passes merge
+        it anew. Atomic for threads that write meanwhile.
 
         Raises:
             MemoryError: not enough memory for all; what is still merged stays so, all bytes right.

@@ -172,8 +172,8 @@ class Registrar(ArrayMaker):
             region.close()
 
     def _restore(self, region_id: int, addr: int, *, keep: bool = False) -> None:
-        """Take a region out of the core (or `keep` it there), as plain memory; MemoryError when there
-        is not enough."""
+        """Take a region out of the core (or `keep` it there), as plain memory; MemoryError when
+        there is not enough."""
         needed = self._core.shared_in(region_id, addr) * self.page_bytes
         if needed > 0 and needed > (there := headroom.available_bytes()):
             raise MemoryError(
