@@ -209,10 +209,11 @@ static void segv_fill(struct sigaction *act) {
 }
 
 /* Runs in a forked child. No window can be open (fork waits for the gate), and nobody scans here, so
-   the disposition goes back to what the program had. */
+   the disposition goes back to what the program had. `installed` does not tell: the kernel copies the
+   dispositions before the memory, and another thread may have removed the handler in between. */
 static void segv_child(void) {
     struct sigaction now;
-    if (segv.installed && sigaction(SIGSEGV, (struct sigaction *)0, &now) == 0 && segv_is_installed(&now))
+    if (sigaction(SIGSEGV, (struct sigaction *)0, &now) == 0 && segv_is_installed(&now))
         sigaction(SIGSEGV, &segv.previous, (struct sigaction *)0);
     segv.installed = 0;
     segv.n_waiting = 0;

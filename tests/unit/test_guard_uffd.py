@@ -74,7 +74,7 @@ def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng)
     source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
     with ksmcore.Engine() as engine, ksmcore.Engine(guard=UFFD[0]) as strict:
         a, b = engine.array(source), engine.array(source)
-        _sys.inject("userfaultfd", errno.EPERM, count=2)
+        _sys.inject("userfaultfd", errno.EPERM, count=len(UFFD))
         assert engine.dedup().pages_merged == 128
         assert _sys.inject_clear() == 0
         assert engine.stats().guard == "mprotect"
