@@ -25,7 +25,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.n_shared = c.store.n_shared
     numbers.n_used = c.store.n_used
     numbers.n_frozen = c.store.n_frozen
-    numbers.n_compares = c.stable.n_compares + c.unstable.n_compares
+    numbers.n_compares = c.stable.one.n_compares + c.unstable.one.n_compares
     numbers.n_regions = c.regions.n
     numbers.metadata_bytes = core_bytes(c)
     numbers.with_pagemap = c.pm.file.fd >= 0

@@ -3,11 +3,11 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._budget cimport map_budget
+from ksmcore._forest cimport forest_t
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
-from ksmcore._trees cimport rb_tree
 from ksmcore._window cimport guard_kind
 
 
@@ -68,7 +68,7 @@ ctypedef struct pending_block:
 ctypedef struct batch:
     store_t* store
     rmap_table* rmap
-    rb_tree* stable
+    forest_t* stable
     scan_counters* counters
     map_budget budget
     guard_kind guard
@@ -91,9 +91,6 @@ cdef uint32_t batch_new_block(
 ) noexcept nogil
 cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
-) noexcept nogil
-cdef void stable_insert(
-    rb_tree* stable, uint32_t slot, uint32_t digest, const uint8_t* page
 ) noexcept nogil
 cdef int batch_flush(batch* b) noexcept nogil
 cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil

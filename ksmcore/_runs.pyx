@@ -1,6 +1,6 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-Called by: _scan, _unmerge. Calls: _budget, _merge, _store, _rmap, _trees.
+Called by: _scan, _unmerge. Calls: _budget, _merge, _store, _rmap, _forest.
 
 The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
@@ -15,6 +15,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort
 
 from ksmcore._budget cimport budget_affords, map_budget
+from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
 from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_over_store,
@@ -25,7 +26,7 @@ from ksmcore._store cimport (
     store_unshare, store_write,
 )
 from ksmcore._sys cimport error_clear, sys_error
-from ksmcore._trees cimport rb_erase, rb_find, rb_insert, rb_insert_before, rb_place, rb_tree
+from ksmcore._trees cimport rb_place
 from ksmcore._window cimport CHANGED, DONE, PINNED
 
 cdef enum:
@@ -128,7 +129,7 @@ cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:
     cdef uint32_t first = store_unshare(b.store, b.rmap.nodes[item].left)
     rmap_set_state(b.rmap, item, PAGE_VOLATILE)
     if first != 0:
-        rb_erase(b.stable, first)
+        forest_erase(b.stable, first)
         store_release(b.store, first)
 
 
@@ -327,14 +328,14 @@ cdef void _check_written(batch* b) noexcept nogil:
     _leave_all_of(b, SKIP_CHANGED)
 
 
-cdef void stable_insert(rb_tree* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:
+cdef void _stable_insert(forest_t* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:
     """Put a slot into the stable tree; before those with an equal key, so that it is found first."""
     cdef rb_place place
-    cdef uint32_t same = rb_find(stable, digest, page, &place)
+    cdef uint32_t same = forest_find(stable, digest, page, &place)
     if same != 0:
-        rb_insert_before(stable, slot, same)
+        forest_insert_before(stable, slot, same)
     else:
-        rb_insert(stable, slot, place)
+        forest_insert(stable, slot, place)
 
 
 cdef void _settle_pendings(batch* b) noexcept nogil:
@@ -347,8 +348,8 @@ cdef void _settle_pendings(batch* b) noexcept nogil:
     cdef uint32_t i, copy, slot, digest
     for i in range(b.n_pendings):
         slot = b.pendings[i].slot
-        if b.stable.by_content or b.pendings[i].fate != OPEN:
-            rb_erase(b.stable, slot)
+        if b.stable.one.by_content or b.pendings[i].fate != OPEN:
+            forest_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
             b.store.uses[slot + copy].pending = 0
             b.store.uses[slot + copy].n_sharers = 0
@@ -359,11 +360,11 @@ cdef void _settle_pendings(batch* b) noexcept nogil:
             continue
         slot = b.pendings[i].slot
         digest = b.store.nodes[slot].digest
-        if not b.stable.by_content:
-            if rb_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
+        if not b.stable.one.by_content:
+            if forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
                 continue
-            rb_erase(b.stable, slot)
-        stable_insert(b.stable, slot, digest, store_page(b.store, slot))
+            forest_erase(b.stable, slot)
+        _stable_insert(b.stable, slot, digest, store_page(b.store, slot))
 
 
 # ---- carrying out ---------------------------------------------------------------------------
@@ -482,7 +483,7 @@ cdef void _release_unmapped(batch* b) noexcept nogil:
         for k in range(b.pendings[i].n_copies):
             n_sharers += b.store.uses[b.pendings[i].slot + k].n_sharers
         if n_sharers == 0:
-            rb_erase(b.stable, b.pendings[i].slot)
+            forest_erase(b.stable, b.pendings[i].slot)
             store_release(b.store, b.pendings[i].slot)
 
 

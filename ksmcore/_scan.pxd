@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._forest cimport forest_t
 from ksmcore._pagemap cimport pagemap
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._regions cimport region_list, region_t
@@ -9,12 +10,11 @@ from ksmcore._rmap cimport rmap_table
 from ksmcore._runs cimport batch, scan_counters
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
-from ksmcore._trees cimport rb_tree
 from ksmcore._window cimport guard_kind
 
 
 cdef enum:
-    SPAN_PAGES = 1024        # looked at, matched and merged together, and the lock held that long
+    SPAN_PAGES = 256        # looked at, matched and merged together, and the lock held that long
 
 
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
@@ -30,8 +30,8 @@ ctypedef struct engine_core:
     region_list regions
     rmap_table rmap
     store_t store
-    rb_tree stable
-    rb_tree unstable
+    forest_t stable
+    forest_t unstable
     uint32_t epoch               # of the unstable tree, 1 to 255
     pagemap pm
     batch b
@@ -40,7 +40,11 @@ ctypedef struct engine_core:
     uint64_t stretch_start       # page number of its first page in this span
     uint64_t stretch_end         # page number after its last page seen
     uint64_t stretch_pages       # in all
+    uint32_t stretch_copies      # that it should lie over
     uint32_t stretch_digest
+    # the block that the last page was matched with, in this span; 0: none
+    uint32_t block_slot
+    uint32_t block_copies
     # one span's working memory
     uint8_t* flags
     uint32_t* items

@@ -1,6 +1,6 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core, _unmerge. Calls: _pagemap, _pages, _rmap, _trees, _store, _runs.
+Called by: _core, _unmerge. Calls: _pagemap, _pages, _rmap, _forest, _store, _runs.
 
     which pages are present, written, still shared   pagemap_query, _classify
     -> checksum                                      core.checksum
@@ -27,6 +27,10 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memchr, memset
 
+from ksmcore._forest cimport (
+    forest_bytes, forest_clear, forest_destroy, forest_erase, forest_find, forest_init, forest_insert,
+    forest_insert_before, forest_prefetch,
+)
 from ksmcore._pagemap cimport (
     PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_close, pagemap_open,
     pagemap_query,
@@ -39,13 +43,13 @@ from ksmcore._rmap cimport (
 )
 from ksmcore._runs cimport (
     INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
-    batch_flush, batch_init, batch_new_block, drop_sharer, stable_insert, stable_page_of,
+    batch_flush, batch_init, batch_new_block, drop_sharer, stable_page_of,
 )
 from ksmcore._store cimport (
     MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page, store_thaw,
 )
 from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes, sys_pause
-from ksmcore._trees cimport rb_clear, rb_erase, rb_find, rb_init, rb_insert, rb_insert_before, rb_place
+from ksmcore._trees cimport rb_place
 from ksmcore._window cimport guard_kind
 
 cdef enum:
@@ -54,6 +58,8 @@ cdef enum:
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
     MAX_COPIES = 512
+    GOES_ON = 4                # times as long as it has been, if its end has not been seen
+    PREFETCH = 16              # pages that searches are prepared for ahead
 
 # What a page that is looked at was before.
 cdef enum:
@@ -82,12 +88,14 @@ cdef int core_init(
     c.page_bytes = sys_page_bytes()
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
-    c.stretch_start = c.stretch_end = c.stretch_pages = 0
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
     regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
     store_init(&c.store, c.page_bytes)
-    rb_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b)
-    rb_init(&c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c)
+    # So that core_destroy finds nothing in what could not be made.
+    memset(&c.rmap, 0, sizeof(c.rmap))
+    memset(&c.stable, 0, sizeof(c.stable))
+    memset(&c.unstable, 0, sizeof(c.unstable))
     memset(&c.b, 0, sizeof(c.b))
     c.b.store = &c.store
     c.b.rmap = &c.rmap
@@ -103,6 +111,8 @@ cdef int core_init(
     zeros = <uint8_t*>calloc(1, c.page_bytes)
     if (
         c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
+        or forest_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b) != 0
+        or forest_init(&c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c) != 0
         or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
     ):
         free(zeros)
@@ -128,6 +138,8 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     batch_destroy(&c.b)
     rmap_destroy(&c.rmap)
     store_destroy(&c.store)
+    forest_destroy(&c.stable)
+    forest_destroy(&c.unstable)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
     free(c.flags)
@@ -143,17 +155,20 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
 cdef void core_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
     store_thaw(&c.store)
-    rb_clear(&c.unstable)
+    forest_clear(&c.unstable)
     c.epoch += 1
     if c.epoch > LAST_EPOCH:
         rmap_forget_epochs(&c.rmap)
         c.epoch = 1
-    c.stretch_start = c.stretch_end = c.stretch_pages = 0
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
 
 
 cdef size_t core_bytes(engine_core* c) noexcept nogil:
     """Bytes of metadata that grow with the pages tracked."""
-    return rmap_bytes(&c.rmap) + store_bytes(&c.store) + c.regions.capacity * sizeof(region_t)
+    return (
+        rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)
+        + c.regions.capacity * sizeof(region_t)
+    )
 
 
 # ---- items ----------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ cdef bint _in_unstable(engine_core* c, uint32_t item) noexcept nogil:
 cdef void _leave_unstable(engine_core* c, uint32_t item) noexcept nogil:
     """Take an item out of the unstable tree if it stands there. Its links are void in any case."""
     if _in_unstable(c, item):
-        rb_erase(&c.unstable, item)
+        forest_erase(&c.unstable, item)
     if c.rmap.tags[item].state == PAGE_UNSHARED:
         c.rmap.tags[item].epoch = 0
         c.rmap.nodes[item].left = 0
@@ -258,12 +273,13 @@ cdef uint32_t _copies_for(uint64_t n_pages) noexcept nogil:
     return k
 
 
-cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogil:
-    """Length of the stretch that page i of the span is in, as far as it has been seen."""
+cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil:
+    """Copies for the stretch that page i of the span is in: for its length as far as it has been seen, or,
+    where it reaches the end of the span, for what it may be expected to become."""
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes
     cdef size_t end = i
     if c.stretch_start <= page_no < c.stretch_end and c.digests[i] == c.stretch_digest:
-        return c.stretch_pages
+        return c.stretch_copies
     if page_no != c.stretch_end or c.digests[i] != c.stretch_digest:
         c.stretch_pages = 0
         c.stretch_digest = c.digests[i]
@@ -275,7 +291,8 @@ cdef uint64_t _stretch_at(engine_core* c, size_t i, size_t n_look) noexcept nogi
     c.stretch_pages += end - i
     c.stretch_start = page_no
     c.stretch_end = page_no + (end - i)
-    return c.stretch_pages
+    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if end == n_look else 1))
+    return c.stretch_copies
 
 
 # ---- stage 3: matching ----------------------------------------------------------------------
@@ -300,26 +317,34 @@ cdef uint32_t _new_block(
 
 
 cdef uint32_t _match_stable(
-    engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted
+    engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted,
+    uint32_t* first, rb_place* place
 ) noexcept nogil:
-    """The slot that this page should map, or 0 when no shared page is equal to it.
+    """The slot that this page should map, or 0 when no more pages can map an equal one.
+
+    *first: the first shared page that is equal, full or not; 0 when there is none, and then *place is where
+    one belongs.
 
     Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
     map neighbouring slots. A stretch that has outgrown its block gets a larger one, which is found
     first from then on.
     """
-    cdef uint32_t first = rb_find(&c.stable, digest, page, NULL)
     cdef uint32_t n_copies = 1, larger, slot
-    if first == 0:
+    first[0] = forest_find(&c.stable, digest, page, place)
+    if first[0] == 0:
         return 0
-    store_block(&c.store, first, &n_copies)
+    if first[0] != c.block_slot:
+        c.block_slot = first[0]
+        store_block(&c.store, first[0], &c.block_copies)
+    n_copies = c.block_copies
     if n_wanted >= 2 * n_copies and c.stretch_end - page_no > n_wanted:
         larger = _new_block(c, &n_wanted, 2 * n_copies, page, digest)
         if larger != 0:
-            rb_insert_before(&c.stable, larger, first)
-            first = larger
-            n_copies = n_wanted
-    slot = first + <uint32_t>(page_no % n_copies)
+            forest_insert_before(&c.stable, larger, first[0])
+            first[0] = larger
+            c.block_slot = larger
+            c.block_copies = n_copies = n_wanted
+    slot = first[0] + <uint32_t>(page_no % n_copies)
     if not c.store.uses[slot].pending and c.store.uses[slot].n_sharers >= MAX_SHARERS:
         return 0
     return slot
@@ -327,18 +352,20 @@ cdef uint32_t _match_stable(
 
 cdef void _match_unstable(
     engine_core* c, const region_t* region, uint32_t item, const uint8_t* page, uint32_t digest,
-    uint64_t page_no, uint32_t n_wanted
+    uint64_t page_no, uint32_t n_wanted, uint32_t full, rb_place stable_place
 ) noexcept nogil:
-    """Merge with an equal page of the unstable tree into a new shared page, or stand there."""
+    """Merge with an equal page of the unstable tree into a new shared page, or stand there.
+
+    The new one goes to stable_place, or before `full`, an equal one that takes no more sharers."""
     cdef rb_place place
     cdef uint32_t partner, slot
     cdef uint64_t partner_no
     cdef const region_t* home
-    partner = rb_find(&c.unstable, digest, page, &place)
+    partner = forest_find(&c.unstable, digest, page, &place)
     if partner == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         c.rmap.tags[item].epoch = c.epoch
-        rb_insert(&c.unstable, item, place)
+        forest_insert(&c.unstable, item, place)
         return
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
@@ -352,7 +379,10 @@ cdef void _match_unstable(
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
-    stable_insert(&c.stable, slot, digest, page)
+    if full != 0:
+        forest_insert_before(&c.stable, slot, full)
+    else:
+        forest_insert(&c.stable, slot, stable_place)
     _leave_unstable(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
@@ -394,8 +424,9 @@ cdef void _match(
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
-    cdef uint32_t n_wanted = _copies_for(_stretch_at(c, i, n_look))
-    cdef uint32_t item = c.items[i], slot
+    cdef uint32_t n_wanted = _copies_at(c, i, n_look)
+    cdef uint32_t item = c.items[i], slot, first = 0
+    cdef rb_place place
     cdef bint unchanged
     if item == 0:
         return
@@ -404,7 +435,7 @@ cdef void _match(
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
-    slot = _match_stable(c, page, digest, page_no, n_wanted)
+    slot = _match_stable(c, page, digest, page_no, n_wanted, &first, &place)
     if slot != 0:
         # A broken share that became equal to the slot still under it needs no new mapping.
         batch_add(
@@ -416,7 +447,7 @@ cdef void _match(
     elif c.use_zero_pages and digest == c.zero_digest and page_is_zero(page, c.page_bytes):
         batch_add(&c.b, INTENT_ZERO, page_no, item, 0, region.flags, False)
     else:
-        _match_unstable(c, region, item, page, digest, page_no, n_wanted)
+        _match_unstable(c, region, item, page, digest, page_no, n_wanted, first, place)
 
 
 cdef int _scan_span(
@@ -435,11 +466,14 @@ cdef int _scan_span(
         if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
             return -1
     n_look = _classify(c, addr, n_pages)
+    c.block_slot = 0
     if n_look > 0:
         checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
         c.counters.pages_hashed += n_look
         _settle_items(c, n_look, err)
         for i in range(n_look):
+            forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+            forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
             _match(c, region, i, n_look, immediate)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)

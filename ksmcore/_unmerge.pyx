@@ -1,6 +1,6 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _core. Calls: _scan (items), _merge (restore_range), _runs, _rmap, _store, _trees, _pages.
+Called by: _core. Calls: _scan (items), _merge (restore_range), _runs, _rmap, _store, _forest, _pages.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.
@@ -9,6 +9,7 @@ caller holds the engine's lock.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from ksmcore._forest cimport forest_check, forest_first, forest_next
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
@@ -16,7 +17,6 @@ from ksmcore._runs cimport drop_sharer
 from ksmcore._scan cimport core_forget_item, engine_core
 from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
 from ksmcore._sys cimport sys_error
-from ksmcore._trees cimport rb_check, rb_first, rb_next
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -137,7 +137,7 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
     """Every node of the stable tree is the first slot of a block, and its checksum is that of its bytes."""
     cdef const uint8_t* page
     cdef uint32_t digest
-    cdef uint32_t slot = rb_first(&c.stable)
+    cdef uint32_t slot = forest_first(&c.stable)
     while slot != 0:
         if not c.store.uses[slot].used or c.store.uses[slot].copy:
             return 17
@@ -145,7 +145,7 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
         c.checksum(&page, 1, c.page_bytes, &digest)
         if digest != c.store.nodes[slot].digest:
             return 18
-        slot = rb_next(&c.stable, slot)
+        slot = forest_next(&c.stable, slot)
     return 0
 
 
@@ -158,11 +158,11 @@ cdef int core_check(engine_core* c) noexcept nogil:
     cdef uint64_t page_no
     cdef int rc
     cdef uint32_t* n_sharers
-    rc = rb_check(&c.stable, True)
+    rc = forest_check(&c.stable, True)
     if rc != 0:
         return rc
     # Only its shape: pages may have changed since they were put there.
-    rc = rb_check(&c.unstable, False)
+    rc = forest_check(&c.unstable, False)
     if rc != 0:
         return 20 + rc
     rc = rmap_check(&c.rmap)

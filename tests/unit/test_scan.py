@@ -310,20 +310,17 @@ def test_a_pass_within_a_pass_is_refused(engine, rng):
 def test_blocks_of_copies_are_released_whole(rng, order):
     """More slots lose their last sharer in one span than are punched together, and the content of a
     block among them comes back in the same span."""
-    n = 342  # blocks of three copies: 1026 slots
+    n = 140  # stretches of a whole span, so blocks of eight copies: 1120 slots
     contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
     with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=20_000) as engine:
-        stretches = engine.empty(((n + 6) // 7 * 1024, PAGE), np.uint8)
-        for i in range(n):
-            span, place = divmod(i, 7)
-            start = span * 1024 + place * 146
-            stretches[start : start + 146] = contents[i]
+        stretches = engine.empty((n * 256, PAGE), np.uint8)
+        stretches[:] = contents.repeat(256, axis=0)
         engine.dedup()
-        assert engine.stats().store_pages == 3 * n
-        joined = engine.empty((1024, PAGE), np.uint8)
+        assert engine.stats().store_pages == 8 * n
+        joined = engine.empty((256, PAGE), np.uint8)
         joined[: n - 1] = contents[1:]
         joined[n - 1] = contents[0]
-        joined[n:] = rng.integers(1, 256, (1024 - n, PAGE), dtype=np.uint8)
+        joined[n:] = rng.integers(1, 256, (256 - n, PAGE), dtype=np.uint8)
         engine.dedup(joined)
         del stretches
         expected = joined.copy()
