@@ -23,6 +23,7 @@ cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      #
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
+cdef bint guard_drops(const window_t* w) noexcept nogil
 cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
 

@@ -16,7 +16,7 @@ from ksmcore._guard_signal cimport (
     signal_release,
 )
 from ksmcore._guard_uffd cimport (
-    uffd_drop, uffd_enter, uffd_leave, uffd_n_waits, uffd_probe, uffd_release, uffd_shut,
+    uffd_drop, uffd_enter, uffd_leave, uffd_moves, uffd_n_waits, uffd_probe, uffd_release, uffd_shut,
 )
 from ksmcore._sys cimport ADVISE_DONTNEED, error_clear, sys_advise, sys_error
 from ksmcore._window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
@@ -72,8 +72,19 @@ cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
     return rc
 
 
+cdef bint guard_drops(const window_t* w) noexcept nogil:
+    """Can memory in this window be given up in place (guard_drop), or must a new mapping replace it?
+
+    Where a page is given up the kernel takes it out of the page table first, and has the processors forget
+    it a moment later. If a thread can write there in between, its write goes to a new page, while others
+    still read the old one. Write-protection keeps no writer out of an anonymous page that is missing; over
+    the store it does, since the kernel marks the place as protected."""
+    return w.guard == GUARD_MPROTECT or w.over_store or uffd_moves(w)
+
+
 cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
-    """Give up the memory of pages in the window; what shows there again is the store, or zeros."""
+    """Give up the memory of pages in the window, where guard_drops; what shows there again is the store, or
+    zeros."""
     if w.guard != GUARD_MPROTECT:
         return uffd_drop(w, first, n, err)
     return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)

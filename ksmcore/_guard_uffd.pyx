@@ -309,7 +309,8 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
 
 # ---- windows --------------------------------------------------------------------------------------
 
-cdef bint _moves(const window_t* w) noexcept nogil:
+cdef bint uffd_moves(const window_t* w) noexcept nogil:
+    """Is this window closed by moving its pages away?"""
     return not w.over_store and _states[<int>w.guard].moves
 
 
@@ -336,7 +337,7 @@ cdef int _unregister(int fd, const window_t* w, sys_error* err) noexcept nogil:
 cdef int _give_back(uffd_state* state, window_t* w, bint all_remapped, bint may_copy, sys_error* err) noexcept nogil:
     """Everything that ends a window; may be called again when it failed."""
     global _n_waits
-    if _moves(w) and _put_back(state, w, may_copy, err) != 0:
+    if uffd_moves(w) and _put_back(state, w, may_copy, err) != 0:
         return -1
     if not all_remapped and _unregister(state.file.fd, w, err) != 0:
         return -1
@@ -362,10 +363,10 @@ cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept n
         memcpy(state.stuck_outcomes, w.outcomes, w.n_pages)
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
-        if _moves(w):
+        if uffd_moves(w):
             uffd_unblock_signals()
         return WINDOW_STUCK
-    if _moves(w):
+    if uffd_moves(w):
         uffd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
         error_clear(&again)
@@ -429,7 +430,7 @@ cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
         return -1
     if _heal(state, err) != 0:
         return WINDOW_STUCK
-    if _moves(w):
+    if uffd_moves(w):
         return _shut_by_moving(state, w, err)
     w.bytes = <const uint8_t*>w.addr
     if (
@@ -443,7 +444,7 @@ cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
 cdef int uffd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
     """Give up the private memory of pages in the window. Of those that were moved nothing is left there
     already: it goes with the scratch."""
-    if _moves(w):
+    if uffd_moves(w):
         return 0
     return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
 

@@ -21,7 +21,7 @@ from libc.errno cimport EFAULT, EINVAL
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from ksmcore._guard cimport guard_close, guard_drop, guard_open
+from ksmcore._guard cimport guard_close, guard_drop, guard_drops, guard_open
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._reader cimport ksm_reader, reader_here
 from ksmcore._store cimport store_is_there, store_page, store_t
@@ -40,7 +40,7 @@ ctypedef enum remap_kind:
     MAP_STORE
     DROP_COPY                # of a page over the store: its private copy; what shows again is the store
     DROP_ZERO                # of a page of anonymous memory: all; what shows again is zeros
-    MAP_ZERO
+    MAP_ZERO                 # new anonymous memory
 
 
 cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* err) noexcept nogil:
@@ -96,6 +96,8 @@ cdef int _window(
     cdef const uint8_t* page
     cdef bint equal
     cdef int rc
+    if kind == DROP_ZERO and not guard_drops(w):
+        kind = MAP_ZERO
     rc = guard_open(w, err)
     if rc != 0:
         memset(w.outcomes, REFUSED, w.n_pages)

@@ -68,6 +68,21 @@ def test_no_word_is_lost(writers, guard, order, fill, presence, record_property)
         engine._core.check()
 
 
+def test_pages_that_become_zero_are_given_back_among_writers(writers, guard, record_property):
+    """Nothing but zero pages, so that they are given back as often as can be. A page that is written
+    just then is new memory for the writer, and every thread has to see that at once."""
+    memory, pages = private_pages(N_PAGES)
+    with ksmcore.Engine(guard=guard, max_shared_pages=0) as engine:
+        engine.register(memory)
+        threads = Writers(writers, pages)
+        with threads.running():
+            for _ in rounds(2.0):
+                engine.dedup()
+        record_property("words", f"{threads.n_writes:,}; zeroed: {engine.stats().pages_zeroed:,}")
+        threads.check()
+        assert engine.stats().pages_zeroed > N_PAGES // 4
+
+
 class Calculator(threading.Thread):
     """Writes its part of an array with NumPy, which lets go of the GIL, and checks every word.
 
