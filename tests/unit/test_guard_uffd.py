@@ -250,8 +250,9 @@ def test_a_window_that_stays_shut_is_an_internal_error_and_heals(guard, rng):
         array = engine.empty(4 * PAGE, np.uint8)
         array[:] = 1
         array[:] = 0
-        # Where zeros are mapped over the whole window, there is nothing to let go of.
-        _sys.inject("mmap", errno.ENOMEM, count=10**6)
+        if guard == "userfaultfd-user":
+            # Zeros are mapped over the window; were all of it, there would be nothing to let go of.
+            _sys.inject("mmap", errno.ENOMEM, count=10**6)
         _sys.inject("uffd_unregister", errno.ENOMEM, count=10**6)
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(array)
