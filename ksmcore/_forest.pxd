@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from ksmcore._sys cimport sys_error
 from ksmcore._trees cimport page_of_t, rb_node, rb_place, rb_tree
 
 
@@ -15,7 +16,8 @@ ctypedef struct forest_t:
 
 
 cdef int forest_init(
-    forest_t* forest, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of, void* owner
+    forest_t* forest, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of, void* owner,
+    sys_error* err
 ) noexcept nogil
 cdef void forest_destroy(forest_t* forest) noexcept nogil
 cdef void forest_clear(forest_t* forest) noexcept nogil

@@ -36,16 +36,15 @@ cdef inline uint32_t _tree_of(const forest_t* forest, uint32_t digest) noexcept 
 
 
 cdef int forest_init(
-    forest_t* forest, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of, void* owner
+    forest_t* forest, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of, void* owner,
+    sys_error* err
 ) noexcept nogil:
     """A forest of one empty tree. -1 without memory; forest_destroy is safe either way."""
-    cdef sys_error ignored
-    error_clear(&ignored)
     memset(forest, 0, sizeof(forest_t))
     rb_init(&forest.one, nodes, by_content, page_bytes, page_of, owner)
     forest.capacity = <uint32_t>(sys_page_bytes() // sizeof(uint32_t))
     forest.n_roots = forest.base = 1
-    forest.roots = <uint32_t*>sys_map_anon(forest.capacity * sizeof(uint32_t), &ignored)
+    forest.roots = <uint32_t*>sys_map_anon(forest.capacity * sizeof(uint32_t), err)
     return 0 if forest.roots != NULL else -1
 
 

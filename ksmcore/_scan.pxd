@@ -42,6 +42,7 @@ ctypedef struct engine_core:
     uint64_t stretch_pages       # in all
     uint32_t stretch_copies      # that it should lie over
     uint32_t stretch_digest
+    bint more_follows            # the region goes on after this span
     # the block that the last page was matched with, in this span; 0: none
     uint32_t block_slot
     uint32_t block_copies

@@ -111,8 +111,12 @@ cdef int core_init(
     zeros = <uint8_t*>calloc(1, c.page_bytes)
     if (
         c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
-        or forest_init(&c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b) != 0
-        or forest_init(&c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c) != 0
+        or forest_init(
+            &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
+        ) != 0
+        or forest_init(
+            &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
+        ) != 0
         or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
     ):
         free(zeros)
@@ -291,7 +295,7 @@ cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil
     c.stretch_pages += end - i
     c.stretch_start = page_no
     c.stretch_end = page_no + (end - i)
-    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if end == n_look else 1))
+    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if end == n_look and c.more_follows else 1))
     return c.stretch_copies
 
 
@@ -467,6 +471,7 @@ cdef int _scan_span(
             return -1
     n_look = _classify(c, addr, n_pages)
     c.block_slot = 0
+    c.more_follows = first_page + n_pages < region.n_pages
     if n_look > 0:
         checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
         c.counters.pages_hashed += n_look
