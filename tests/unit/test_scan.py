@@ -313,8 +313,8 @@ def test_blocks_of_copies_are_released_whole(rng, order):
     n = 140  # stretches of a whole span, so blocks of eight copies: 1120 slots
     contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
     with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=20_000) as engine:
-        stretches = engine.empty((n * 256, PAGE), np.uint8)
-        stretches[:] = contents.repeat(256, axis=0)
+        stretches = engine.empty((n * 256 + 1, PAGE), np.uint8)
+        stretches[:-1] = contents.repeat(256, axis=0)
         engine.dedup()
         assert engine.stats().store_pages == 8 * n
         joined = engine.empty((256, PAGE), np.uint8)
