@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t
 
 from ksmcore._regions cimport region_t
-from ksmcore._scan cimport engine_core
+from ksmcore._engine cimport engine_core
 from ksmcore._sys cimport sys_error
 
 

@@ -1,6 +1,6 @@
 """The engine's core as Python sees it: a lock, regions, and passes without the GIL.
 
-Called by: engine.py, registration.py, _memory. Calls: _scan, _unmerge, _census,
+Called by: engine.py, registration.py, _memory. Calls: _engine, _scan, _unmerge, _census,
 _numbers, _regions, _guard, _merge.
 
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
@@ -18,6 +18,7 @@ from cpython.pythread cimport (
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._census cimport census_of_region, census_take
+from ksmcore._engine cimport core_begin_pass, core_destroy, core_init, engine_core
 from ksmcore._forks cimport gate_generation
 from ksmcore._guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave, guard_name
 from ksmcore._merge cimport restore_range, run_t
@@ -25,7 +26,7 @@ from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
-from ksmcore._scan cimport core_begin_pass, core_destroy, core_init, core_scan_at, engine_core
+from ksmcore._scan cimport core_scan_at
 from ksmcore._sys cimport CALL_MINCORE, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind

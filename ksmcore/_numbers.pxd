@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from ksmcore._budget cimport map_budget
 from ksmcore._rmap cimport N_STATES
 from ksmcore._runs cimport scan_counters
-from ksmcore._scan cimport engine_core
+from ksmcore._engine cimport engine_core
 
 
 ctypedef struct core_numbers:

@@ -12,7 +12,7 @@ from ksmcore._runs cimport (
     SKIP_ALTERED, SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
     SKIP_REFUSED, SKIP_STORE,
 )
-from ksmcore._scan cimport core_bytes, engine_core
+from ksmcore._engine cimport core_bytes, engine_core
 
 
 cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:

@@ -6,9 +6,8 @@ The scanner collects intents (this page -> that shared page). `batch_flush` sort
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
 serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
 wanted get their bytes; every run goes through the merge protocol; what became of each page is
-accounted. A shared page with fewer than two sharers at the end is undone.
-
-Memory: a batch writes at most capacity / 2 pages to the store before it gives the merged pages back.
+accounted. A shared page with fewer than two sharers at the end is undone. A batch
+writes at most capacity / 2 pages to the store before it gives the merged pages back.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -78,8 +77,7 @@ cdef uint32_t batch_new_block(
 
     The caller puts the first slot into the stable tree.
     """
-    cdef uint32_t i
-    cdef uint32_t slot
+    cdef uint32_t i, slot
     cdef sys_error err
     error_clear(&err)
     slot = store_alloc(b.store, n_copies, &err)
@@ -144,8 +142,7 @@ cdef int _by_page(const void* a, const void* b) noexcept nogil:
 cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
     """End of the run of open intents that begins at `start`, itself open."""
     cdef intent* first = &b.intents[start]
-    cdef uint32_t end = start + 1
-    cdef uint32_t n
+    cdef uint32_t end = start + 1, n
     cdef intent* other
     while end < b.n_intents:
         n = end - start

@@ -1,65 +1,12 @@
 """The path of a page; see _scan.pyx."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 
-from ksmcore._forest cimport forest_t
-from ksmcore._pagemap cimport pagemap
-from ksmcore._pages cimport checksum_pages_t
-from ksmcore._regions cimport region_list, region_t
-from ksmcore._rmap cimport rmap_table
-from ksmcore._runs cimport batch, scan_counters
-from ksmcore._store cimport store_t
+from ksmcore._engine cimport engine_core
 from ksmcore._sys cimport sys_error
-from ksmcore._window cimport guard_kind
 
 
-cdef enum:
-    SPAN_PAGES = 256        # looked at, matched and merged together, and the lock held that long
-
-
-# Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
-ctypedef struct engine_core:
-    size_t page_bytes
-    # settings
-    bint use_zero_pages
-    bint by_content
-    int64_t max_shared_pages     # -1: no limit
-    checksum_pages_t checksum
-    uint32_t zero_digest         # checksum of a page of zeros
-    # state
-    region_list regions
-    rmap_table rmap
-    store_t store
-    forest_t stable
-    forest_t unstable
-    uint32_t epoch               # of the unstable tree, 1 to 255
-    pagemap pm
-    batch b
-    scan_counters counters
-    # the stretch of equal checksums that the scan is in, across spans
-    uint64_t stretch_start       # page number of its first page in this span
-    uint64_t stretch_end         # page number after its last page seen
-    uint64_t stretch_pages       # in all
-    uint32_t stretch_copies      # that it should lie over
-    uint32_t stretch_digest
-    bint more_follows            # the region goes on after this span
-    # the block that the last page was matched with, in this span; 0: none
-    uint32_t block_slot
-    uint32_t block_copies
-    # one span's working memory
-    uint8_t* flags
-    uint32_t* items
-    const uint8_t** pages
-    uint32_t* digests
-
-
-cdef int core_init(
-    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
-) noexcept nogil
-cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
-cdef void core_begin_pass(engine_core* c) noexcept nogil
 cdef int core_scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
 ) noexcept nogil
 cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil
-cdef size_t core_bytes(engine_core* c) noexcept nogil

@@ -1,6 +1,6 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core, _unmerge. Calls: _pagemap, _pages, _rmap, _forest, _store, _runs.
+Called by: _core, _unmerge. Calls: _engine, _pagemap, _pages, _rmap, _forest, _store, _runs.
 
     which pages are present, written, still shared   pagemap_query, _classify
     -> checksum                                      core.checksum
@@ -24,36 +24,28 @@ What becomes of a page, in the order of the questions asked (rules of design sec
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memchr, memset
+from libc.string cimport memchr
 
-from ksmcore._forest cimport (
-    forest_bytes, forest_clear, forest_destroy, forest_erase, forest_find, forest_init, forest_insert,
-    forest_insert_before, forest_prefetch,
-)
+from ksmcore._engine cimport SPAN_PAGES, engine_core
+from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_prefetch
 from ksmcore._pagemap cimport (
-    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_close, pagemap_open,
-    pagemap_query,
+    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_query,
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
-from ksmcore._regions cimport region_t, regions_at, regions_destroy, regions_init
+from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_bytes, rmap_destroy,
-    rmap_find, rmap_forget_epochs, rmap_init, rmap_remove, rmap_set_state,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove,
+    rmap_set_state,
 )
 from ksmcore._runs cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED, SKIP_STORE, batch_add, batch_destroy,
-    batch_flush, batch_init, batch_new_block, drop_sharer, stable_page_of,
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
+    SKIP_STORE, batch_add, batch_flush, batch_new_block, drop_sharer,
 )
-from ksmcore._store cimport (
-    MAX_SHARERS, store_block, store_bytes, store_destroy, store_init, store_page, store_thaw,
-)
-from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes, sys_pause
+from ksmcore._store cimport MAX_SHARERS, store_block, store_page
+from ksmcore._sys cimport error_clear, sys_error, sys_pause
 from ksmcore._trees cimport rb_place
-from ksmcore._window cimport guard_kind
 
 cdef enum:
-    LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
     # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
@@ -66,113 +58,6 @@ cdef enum:
     WAS_KNOWN
     IS_NEW
     WAS_BROKEN                 # shared or zero, and written since
-
-
-cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil:
-    cdef engine_core* c = <engine_core*>owner
-    return <const uint8_t*><uintptr_t>(c.rmap.tags[item].page_no * c.page_bytes)
-
-
-# ---- life -----------------------------------------------------------------------------------
-
-cdef int core_init(
-    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
-) noexcept nogil:
-    """Empty trees, table and store; the settings of *c are set by the caller, before or after.
-
-    The tree keys depend on `by_content` and `checksum`, which must not change afterwards.
-    -1 with *err set, or with err.code 0 when malloc failed.
-    """
-    cdef uint8_t* zeros
-    cdef const uint8_t* zero_page
-    c.page_bytes = sys_page_bytes()
-    memset(&c.counters, 0, sizeof(c.counters))
-    c.epoch = 1
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
-    regions_init(&c.regions, c.page_bytes)
-    c.pm.file.fd = -1
-    store_init(&c.store, c.page_bytes)
-    # So that core_destroy finds nothing in what could not be made.
-    memset(&c.rmap, 0, sizeof(c.rmap))
-    memset(&c.stable, 0, sizeof(c.stable))
-    memset(&c.unstable, 0, sizeof(c.unstable))
-    memset(&c.b, 0, sizeof(c.b))
-    c.b.store = &c.store
-    c.b.rmap = &c.rmap
-    c.b.stable = &c.stable
-    c.b.counters = &c.counters
-    c.b.guard = guard
-    c.b.checksum = c.checksum
-    c.b.page_bytes = c.page_bytes
-    c.flags = <uint8_t*>malloc(SPAN_PAGES)
-    c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
-    c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
-    c.digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
-    zeros = <uint8_t*>calloc(1, c.page_bytes)
-    if (
-        c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
-        or forest_init(
-            &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
-        ) != 0
-        or forest_init(
-            &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
-        ) != 0
-        or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
-    ):
-        free(zeros)
-        core_destroy(c, False)
-        return -1
-    zero_page = zeros
-    c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
-    free(zeros)
-    pagemap_open(&c.pm, c.page_bytes, with_pagemap)
-    return 0
-
-
-cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
-    """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file.
-
-    `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
-    been in the middle of changing it. So all of it is leaked on purpose; it costs memory only where the
-    parent changes its own. The descriptors too: the child may have closed them all, and their numbers
-    may be somebody else's by now.
-    """
-    if in_child:
-        return
-    batch_destroy(&c.b)
-    rmap_destroy(&c.rmap)
-    store_destroy(&c.store)
-    forest_destroy(&c.stable)
-    forest_destroy(&c.unstable)
-    pagemap_close(&c.pm)
-    regions_destroy(&c.regions)
-    free(c.flags)
-    free(c.items)
-    free(c.pages)
-    free(c.digests)
-    c.flags = NULL
-    c.items = NULL
-    c.pages = NULL
-    c.digests = NULL
-
-
-cdef void core_begin_pass(engine_core* c) noexcept nogil:
-    """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
-    store_thaw(&c.store)
-    forest_clear(&c.unstable)
-    c.epoch += 1
-    if c.epoch > LAST_EPOCH:
-        rmap_forget_epochs(&c.rmap)
-        c.epoch = 1
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
-
-
-cdef size_t core_bytes(engine_core* c) noexcept nogil:
-    """Bytes of metadata that grow with the pages tracked."""
-    return (
-        rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)
-        + c.regions.capacity * sizeof(region_t)
-    )
 
 
 # ---- items ----------------------------------------------------------------------------------

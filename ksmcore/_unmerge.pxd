@@ -1,7 +1,7 @@
 """The way back: from merged pages to plain memory; see _unmerge.pyx."""
 
 from ksmcore._regions cimport region_t
-from ksmcore._scan cimport engine_core
+from ksmcore._engine cimport engine_core
 from ksmcore._sys cimport sys_error
 
 cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil

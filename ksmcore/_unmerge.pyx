@@ -9,12 +9,13 @@ caller holds the engine's lock.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._runs cimport drop_sharer
-from ksmcore._scan cimport core_forget_item, engine_core
+from ksmcore._scan cimport core_forget_item
 from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
 from ksmcore._sys cimport sys_error
 

@@ -369,3 +369,27 @@ for fd, name in zip(mine, names):
     )
     assert done.stderr == ""
     assert int(done.stdout) > 0
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+def test_trees_grow_and_shrink(rng, order):
+    """Thousands of contents, so that the forest has hundreds of trees; then most of them leave."""
+    source = rng.integers(1, 256, (6000, PAGE), dtype=np.uint8)
+    with ksmcore.Engine(order=order, map_budget=0, use_zero_pages=False) as engine:
+        unique = engine.array(source)
+        engine.dedup()
+        engine._core.check()
+        assert engine.stats().pages_unshared == 6000
+        engine.configure(map_budget="auto")
+        twin = engine.array(source)
+        assert engine.dedup().bytes_saved == 6000 * PAGE
+        engine._core.check()
+        unique[:5000] ^= 1
+        engine.dedup()
+        engine._core.check()
+        assert np.array_equal(twin, source)
+        twin[:5000] ^= 1
+        assert engine.dedup().pages_merged == 10_000
+        engine._core.check()
+        assert engine.stats().pages_shared == 6000
+        assert np.array_equal(twin, unique)
