@@ -373,23 +373,23 @@ for fd, name in zip(mine, names):
 
 @pytest.mark.parametrize("order", ["digest", "content"])
 def test_trees_grow_and_shrink(rng, order):
-    """Thousands of contents, so that the forest has hundreds of trees; then most of them leave."""
-    source = rng.integers(1, 256, (6000, PAGE), dtype=np.uint8)
+    """Hundreds of contents, so that the forest has many trees; then most of them leave."""
+    source = rng.integers(1, 256, (900, PAGE), dtype=np.uint8)
     with ksmcore.Engine(order=order, map_budget=0, use_zero_pages=False) as engine:
         unique = engine.array(source)
         engine.dedup()
         engine._core.check()
-        assert engine.stats().pages_unshared == 6000
+        assert engine.stats().pages_unshared == 900
         engine.configure(map_budget="auto")
         twin = engine.array(source)
-        assert engine.dedup().bytes_saved == 6000 * PAGE
+        assert engine.dedup().bytes_saved == 900 * PAGE
         engine._core.check()
-        unique[:5000] ^= 1
+        unique[:750] ^= 1
         engine.dedup()
         engine._core.check()
         assert np.array_equal(twin, source)
-        twin[:5000] ^= 1
-        assert engine.dedup().pages_merged == 10_000
+        twin[:750] ^= 1
+        assert engine.dedup().pages_merged == 1500
         engine._core.check()
-        assert engine.stats().pages_shared == 6000
+        assert engine.stats().pages_shared == 900
         assert np.array_equal(twin, unique)
