@@ -69,7 +69,7 @@ def test_no_word_is_lost(writers, guard, order, fill, presence, record_property)
 
 
 def test_pages_that_become_zero_are_given_back_among_writers(writers, guard, record_property):
-    """Nothing but zero pages, so that they are given back as often as can be. A page that is written
+    """Nothing but zero pages, given back as often as can be. A page that is written
     just then is new memory for the writer, and every thread has to see that at once."""
     memory, pages = private_pages(N_PAGES)
     with ksmcore.Engine(guard=guard, max_shared_pages=0) as engine:
