@@ -20,8 +20,9 @@ To find that out page by page is slow, so first only the number of store pages i
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from ksmcore._budget cimport budget_refresh
+from ksmcore._budget cimport MAPS_WATCHED, budget_refresh
 from ksmcore._maps cimport VMA_EXEC, VMA_READ, VMA_SHARED, VMA_WRITE, maps_each, maps_each_in, vma_t
+from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._regions cimport region_end, region_t, regions_at, regions_next
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_state
 from ksmcore._runs cimport drop_sharer
@@ -36,7 +37,7 @@ ctypedef struct counting:
     uint64_t dev_major           # of the store's file
     uint64_t dev_minor
     int64_t n_maps
-    int64_t n_ours               # mappings of stores, and what they cut off
+    int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
     size_t n_store_pages         # in regions
 
@@ -111,6 +112,8 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     if maps_each(_count, &all, err) != 0:
         budget_refresh(&c.b.budget, -1, -1, asked_maps, max_map_count)
         return -1
+    for i in range(c.regions.n):
+        all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.b.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages

@@ -10,6 +10,7 @@ class Core:
         guard: str,
         any_guard: bool,
         with_pagemap: bool,
+        with_tracker: bool,
         n_buckets: int,
     ) -> Core: ...
     def add(

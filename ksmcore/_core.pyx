@@ -24,10 +24,11 @@ from ksmcore._guard cimport guard_by_name, guard_enter, guard_enter_any, guard_l
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
+from ksmcore._quiet cimport quiet_unwatch
 from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
 from ksmcore._scan cimport core_scan_at
-from ksmcore._sys cimport CALL_MINCORE, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
+from ksmcore._sys cimport CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind
 
@@ -55,15 +56,17 @@ cdef class Core:
     cdef bint any_guard              # or a weaker one
     cdef uint32_t n_buckets
     cdef bint with_pagemap
+    cdef bint with_tracker
 
     def __cinit__(
         self, *, str order, str checksum, str guard, bint any_guard, bint with_pagemap,
-        uint32_t n_buckets
+        bint with_tracker, uint32_t n_buckets
     ):
         self.guard = guard_by_name(guard)
         self.any_guard = any_guard
         self.n_buckets = n_buckets
         self.with_pagemap = with_pagemap
+        self.with_tracker = with_tracker
         self.c.by_content = order == "content"
         self.c.checksum = checksum_by_name(checksum)
         self.c.use_zero_pages = True
@@ -78,7 +81,7 @@ cdef class Core:
     cdef int _begin(self) except -1:
         cdef sys_error err
         error_clear(&err)
-        if core_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, &err) != 0:
+        if core_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, self.with_tracker, &err) != 0:
             if err.code == 0:
                 raise MemoryError("no memory for an engine")
             error_raise(&err, "engine")
@@ -141,6 +144,7 @@ cdef class Core:
                 overlaps = after != NULL and after.addr < addr + len_bytes
                 if not overlaps or not fresh:
                     break
+                quiet_unwatch(&self.c, after)
                 core_abandon(&self.c, after)
                 regions_drop(&self.c.regions, after)
             if not overlaps:
@@ -182,6 +186,7 @@ cdef class Core:
                 if restore:
                     rc = core_restore(&self.c, region, &err)
                 if rc == 0 and not keep:
+                    quiet_unwatch(&self.c, region)
                     core_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
             self._unlock()
@@ -320,6 +325,7 @@ cdef class Core:
         run.page_bytes = sys_page_bytes()
         run.over_store = True
         run.flags = flags
+        run.tracker_fd = -1
         with nogil:
             rc = self._enter(&run.guard, &err)
             if rc == 0:
@@ -437,7 +443,7 @@ cdef class Core:
                 guard_leave(guard)
             reader_leave()
         if rc != 0:
-            if entered and err.call != <int>CALL_PREAD and err.call != <int>CALL_MINCORE:
+            if entered and err.call not in (<int>CALL_PREAD, <int>CALL_MINCORE, <int>CALL_PAGEMAP_SCAN):
                 raise InternalError(
                     f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
                 )

@@ -3,18 +3,19 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._forest cimport forest_t
-from ksmcore._pagemap cimport pagemap
+from ksmcore._pagemap cimport BLOCK_PAGES, page_survey, pagemap
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._regions cimport region_list, region_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._runs cimport batch, scan_counters
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
+from ksmcore._tracker cimport tracker_t
 from ksmcore._window cimport guard_kind
 
 
 cdef enum:
-    SPAN_PAGES = 256        # looked at, matched and merged together, and the lock held that long
+    SPAN_PAGES = BLOCK_PAGES    # looked at, matched and merged together, and the lock held that long
 
 
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
@@ -32,8 +33,12 @@ ctypedef struct engine_core:
     store_t store
     forest_t stable
     forest_t unstable
+    forest_t quiet               # like the unstable one, of pages whose writes the tracker tells: it stays
     uint32_t epoch               # of the unstable tree, 1 to 255
+    uint32_t last_epoch          # of the one before it
     pagemap pm
+    bint may_watch               # the tracker can be had, and is wanted
+    tracker_t tracker            # opened for the first region that is watched
     batch b
     scan_counters counters
     # the stretch of equal checksums that the scan is in, across spans
@@ -47,14 +52,15 @@ ctypedef struct engine_core:
     uint32_t block_slot
     uint32_t block_copies
     # one span's working memory
-    uint8_t* flags
+    page_survey survey
+    uint8_t* flags               # enum page_flag bits, later what the page was (see _scan)
     uint32_t* items
     const uint8_t** pages
     uint32_t* digests
 
 
 cdef int core_init(
-    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
+    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil
 cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
 cdef void core_begin_pass(engine_core* c) noexcept nogil

@@ -1,6 +1,7 @@
 """What an engine owns: trees, table, store and working memory; made, begun anew for a pass, and given back.
 
-Called by: _core, _scan, _unmerge, _census, _numbers. Calls: _pagemap, _regions, _rmap, _forest, _store, _runs.
+Called by: _core, _scan, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
+_forest, _store, _runs.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
@@ -8,16 +9,19 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._forest cimport forest_bytes, forest_clear, forest_destroy, forest_init
-from ksmcore._pagemap cimport pagemap_close, pagemap_open
+from ksmcore._merge cimport REGION_WATCHED
+from ksmcore._pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._regions cimport region_t, regions_destroy, regions_init
 from ksmcore._rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
 from ksmcore._runs cimport batch_destroy, batch_init, stable_page_of
 from ksmcore._store cimport store_bytes, store_destroy, store_init, store_thaw
-from ksmcore._sys cimport sys_error, sys_page_bytes
+from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes
+from ksmcore._tracker cimport tracker_close, tracker_is_there, tracker_open
 from ksmcore._window cimport guard_kind
 
 cdef enum:
     LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
+    NO_EPOCH = 256
 
 
 cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil:
@@ -26,7 +30,7 @@ cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil
 
 
 cdef int core_init(
-    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, sys_error* err
+    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil:
     """Empty trees, table and store; the settings of *c are set by the caller, before or after.
 
@@ -35,18 +39,23 @@ cdef int core_init(
     """
     cdef uint8_t* zeros
     cdef const uint8_t* zero_page
+    cdef sys_error ignored
     c.page_bytes = sys_page_bytes()
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
+    c.last_epoch = NO_EPOCH
     c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
     regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
+    c.tracker.file.fd = -1
     store_init(&c.store, c.page_bytes)
     # So that core_destroy finds nothing in what could not be made.
     memset(&c.rmap, 0, sizeof(c.rmap))
     memset(&c.stable, 0, sizeof(c.stable))
     memset(&c.unstable, 0, sizeof(c.unstable))
+    memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
+    c.b.tracker_fd = -1
     c.b.store = &c.store
     c.b.rmap = &c.rmap
     c.b.stable = &c.stable
@@ -67,6 +76,9 @@ cdef int core_init(
         or forest_init(
             &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
         ) != 0
+        or forest_init(
+            &c.quiet, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
+        ) != 0
         or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
     ):
         free(zeros)
@@ -76,6 +88,11 @@ cdef int core_init(
     c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
     free(zeros)
     pagemap_open(&c.pm, c.page_bytes, with_pagemap)
+    pagemap_try_scanning(&c.pm)
+    error_clear(&ignored)
+    # In content order a quiet page that is written would break the order of the tree it stays in.
+    c.may_watch = with_tracker and not c.by_content and tracker_open(&c.tracker, &c.pm, &ignored) == 0
+    tracker_close(&c.tracker)
     return 0
 
 
@@ -94,6 +111,8 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     store_destroy(&c.store)
     forest_destroy(&c.stable)
     forest_destroy(&c.unstable)
+    forest_destroy(&c.quiet)
+    tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
     free(c.flags)
@@ -108,12 +127,19 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 cdef void core_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
+    cdef size_t i
     store_thaw(&c.store)
     forest_clear(&c.unstable)
+    if not tracker_is_there(&c.tracker):
+        for i in range(c.regions.n):
+            c.regions.all[i].flags &= ~REGION_WATCHED
+    c.b.tracker_fd = c.tracker.file.fd
+    c.last_epoch = c.epoch
     c.epoch += 1
     if c.epoch > LAST_EPOCH:
         rmap_forget_epochs(&c.rmap)
         c.epoch = 1
+        c.last_epoch = NO_EPOCH
     c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
 
 
@@ -121,5 +147,6 @@ cdef size_t core_bytes(engine_core* c) noexcept nogil:
     """Bytes of metadata that grow with the pages tracked."""
     return (
         rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)
+        + forest_bytes(&c.quiet)
         + c.regions.capacity * sizeof(region_t)
     )

@@ -11,7 +11,7 @@ from libc.stdlib cimport free, qsort, realloc
 
 from ksmcore._guard cimport guard_enter, guard_leave
 from ksmcore._pagemap cimport (
-    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open,
+    PAGE_OWNED, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open,
     pagemap_query,
 )
 from ksmcore._pages cimport checksum_by_name, checksum_safely, checksum_pages_t, page_compare, page_is_zero
@@ -98,7 +98,7 @@ cdef class Tally:
                             continue
                         if page_is_zero(page, self.page_bytes):
                             # The kernel's own zero page has no memory to save.
-                            if flags[i] & (PAGE_EXCLUSIVE | PAGE_OF_FILE | PAGE_UNSURE):
+                            if flags[i] & (PAGE_OWNED | PAGE_OF_FILE | PAGE_UNSURE):
                                 self.n_zero += 1
                             continue
                         pages[n_look] = page

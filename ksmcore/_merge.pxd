@@ -13,6 +13,7 @@ cdef enum region_flag:
     REGION_DONTDUMP = 2
     REGION_HUGEPAGE = 4
     REGION_NOHUGEPAGE = 8
+    REGION_WATCHED = 16      # not advice: a tracker watches its anonymous memory
 
 # Neighbouring pages that the same is to happen to.
 ctypedef struct run_t:
@@ -22,6 +23,7 @@ ctypedef struct run_t:
     size_t page_bytes
     bint over_store          # they map the store; else they are anonymous memory
     int flags                # enum region_flag bits
+    int tracker_fd           # of the tracker that watches the region, -1: none
 
 
 # outcomes: enum page_outcome (see _window.pxd) for each page of the run.

@@ -1,6 +1,7 @@
 """The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
 
-Called by: _runs (merge, reshare, zero), _unmerge and _core (restore). Calls: _pages, _store (reading), _guard, _sys.
+Called by: _runs (merge, reshare, zero), _unmerge and _core (restore). Calls: _pages, _store (reading), _guard,
+_tracker, _sys.
 
 Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
 of the run afterwards holds the bytes that its program last wrote, and is writable:
@@ -30,6 +31,7 @@ from ksmcore._sys cimport (
     ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
     sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
+from ksmcore._tracker cimport tracker_let_go, tracker_take_back
 from ksmcore._window cimport CHANGED, DONE, REFUSED, WINDOW_PAGES, WINDOW_STUCK, window_t
 
 cdef extern from "_reader.h" nogil:
@@ -135,6 +137,20 @@ cdef int _window(
     return guard_close(w, n_remapped == w.n_pages and (kind == MAP_STORE or kind == MAP_ZERO), err)
 
 
+cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcept nogil:
+    """Have the tracker watch again what is anonymous memory after the window."""
+    cdef uint32_t i, start = 0
+    cdef bint is_anon
+    for i in range(w.n_pages):
+        is_anon = kind == DROP_ZERO or kind == MAP_ZERO if w.outcomes[i] == DONE else not w.over_store
+        if not is_anon:
+            if start < i:
+                tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (i - start) * w.page_bytes)
+            start = i + 1
+    if start < w.n_pages:
+        tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (w.n_pages - start) * w.page_bytes)
+
+
 cdef int _windows(
     store_t* store, remap_kind kind, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
@@ -149,7 +165,12 @@ cdef int _windows(
         w.addr = run.addr + done * run.page_bytes
         w.n_pages = min(run.n_pages - done, <uint32_t>WINDOW_PAGES)
         w.outcomes = outcomes + done
-        rc = _window(store, kind, &w, slot + done, run.flags, err)
+        if not run.over_store and tracker_let_go(run.tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
+            memset(w.outcomes, REFUSED, w.n_pages)
+        else:
+            rc = _window(store, kind, &w, slot + done, run.flags, err)
+        if run.tracker_fd >= 0:
+            _take_back(run.tracker_fd, kind, &w)
         done += w.n_pages
     if done < run.n_pages:
         memset(outcomes + done, REFUSED, run.n_pages - done)
@@ -248,6 +269,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         if guard_close(&w, rc == 0, err) != 0 or rc != 0:
             rc = -1
             break
+        tracker_take_back(run.tracker_fd, w.addr, window_bytes)
         n_restored[0] += w.n_pages
         fresh += window_bytes
     if n_restored[0] < run.n_pages:

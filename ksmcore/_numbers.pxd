@@ -18,7 +18,9 @@ ctypedef struct core_numbers:
     uint64_t n_compares
     size_t n_regions
     size_t metadata_bytes
+    uint32_t n_quiet                     # pages in the quiet tree
     bint with_pagemap
+    bint with_tracker
 
 
 cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil

@@ -25,10 +25,12 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.n_shared = c.store.n_shared
     numbers.n_used = c.store.n_used
     numbers.n_frozen = c.store.n_frozen
-    numbers.n_compares = c.stable.one.n_compares + c.unstable.one.n_compares
+    numbers.n_compares = c.stable.one.n_compares + c.unstable.one.n_compares + c.quiet.one.n_compares
     numbers.n_regions = c.regions.n
     numbers.metadata_bytes = core_bytes(c)
+    numbers.n_quiet = c.quiet.n_nodes
     numbers.with_pagemap = c.pm.file.fd >= 0
+    numbers.with_tracker = c.may_watch
 
 
 cdef dict numbers_as_dict(const core_numbers* numbers):
@@ -45,6 +47,7 @@ cdef dict numbers_as_dict(const core_numbers* numbers):
         "pages_shared": numbers.n_shared,
         "pages_sharing": numbers.n_by_state[<int>PAGE_SHARED] - numbers.n_shared,
         "pages_unshared": numbers.n_by_state[<int>PAGE_UNSHARED],
+        "pages_quiet": numbers.n_quiet,
         "pages_volatile": numbers.n_by_state[<int>PAGE_VOLATILE],
         "ksm_zero_pages": numbers.n_by_state[<int>PAGE_ZERO],
         "store_pages": numbers.n_used,
@@ -55,6 +58,7 @@ cdef dict numbers_as_dict(const core_numbers* numbers):
         "maps_used": max(numbers.budget.used, <int64_t>0),
         "maps_allowed": max(numbers.budget.allowed, <int64_t>0),
         "with_pagemap": bool(numbers.with_pagemap),
+        "with_tracker": bool(numbers.with_tracker),
         "guard_waits": guard_n_waits(),
         "skipped": {
             "changed": skips[<int>SKIP_CHANGED],

@@ -16,7 +16,8 @@ cdef extern from *:
         uint64_t state : 2;
         uint64_t over_store : 1;
         uint64_t epoch : 8;
-        uint64_t spare : 9;
+        uint64_t quiet : 1;
+        uint64_t spare : 8;
     } rmap_tag;
     #endif
     """
@@ -25,6 +26,7 @@ cdef extern from *:
         uint64_t page_no       # address / page; 0 for an item that is not in use
         uint64_t state         # enum page_state
         uint64_t over_store    # the mapping under this page is of the store, whatever the state
+        uint64_t quiet         # in the quiet tree: the kernel tells when it is written; UNSHARED only
         uint64_t epoch         # in the unstable tree when it equals the tree's epoch; UNSHARED only
 
 
@@ -38,7 +40,7 @@ cdef enum page_state:
 
 # An item is an index into three arrays, 28 bytes in all. Item 0 is never used.
 ctypedef struct rmap_table:
-    rb_node* nodes         # .digest: last checksum. UNSHARED: links in the unstable tree.
+    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees.
                            # otherwise .left: slot of the store that the page's mapping points at,
                            # 0 when that is not known or there is none
     rmap_tag* tags

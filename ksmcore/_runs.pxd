@@ -29,7 +29,7 @@ cdef enum skip_reason:
 # What an engine has done, since it was made. Only ever grows.
 ctypedef struct scan_counters:
     uint64_t full_scans
-    uint64_t pages_scanned       # present pages looked at
+    uint64_t pages_scanned       # present pages passed
     uint64_t pages_hashed        # checksums computed
     uint64_t pages_merged        # mappings of shared pages made
     uint64_t pages_reshared      # of those: by dropping a private copy that had become equal again
@@ -72,6 +72,7 @@ ctypedef struct batch:
     scan_counters* counters
     map_budget budget
     guard_kind guard
+    int tracker_fd               # of the engine's tracker, -1: none
     checksum_pages_t checksum
     size_t page_bytes
     sys_error err                # first failure of the batch

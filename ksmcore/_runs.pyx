@@ -15,7 +15,7 @@ from libc.stdlib cimport free, malloc, qsort
 
 from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
-from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
+from ksmcore._merge cimport REGION_WATCHED, merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_over_store,
     rmap_set_state,
@@ -403,6 +403,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     run.page_bytes = b.page_bytes
     run.over_store = first.over_store
     run.flags = first.flags
+    run.tracker_fd = b.tracker_fd if first.flags & REGION_WATCHED else -1
     if first.kind == INTENT_MERGE:
         rc = merge_run(b.store, &run, first.slot, b.outcomes, &err)
     elif first.kind == INTENT_RESHARE:
@@ -462,6 +463,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         run.page_bytes = b.page_bytes
         run.over_store = True
         run.flags = founder.flags
+        run.tracker_fd = b.tracker_fd if founder.flags & REGION_WATCHED else -1
         if restore_range(&run, &n_restored, &b.err) == 0:
             drop_sharer(b, founder.item)
             rmap_set_over_store(b.rmap, founder.item, False)

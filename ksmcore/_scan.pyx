@@ -1,14 +1,15 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core, _unmerge. Calls: _engine, _pagemap, _pages, _rmap, _forest, _store, _runs.
+Called by: _core, _unmerge. Calls: _engine, _pagemap, _quiet, _tracker, _pages, _rmap, _forest, _store, _runs.
 
-    which pages are present, written, still shared   pagemap_query, _classify
+    which pages are present, written, still shared   pagemap_survey, _classify
+    -> protection, if they seem to be quiet          quiet_arm
     -> checksum                                      core.checksum
     -> rmap item                                     _settle_items
-    -> stable tree, unstable tree                    _match_stable, _match_unstable
+    -> stable, quiet, unstable tree                  _match_stable, _match_unshared
     -> intent, runs, guard, account                  batch_add, batch_flush
 
-A span of SPAN_PAGES pages goes through each stage before the next stage begins. Nothing here needs
+A span, the pages of one block that need a look, goes through each stage before the next stage begins. Nothing here needs
 the GIL; the caller holds the engine's lock.
 
 What becomes of a page, in the order of the questions asked (rules of design section 2):
@@ -20,19 +21,24 @@ What becomes of a page, in the order of the questions asked (rules of design sec
   - all zero: an intent to give it back.
   - unchanged and equal to another such page: both are to be merged into a new shared page.
   - else it stands in the unstable tree for the rest of the pass.
+A page that stood there, and still did not change, moves to the quiet tree (see _quiet).
+
 `immediate` (dedup) leaves the waiting out.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memchr
 
-from ksmcore._engine cimport SPAN_PAGES, engine_core
+from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_prefetch
+from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport (
-    PAGE_EXCLUSIVE, PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_query,
+    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
-from ksmcore._regions cimport region_t, regions_at
+from ksmcore._quiet cimport (
+    IS_ARMED, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
+)
+from ksmcore._regions cimport region_end, region_t, regions_at
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove,
     rmap_set_state,
@@ -43,6 +49,7 @@ from ksmcore._runs cimport (
 )
 from ksmcore._store cimport MAX_SHARERS, store_block, store_page
 from ksmcore._sys cimport error_clear, sys_error, sys_pause
+from ksmcore._tracker cimport tracker_disarm
 from ksmcore._trees cimport rb_place
 
 cdef enum:
@@ -50,36 +57,37 @@ cdef enum:
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
     MAX_COPIES = 512
-    GOES_ON = 4                # times as long as it has been, if its end has not been seen
+    GOES_ON = 2                # times as long as it has been, if its end has not been seen
     PREFETCH = 16              # pages that searches are prepared for ahead
+    SURVEY_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
+    WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
 
-# What a page that is looked at was before.
+# In c.flags, of a page that is looked at; with those of _quiet.
 cdef enum:
-    WAS_KNOWN
-    IS_NEW
-    WAS_BROKEN                 # shared or zero, and written since
+    IS_NEW = 1
+    WAS_BROKEN = 2             # shared or zero, and written since
 
 
 # ---- items ----------------------------------------------------------------------------------
 
-cdef bint _in_unstable(engine_core* c, uint32_t item) noexcept nogil:
-    return c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
-
-
-cdef void _leave_unstable(engine_core* c, uint32_t item) noexcept nogil:
-    """Take an item out of the unstable tree if it stands there. Its links are void in any case."""
-    if _in_unstable(c, item):
+cdef void _leave_tree(engine_core* c, uint32_t item) noexcept nogil:
+    """Take an item out of the unstable or the quiet tree if it stands there. Its links are void in any case."""
+    if c.rmap.tags[item].state != PAGE_UNSHARED:
+        return
+    if c.rmap.tags[item].quiet:
+        forest_erase(&c.quiet, item)
+        c.rmap.tags[item].quiet = 0
+    elif c.rmap.tags[item].epoch == c.epoch:
         forest_erase(&c.unstable, item)
-    if c.rmap.tags[item].state == PAGE_UNSHARED:
-        c.rmap.tags[item].epoch = 0
-        c.rmap.nodes[item].left = 0
+    c.rmap.tags[item].epoch = 0
+    c.rmap.nodes[item].left = 0
 
 
 cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
     """Drop all that is known of a page, its share included; not its mapping."""
     if c.rmap.tags[item].state == PAGE_SHARED:
         drop_sharer(&c.b, item)
-    _leave_unstable(c, item)
+    _leave_tree(c, item)
     rmap_remove(&c.rmap, item)
 
 
@@ -97,38 +105,41 @@ cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_
         return False             # something that was mapped here behind our back: not ours to touch
     if item == 0:
         # The kernel's own zero page, read but never written: there is no memory to save.
-        return flag & (PAGE_EXCLUSIVE | PAGE_UNSURE) or not page_is_zero(page, c.page_bytes)
+        return flag & (PAGE_OWNED | PAGE_UNSURE) or not page_is_zero(page, c.page_bytes)
     if c.rmap.tags[item].state == PAGE_SHARED:
         if not flag & PAGE_UNSURE:
             return not flag & PAGE_OF_FILE
         return page_compare(page, store_page(&c.store, c.rmap.nodes[item].left), c.page_bytes) != 0
     if c.rmap.tags[item].state == PAGE_ZERO:
-        return flag & PAGE_EXCLUSIVE or not page_is_zero(page, c.page_bytes)
+        return flag & PAGE_OWNED or not page_is_zero(page, c.page_bytes)
     return True
 
 
-cdef size_t _classify(engine_core* c, uintptr_t addr, size_t n_pages) noexcept nogil:
-    """Fill c.items and c.pages with the pages that need a look; returns how many."""
-    cdef uint64_t page_no = addr // c.page_bytes
+cdef size_t _classify(engine_core* c) noexcept nogil:
+    """Fill c.items, c.pages and c.flags with the pages of the survey that need a look; returns how many."""
     cdef uint32_t item = 0, hint = 0
+    cdef const page_range* there
     cdef const uint8_t* page
-    cdef size_t i, n_look = 0
-    for i in range(n_pages):
-        item = rmap_find(&c.rmap, page_no + i, hint)
-        if item != 0:
-            hint = item
-        if not c.flags[i] & PAGE_PRESENT:
-            c.counters.skips[<int>SKIP_AWAY] += c.flags[i] == PAGE_SWAPPED
+    cdef size_t k, i, n_look = 0
+    for k in range(c.survey.n_ranges):
+        there = &c.survey.ranges[k]
+        for i in range(there.n_pages):
+            page = <const uint8_t*>(there.addr + i * c.page_bytes)
+            item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
             if item != 0:
-                _absent(c, item, c.flags[i])
-            continue
-        c.counters.pages_scanned += 1
-        page = <const uint8_t*>(addr + i * c.page_bytes)
-        if not _wants_look(c, item, page, c.flags[i]):
-            continue
-        c.items[n_look] = item
-        c.pages[n_look] = page
-        n_look += 1
+                hint = item
+            if not there.flags & PAGE_PRESENT:
+                c.counters.pages_scanned -= 1
+                c.counters.skips[<int>SKIP_AWAY] += there.flags == PAGE_SWAPPED
+                if item != 0:
+                    _absent(c, item, there.flags)
+                continue
+            if not _wants_look(c, item, page, there.flags):
+                continue
+            c.items[n_look] = item
+            c.pages[n_look] = page
+            c.flags[n_look] = there.flags
+            n_look += 1
     return n_look
 
 
@@ -144,9 +155,11 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
         return
     if c.rmap.tags[item].state == PAGE_ZERO and not flag & PAGE_SWAPPED:
         return
+    if c.rmap.tags[item].quiet and flag & PAGE_SWAPPED:
+        return                   # its protection goes with it, and comes back with it
     if c.rmap.tags[item].over_store:
         # Kept, so that the mapping can be put right when the region is removed.
-        _leave_unstable(c, item)
+        _leave_tree(c, item)
         rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
     else:
         core_forget_item(c, item)
@@ -239,22 +252,43 @@ cdef uint32_t _match_stable(
     return slot
 
 
-cdef void _match_unstable(
-    engine_core* c, const region_t* region, uint32_t item, const uint8_t* page, uint32_t digest,
-    uint64_t page_no, uint32_t n_wanted, uint32_t full, rb_place stable_place
+cdef uint32_t _partner(
+    engine_core* c, uint32_t item, const uint8_t* page, uint32_t digest, bint may_be_quiet, bint immediate
 ) noexcept nogil:
-    """Merge with an equal page of the unstable tree into a new shared page, or stand there.
-
-    The new one goes to stable_place, or before `full`, an equal one that takes no more sharers."""
-    cdef rb_place place
-    cdef uint32_t partner, slot
-    cdef uint64_t partner_no
-    cdef const region_t* home
+    """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself."""
+    cdef rb_place place, quiet_place
+    cdef uint32_t partner, written = 0
+    if c.quiet.n_nodes != 0 or may_be_quiet:
+        partner = forest_find(&c.quiet, digest, page, &quiet_place)
+        if partner != 0 and (immediate or quiet_is_still(c, partner)):
+            return partner
+        # One that was written has its turn still to come. It may have been written with the same bytes.
+        written = partner
     partner = forest_find(&c.unstable, digest, page, &place)
-    if partner == 0:
-        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+    if partner != 0:
+        return partner
+    rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+    if may_be_quiet and written == 0:
+        c.rmap.tags[item].quiet = 1
+        forest_insert(&c.quiet, item, quiet_place)
+    else:
         c.rmap.tags[item].epoch = c.epoch
         forest_insert(&c.unstable, item, place)
+    return 0
+
+
+cdef void _match_unshared(
+    engine_core* c, const region_t* region, size_t i, uint32_t n_wanted, uint32_t full, rb_place stable_place,
+    bint immediate
+) noexcept nogil:
+    """Merge with an equal page that is not shared yet into a new shared page, or stand in its tree.
+
+    The new one goes to stable_place, or before `full`, an equal one that takes no more sharers."""
+    cdef uint32_t item = c.items[i], digest = c.digests[i], partner, slot
+    cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
+    cdef const region_t* home
+    partner = _partner(c, item, c.pages[i], digest, c.flags[i] & IS_ARMED != 0, immediate)
+    if partner == 0:
         return
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
@@ -272,7 +306,10 @@ cdef void _match_unstable(
         forest_insert_before(&c.stable, slot, full)
     else:
         forest_insert(&c.stable, slot, stable_place)
-    _leave_unstable(c, partner)
+    if c.rmap.tags[partner].quiet:
+        # If it is not merged after all it must be looked at again.
+        tracker_disarm(&c.tracker, <uintptr_t>(partner_no * c.page_bytes), c.page_bytes)
+    _leave_tree(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
         &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
@@ -285,25 +322,24 @@ cdef void _settle_items(engine_core* c, size_t n_look, sys_error* err) noexcept 
     """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory.
 
     All of them before the first is matched: a slot may lose its last sharer here and be released, and
-    no intent may lead to a slot that is. c.flags[i] tells from here on what page i was.
+    no intent may lead to a slot that is. c.flags[i] tells from here on also what page i was.
     """
     cdef size_t i
     cdef uint32_t item
     for i in range(n_look):
         item = c.items[i]
-        c.flags[i] = WAS_KNOWN
         if item == 0:
             c.items[i] = rmap_add(&c.rmap, <uintptr_t>c.pages[i] // c.page_bytes, err)
-            c.flags[i] = IS_NEW
+            c.flags[i] |= IS_NEW
         elif c.rmap.tags[item].state == PAGE_SHARED:
             c.counters.cow_breaks += 1
-            c.flags[i] = WAS_BROKEN
+            c.flags[i] |= WAS_BROKEN
             drop_sharer(&c.b, item)
         elif c.rmap.tags[item].state == PAGE_ZERO:
-            c.flags[i] = WAS_BROKEN
+            c.flags[i] |= WAS_BROKEN
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         else:
-            _leave_unstable(c, item)
+            _leave_tree(c, item)
 
 
 cdef void _match(
@@ -319,8 +355,8 @@ cdef void _match(
     cdef bint unchanged
     if item == 0:
         return
-    unchanged = c.flags[i] == WAS_KNOWN and c.rmap.nodes[item].digest == digest
-    if not unchanged and c.flags[i] != IS_NEW and not immediate:
+    unchanged = not c.flags[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
+    if not unchanged and not c.flags[i] & IS_NEW and not immediate:
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
@@ -336,35 +372,44 @@ cdef void _match(
     elif c.use_zero_pages and digest == c.zero_digest and page_is_zero(page, c.page_bytes):
         batch_add(&c.b, INTENT_ZERO, page_no, item, 0, region.flags, False)
     else:
-        _match_unstable(c, region, item, page, digest, page_no, n_wanted, first, place)
+        _match_unshared(c, region, i, n_wanted, first, place, immediate)
 
 
 cdef int _scan_span(
-    engine_core* c, const region_t* region, size_t first_page, size_t n_pages, bint immediate, sys_error* err
+    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, size_t* n_looked,
+    sys_error* err
 ) noexcept nogil:
-    """Take up to SPAN_PAGES pages of a region all the way. -1 with *err when the kernel did not answer,
-    or when a guard could not be closed."""
-    cdef uintptr_t addr = region.addr + first_page * c.page_bytes
+    """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
+    c.survey.next tells where to go on. -1 with *err when the kernel did not answer, or when a guard could not
+    be closed."""
     cdef size_t i, n_look
     cdef int rc
-    if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
+    # A page of a file is one of the store, unless an item over the store has lost its share of it.
+    cdef bint with_files = c.rmap.n_over_store != c.rmap.n_by_state[<int>PAGE_SHARED]
+    if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
         return -1
-    if immediate and memchr(c.flags, PAGE_SWAPPED, n_pages) != NULL:
+    if immediate and _has_swapped(c):
         # Most likely the kernel is moving some pages just now; there is no next pass to wait for.
         sys_pause()
-        if pagemap_query(&c.pm, addr, n_pages, c.flags, err) != 0:
+        if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
             return -1
-    n_look = _classify(c, addr, n_pages)
+    c.counters.pages_scanned += (c.survey.next - addr) // c.page_bytes
+    n_look = n_looked[0] = _classify(c)
+    if n_look == 0:
+        return 0
     c.block_slot = 0
-    c.more_follows = first_page + n_pages < region.n_pages
-    if n_look > 0:
-        checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
-        c.counters.pages_hashed += n_look
-        _settle_items(c, n_look, err)
-        for i in range(n_look):
-            forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
-            forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
-            _match(c, region, i, n_look, immediate)
+    c.more_follows = c.survey.next < region_end(&c.regions, region)
+    quiet_arm(c, region, n_look)
+    checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
+    c.counters.pages_hashed += n_look
+    _settle_items(c, n_look, err)
+    quiet_disarm_changed(c, n_look)
+    for i in range(n_look):
+        forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        forest_prefetch(&c.quiet, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        _match(c, region, i, n_look, immediate)
+    quiet_disarm_others(c, n_look)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)
     if rc != 0:
@@ -372,21 +417,31 @@ cdef int _scan_span(
     return rc
 
 
+cdef bint _has_swapped(const engine_core* c) noexcept nogil:
+    cdef size_t k
+    for k in range(c.survey.n_ranges):
+        if c.survey.ranges[k].flags == PAGE_SWAPPED:
+            return True
+    return False
+
+
 cdef int core_scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
 ) noexcept nogil:
-    """One step of a walk: the registered pages at *cursor or next after it, SPAN_PAGES at most, or all of
+    """One step of a walk: the next pages from *cursor on that need a look, SPAN_PAGES at most, or all of
     a region that is passed over. Moves *cursor on, to `end` when there is nothing left, and adds to
-    *n_pages. Fails as _scan_span does."""
-    cdef const region_t* region = regions_at(&c.regions, cursor[0])
-    cdef size_t first_page, n
+    *n_pages what it cost, in pages that are looked at. Fails as _scan_span does."""
+    cdef region_t* region = regions_at(&c.regions, cursor[0])
+    cdef uintptr_t from_here, to_here
+    cdef size_t n, n_looked = 0
     cdef int rc = 0
     if region == NULL or region.addr >= end:
         cursor[0] = end
         return 0
-    cursor[0] = max(cursor[0], region.addr)
-    first_page = (cursor[0] - region.addr) // c.page_bytes
-    n = min(region.n_pages - first_page, (end - cursor[0]) // c.page_bytes)
+    from_here = max(cursor[0], region.addr)
+    to_here = min(region_end(&c.regions, region), end)
+    n = (to_here - from_here) // c.page_bytes
+    cursor[0] = to_here
     if n == 0:
         cursor[0] = end
     elif region.n_holds != 0:
@@ -394,8 +449,11 @@ cdef int core_scan_at(
     elif region.altered:
         c.counters.skips[<int>SKIP_ALTERED] += n
     else:
-        n = min(n, <size_t>SPAN_PAGES)
-        rc = _scan_span(c, region, first_page, n, immediate, err)
-    cursor[0] = max(cursor[0], region.addr + (first_page + n) * c.page_bytes)
+        n = min(n, <size_t>SURVEY_PAGES)
+        cursor[0] = from_here + n * c.page_bytes
+        rc = _scan_span(c, region, from_here, cursor[0], immediate, &n_looked, err)
+        if rc == 0:
+            cursor[0] = c.survey.next
+            n = n_looked + (cursor[0] - from_here) // c.page_bytes // WALKED_PER_LOOK
     n_pages[0] += n
     return rc

@@ -28,6 +28,8 @@ cdef enum sys_call:
     CALL_UFFD_MOVE
     CALL_UFFD_COPY
     CALL_UFFD_WAKE
+    CALL_PAGEMAP_SCAN
+    CALL_TRACKER
     CALL_UFFD_REGISTER_THEN_FAIL   # for tests only: done, and reported as failed
     CALL_UFFD_MOVE_THEN_FAIL
     N_CALLS

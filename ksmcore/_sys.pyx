@@ -54,6 +54,7 @@ _NAMES = (
     "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
     "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
     "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
+    "pagemap_scan", "tracker",
     "uffd_register_then_fail", "uffd_move_then_fail",
 )
 

@@ -47,6 +47,8 @@ struct ksm_uffd_message { uint8_t bytes[32]; };
    yet (6.4). Moving of pages: 6.8. */
 #define KSM_UFFD_NEEDED ((1u << 0) | (1u << 12) | (1u << 13))
 #define KSM_UFFD_MOVES (1u << 16)
+/* Of pages that are not there yet, and asynchronously: 6.7. */
+#define KSM_UFFD_ASYNC ((1u << 13) | (1u << 15))
 
 static int ksm_uffd_new(int user_mode_only) {
     int flags = O_CLOEXEC | O_NONBLOCK;
@@ -82,6 +84,17 @@ static int ksm_uffd_open(int user_mode_only, int *moves) {
         }
         *moves = 0;
     }
+}
+
+/* A descriptor that never makes anybody wait: a write to a protected page only lifts its protection. */
+static int ksm_uffd_open_async(void) {
+    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | KSM_UFFD_USER_MODE_ONLY), saved;
+    struct ksm_uffd_api api = {0xAA, KSM_UFFD_ASYNC, 0};
+    if (fd < 0 || ioctl(fd, KSM_UFFD_API, &api) == 0) return fd;
+    saved = errno;
+    close(fd);
+    errno = saved;
+    return -1;
 }
 
 static int ksm_uffd_register(int fd, uintptr_t addr, size_t len, int mode) {

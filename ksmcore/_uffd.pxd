@@ -12,6 +12,7 @@ cdef enum uffd_mode:
 
 
 cdef int uffd_open(bint user_mode_only, bint* moves, sys_error* err) noexcept nogil
+cdef int uffd_open_async(sys_error* err) noexcept nogil
 cdef int uffd_register(int fd, uintptr_t addr, size_t len_bytes, uffd_mode mode, sys_error* err) noexcept nogil
 cdef int uffd_unregister(int fd, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int uffd_protect(int fd, uintptr_t addr, size_t len_bytes, bint on, sys_error* err) noexcept nogil

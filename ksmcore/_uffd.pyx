@@ -1,6 +1,6 @@
 """The system calls of userfaultfd, each return value checked and errno kept at once (see _sys).
 
-Called by: _guard_uffd. Calls: _sys.
+Called by: _guard_uffd, _tracker. Calls: _sys.
 
 A descriptor stands for the memory of the process that opened it: in a forked child it still means the
 parent's, and is never used there.
@@ -15,6 +15,7 @@ from ksmcore._sys cimport (
 
 cdef extern from "_uffd.h" nogil:
     int ksm_uffd_open(int user_mode_only, int* moves)
+    int ksm_uffd_open_async()
     int ksm_uffd_register(int fd, uintptr_t addr, size_t len, int mode)
     int ksm_uffd_unregister(int fd, uintptr_t addr, size_t len)
     int ksm_uffd_protect(int fd, uintptr_t addr, size_t len, int on)
@@ -32,6 +33,13 @@ cdef int uffd_open(bint user_mode_only, bint* moves, sys_error* err) noexcept no
         return -1
     fd = ksm_uffd_open(user_mode_only, &wanted)
     moves[0] = wanted != 0
+    sys_check(fd < 0, CALL_USERFAULTFD, 0, 0, err)
+    return fd
+
+
+cdef int uffd_open_async(sys_error* err) noexcept nogil:
+    """A new descriptor for tracking writes, or -1."""
+    cdef int fd = ksm_uffd_open_async()
     sys_check(fd < 0, CALL_USERFAULTFD, 0, 0, err)
     return fd
 

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 
 from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
-from ksmcore._merge cimport restore_range, run_t
+from ksmcore._merge cimport REGION_WATCHED, restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._runs cimport drop_sharer
@@ -48,6 +48,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.flags = region.flags
+    run.tracker_fd = c.tracker.file.fd if region.flags & REGION_WATCHED else -1
     while page < region.n_pages and rc == 0:
         item = rmap_find(&c.rmap, first_no + page, item)
         if item == 0 or not c.rmap.tags[item].over_store:
@@ -151,11 +152,12 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
 
 
 cdef int core_check(engine_core* c) noexcept nogil:
-    """0, or the number of a broken invariant: 1-5 stable tree, 21-25 unstable tree, 31-34 rmap; between
-    them 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left pending,
+    """0, or the number of a broken invariant: 1-5 stable tree, 21-25 unstable tree, 31-34 rmap,
+    41-47 quiet tree; between them 10: in the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left pending,
     14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
-    18: a shared page whose bytes are not those it was filed under, 19: unstable items counted wrong."""
-    cdef uint32_t item, n_unstable = 0
+    18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet
+    items counted wrong."""
+    cdef uint32_t item, n_unstable = 0, n_quiet = 0
     cdef uint64_t page_no
     cdef int rc
     cdef uint32_t* n_sharers
@@ -166,6 +168,9 @@ cdef int core_check(engine_core* c) noexcept nogil:
     rc = forest_check(&c.unstable, False)
     if rc != 0:
         return 20 + rc
+    rc = forest_check(&c.quiet, False)
+    if rc != 0:
+        return 40 + rc
     rc = rmap_check(&c.rmap)
     if rc != 0:
         return 30 + rc
@@ -183,7 +188,11 @@ cdef int core_check(engine_core* c) noexcept nogil:
             if not c.rmap.tags[item].over_store:
                 rc = 12
         n_unstable += c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
-    if rc == 0 and n_unstable != c.unstable.n_nodes:
+        if c.rmap.tags[item].quiet:
+            n_quiet += 1
+            if c.rmap.tags[item].state != PAGE_UNSHARED or c.rmap.tags[item].epoch == c.epoch:
+                rc = 10
+    if rc == 0 and (n_unstable != c.unstable.n_nodes or n_quiet != c.quiet.n_nodes):
         rc = 19
     if rc == 0:
         rc = _check_slots(c, n_sharers)

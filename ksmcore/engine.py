@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksmcore import estimates, vmas
 from ksmcore._core import Core
-from ksmcore.features import choose_guard
+from ksmcore.features import check_tracker, choose_guard
 from ksmcore.progress import Progress, reporting
 from ksmcore.registration import Registrar
 from ksmcore.settings import Settings, check_names
@@ -57,6 +57,8 @@ class Engine(Registrar):
     def __init__(self, **settings: Any) -> None:
         check_names(settings)
         self._settings = Settings(**settings)
+        if self._settings.dirty == "pagemap":
+            check_tracker()
         super().__init__(
             Core(
                 order=self._settings.order,
@@ -64,6 +66,7 @@ class Engine(Registrar):
                 guard=choose_guard(self._settings.guard),
                 any_guard=self._settings.guard == "auto",
                 with_pagemap=True,
+                with_tracker=self._settings.dirty != "checksum",
                 n_buckets=self._settings.rmap_hash_size,
             )
         )
@@ -272,11 +275,12 @@ class Engine(Registrar):
         """All counters of this moment."""
         numbers = self._core.snapshot()
         with_pagemap = numbers.pop("with_pagemap")
+        with_tracker = numbers.pop("with_tracker")
         return Stats(
             page_bytes=self.page_bytes,
             skipped=frozen_counts(numbers.pop("skipped")),
             guard=self._core.guard_in_use,
-            dirty=self._settings.dirty_in_use,
+            dirty="pagemap" if with_tracker else "checksum",
             presence="pagemap" if with_pagemap else "mincore",
             **numbers,
         )

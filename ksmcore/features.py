@@ -5,10 +5,10 @@ Called by users (`ksmcore.features`) and by the engine. Asks _sys and _guard, wh
 
 from __future__ import annotations
 
-from ksmcore import _guard, _sys
+from ksmcore import _guard, _sys, _tracker
 from ksmcore.settings import GUARDS
 
-__all__ = ["choose_guard", "features"]
+__all__ = ["check_tracker", "choose_guard", "features"]
 
 _REMEDIES = {
     "userfaultfd": (
@@ -24,18 +24,34 @@ def features() -> dict[str, str | None]:
 
     "pagemap", "memfd": parts of the kernel. "userfaultfd", "userfaultfd-user", "mprotect": the
     guards, the strongest first. "pinned": pages that were never merged, and are pinned for a
-    device (direct I/O, io_uring), are left alone; others need a hold.
+    device (direct I/O, io_uring), are left alone; others need a hold. "tracking": the kernel tells
+    which pages were written, so that the others are not read again.
     """
     found = _sys.features()
     for name in GUARDS:
         reason = _guard.probe(name)
         found[name] = reason if reason is None else f"{reason} ({_REMEDIES[name]})"
+    found["tracking"] = _tracking_missing()
     found["pinned"] = (
         None
         if _guard.refuses_pinned("userfaultfd")
         else "only the guard 'userfaultfd' can tell, on Linux 6.8 and later"
     )
     return found
+
+
+def _tracking_missing() -> str | None:
+    reason = _tracker.probe()
+    return None if reason is None else f"{reason} (it takes Linux 6.7, and userfaultfd(2) allowed)"
+
+
+def check_tracker() -> None:
+    """Raises ValueError where written pages cannot be tracked; the message says why."""
+    reason = _tracking_missing()
+    if reason is not None:
+        raise ValueError(
+            f"dirty='pagemap' is not to be had here: {reason}; dirty='checksum' always is"
+        )
 
 
 def choose_guard(asked: str) -> str:

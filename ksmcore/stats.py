@@ -61,6 +61,8 @@ class Stats(_Numbers):
     """Mappings of shared pages beyond the first of each: pages saved."""
     pages_unshared: int
     """Pages that did not change and equal no other."""
+    pages_quiet: int
+    """Those of them that are not read again until the kernel says that they were written."""
     pages_volatile: int
     """Pages that changed since the last pass, or were not seen often enough to tell."""
     ksm_zero_pages: int
@@ -68,7 +70,7 @@ class Stats(_Numbers):
     full_scans: int
     """Completed passes over everything registered."""
     pages_scanned: int
-    """Present pages looked at, over all passes."""
+    """Present pages passed, over all passes."""
     pages_hashed: int
     """Checksums computed, over all passes."""
     pages_merged: int
@@ -98,7 +100,7 @@ class Stats(_Numbers):
     guard: str
     """The guard in use."""
     dirty: str
-    """What tells changed pages."""
+    """What tells changed pages: "pagemap" (the kernel, of pages that are quiet), or "checksum"."""
     presence: str
     """What tells present and shared pages: "pagemap", or "mincore" with byte compares, which takes
     a private copy with unchanged bytes for still shared."""
@@ -138,7 +140,7 @@ class PassReport(_Numbers):
     bytes_saved: int
     """By how much `Stats.bytes_saved` grew (negative when more sharing was broken than made)."""
     pages_scanned: int
-    """Present pages looked at."""
+    """Present pages passed."""
     pages_merged: int
     """Pages mapped to a shared page."""
     pages_zeroed: int

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _guard, _sys, vmas
+from ksmcore import _guard, _quiet, _sys, vmas
 from ksmcore.settings import GUARDS
 
 SEED = 20090331
@@ -28,6 +28,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("ksmcore")
+
+# The buffers here are small: let their writes be tracked all the same.
+MIN_WATCHED_PAGES = _quiet.watch_from(1)
 
 
 def pytest_report_header():

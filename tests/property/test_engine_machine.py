@@ -116,6 +116,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.scanned = True
 
     @rule()
+    def scan_until_nothing_happens(self):
+        for _ in range(4):
+            self.engine.scan()
+        self.scanned = True
+        before = self.engine.stats()
+        self.engine.scan()
+        after = self.engine.stats()
+        assert (after.pages_merged, after.pages_zeroed) == (
+            before.pages_merged,
+            before.pages_zeroed,
+        )
+        if after.dirty == "pagemap" and not self.children:
+            # Private copies over the store cannot be protected.
+            n_read = after.pages_hashed - before.pages_hashed
+            assert n_read == after.pages_unshared - after.pages_quiet
+
+    @rule()
     def dedup_everything(self):
         self.engine.dedup()
         self.scanned = True
@@ -215,6 +232,17 @@ class EngineMachine(RuleBasedStateMachine):
     def nothing_is_broken_inside(self):
         if hasattr(self, "engine"):
             self.engine._core.check()
+
+    @invariant()
+    def nobody_is_protected_but_quiet_pages(self):
+        """No survey would ever show it again. (A write lifts the protection of a quiet page.)"""
+        if not hasattr(self, "engine") or self.engine.stats().dirty != "pagemap":
+            return
+        n_protected = sum(
+            n_pages - len(_pagemap.written(addr, n_pages))
+            for _, addr, n_pages in self.engine._core.regions()
+        )
+        assert n_protected <= self.engine.stats().pages_quiet
 
     @invariant()
     def counters_add_up_after_a_pass(self):

@@ -315,24 +315,26 @@ def test_a_pass_within_a_pass_is_refused(engine, rng):
 def test_blocks_of_copies_are_released_whole(rng, order):
     """More slots lose their last sharer in one span than are punched together, and the content of a
     block among them comes back in the same span."""
-    n = 140  # stretches of a whole span, so blocks of eight copies: 1120 slots
+    n = 270  # stretches of 256 pages, so blocks of four copies or more: at least 1080 slots
     contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
     with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=20_000) as engine:
         stretches = engine.empty((n * 256 + 1, PAGE), np.uint8)
         stretches[:-1] = contents.repeat(256, axis=0)
         engine.dedup()
-        assert engine.stats().store_pages == 8 * n
-        joined = engine.empty((256, PAGE), np.uint8)
+        assert engine.stats().store_pages > 1024
+        whole = engine.empty((1024, PAGE), np.uint8)
+        first = -(whole.ctypes.data // PAGE) % 512  # where a span begins
+        joined = whole[first : first + 400]
         joined[: n - 1] = contents[1:]
         joined[n - 1] = contents[0]
-        joined[n:] = rng.integers(1, 256, (256 - n, PAGE), dtype=np.uint8)
-        engine.dedup(joined)
+        joined[n:] = rng.integers(1, 256, (400 - n, PAGE), dtype=np.uint8)
+        engine.dedup(whole)
         del stretches
         expected = joined.copy()
         expected[:n] = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
         expected[n : n + 20 : 2] = contents[0]
         joined[:] = expected
-        engine.dedup(joined)
+        engine.dedup(whole)
         engine._core.check()
         assert np.array_equal(joined, expected)
 

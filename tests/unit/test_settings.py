@@ -75,7 +75,7 @@ class TestRefused:
             ("checksum", ["jhash", "mmh3"]),
             ("order", ["digest", "content"]),
             ("guard", ["auto", "mprotect"]),
-            ("dirty", ["auto", "checksum"]),
+            ("dirty", ["auto", "pagemap", "checksum"]),
         ],
     )
     @pytest.mark.parametrize("value", ["", "something", "AUTO"])
@@ -141,7 +141,8 @@ class TestValues:
     def test_auto_is_told_in_the_stats(self, engine):
         there = [name for name in GUARDS if ksmcore.features()[name] is None]
         assert engine.stats().guard == there[0]
-        assert engine.stats().dirty == "checksum"
+        tracking = ksmcore.features()["tracking"] is None
+        assert engine.stats().dirty == ("pagemap" if tracking else "checksum")
 
     @pytest.mark.parametrize("size", [1, 64, 1000, 2**16])
     def test_hash_size(self, size):

@@ -191,7 +191,9 @@ class TestArithmetic:
                 engine.scan()
                 other.scan()
             a, b = check_arithmetic(engine, arrays), check_arithmetic(other, others)
-            for name in ("pages_sharing", "pages_unshared", "pages_volatile"):
+            # How many copies a repeated page has depends on where the arrays lie.
+            assert a.pages_shared + a.pages_sharing == b.pages_shared + b.pages_sharing
+            for name in ("pages_unshared", "pages_volatile"):
                 assert getattr(a, name) == getattr(b, name)
 
     def test_nothing_registered(self, engine):
@@ -212,7 +214,7 @@ class TestArithmetic:
         stats = check_arithmetic(engine, [array])
         assert stats.pages_shared + stats.pages_sharing == 1000
         # A stretch of one page is mapped over a small block of copies.
-        assert 1 <= stats.pages_shared <= 8
+        assert 1 <= stats.pages_shared <= 16
 
     def test_all_zero(self, engine):
         array = engine.full(200 * PAGE, 0, np.uint8)

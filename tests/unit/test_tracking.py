@@ -1,0 +1,376 @@
+"""Written-page tracking: quiet pages are not read again, and no write to them goes unseen."""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _forks, _pagemap, _quiet, _sys, vmas
+
+PAGE = mmap.PAGESIZE
+N = 600
+
+pytestmark = pytest.mark.skipif(
+    ksmcore.features()["tracking"] is not None, reason="this kernel tracks no writes"
+)
+
+
+def unwritten(array):
+    """Pages that the kernel takes for unwritten: asked of the kernel, not of the engine."""
+    n_pages = array.nbytes // PAGE
+    return n_pages - len(_pagemap.written(array.ctypes.data, n_pages))
+
+
+def hashed_by(engine, scan=None):
+    before = engine.stats().pages_hashed
+    (scan or engine.scan)()
+    return engine.stats().pages_hashed - before
+
+
+@pytest.fixture
+def quiet(engine, rng):
+    """An array of N different pages, all of them quiet."""
+    array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+    for _ in range(3):
+        engine.scan()
+    stats = engine.stats()
+    assert stats.dirty == "pagemap"
+    assert stats.pages_quiet == stats.pages_unshared == N
+    assert unwritten(array) == N
+    return array
+
+
+# ---- what it is for ----------------------------------------------------------
+
+
+def test_quiet_pages_are_not_read_again(engine, quiet):
+    for _ in range(3):
+        assert hashed_by(engine) == 0
+        assert engine.stats().pages_quiet == N
+    engine._core.check()
+
+
+@pytest.mark.parametrize("n_written", [1, 7, 100])
+def test_a_pass_costs_what_was_written(engine, quiet, rng, n_written):
+    rows = rng.choice(N, n_written, replace=False)
+    quiet[rows, 5] += 1
+    assert unwritten(quiet) == N - n_written
+    # Changed; unchanged; protected and read once more.
+    assert [hashed_by(engine) for _ in range(4)] == [n_written, n_written, n_written, 0]
+    assert unwritten(quiet) == engine.stats().pages_quiet == N
+    engine._core.check()
+
+
+def test_a_pass_that_merges_costs_what_was_written(engine, rng):
+    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    a, b = engine.array(content), engine.array(content)
+    alone = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+    for _ in range(4):
+        engine.scan()
+    assert engine.stats().pages_quiet == N
+    assert hashed_by(engine) == 0
+    a[3, 3] += 1
+    alone[4, 4] += 1
+    content[3, 3] += 1
+    assert hashed_by(engine) == 2
+    assert np.array_equal(a, content)
+    assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["store", "pread", "readinto", "writev", "mem"])
+def test_every_way_of_writing_is_seen(engine, quiet, tmp_path, how):
+    """What is written makes page 10 equal to page 20: it is merged as soon as it may be."""
+    data = quiet[20].tobytes()
+    if how == "store":
+        quiet[10] = quiet[20]
+    elif how in ("pread", "readinto"):
+        (tmp_path / "data").write_bytes(data)
+        with open(tmp_path / "data", "rb", buffering=0) as file:
+            if how == "pread":
+                assert os.preadv(file.fileno(), [quiet[10]], 0) == PAGE
+            else:
+                assert file.readinto(quiet[10]) == PAGE
+    elif how == "writev":
+
+        class Iovec(ctypes.Structure):
+            _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        here = Iovec(quiet[20].ctypes.data, PAGE)
+        there = Iovec(quiet[10].ctypes.data, PAGE)
+        wrote = libc.process_vm_writev(
+            os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, ctypes.c_ulong(0)
+        )
+        assert wrote == PAGE
+    else:
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(quiet[10].ctypes.data)
+            assert memory.write(data) == PAGE
+    assert unwritten(quiet) == N - 1
+    engine.scan()
+    engine.scan()
+    assert engine.stats().pages_sharing == 1
+    assert quiet[10].tobytes() == quiet[20].tobytes() == data
+
+
+# ---- merging with quiet pages ----------------------------------------------------------
+
+
+def test_a_new_page_finds_a_quiet_one(engine, quiet):
+    other = engine.array(quiet[100:200])
+    engine.scan()
+    assert engine.stats().pages_sharing == 0  # seen for the first time
+    engine.scan()
+    stats = engine.stats()
+    assert (stats.pages_shared, stats.pages_sharing) == (100, 100)
+    assert stats.pages_quiet == N - 100
+    assert np.array_equal(other, quiet[100:200])
+    # What is merged is no anonymous memory, the rest is watched as before.
+    assert unwritten(quiet) == N - 100
+    engine._core.check()
+
+
+def test_dedup_finds_quiet_pages_at_once(engine, quiet):
+    other = engine.array(quiet)
+    assert engine.dedup(other).pages_merged == 2 * N
+    assert engine.stats().pages_quiet == 0
+    assert np.array_equal(other, quiet)
+
+
+@pytest.mark.parametrize("place", [0, N - 1])
+def test_a_quiet_partner_that_was_written_has_its_turn(engine, quiet, place):
+    """Written with its own bytes: found in the quiet tree, it is no quiet page any more."""
+    other = engine.array(quiet[place])
+    engine.scan()
+    quiet[place] = quiet[place].copy()
+    assert unwritten(quiet) == N - 1
+    engine.scan()
+    stats = engine.stats()
+    assert (stats.pages_sharing, stats.pages_quiet) == (1, N - 1)
+    assert np.array_equal(other, quiet[place])
+    engine._core.check()
+
+
+def test_pages_that_could_not_be_merged_are_looked_at_again(engine, quiet):
+    """Out of the quiet tree, and so not protected any more, even where no window was opened."""
+    engine.configure(map_budget=0)
+    other = engine.array(quiet[:50])
+    for _ in range(3):
+        engine.scan()
+    stats = engine.stats()
+    assert stats.pages_sharing == 0
+    assert stats.skipped["map_budget"] > 0
+    assert unwritten(quiet) + unwritten(other) <= stats.pages_quiet
+    engine.configure(map_budget="auto")
+    engine.scan()
+    engine.scan()
+    assert engine.stats().pages_sharing == 50
+    engine._core.check()
+
+
+# Of some calls the first one makes the guard ready.
+@pytest.mark.parametrize(
+    ("call", "after"), [("uffd_register", 1), ("uffd_move", 0), ("mmap", 1), ("tracker", 0)]
+)
+def test_windows_that_fail(engine, quiet, call, after):
+    other = engine.array(quiet)
+    engine.scan()
+    _sys.inject(call, errno.ENOMEM, after=after, count=3)
+    engine.scan()
+    _sys.inject_clear()
+    assert unwritten(quiet) + unwritten(other) <= engine.stats().pages_quiet
+    for _ in range(4):
+        engine.scan()
+    assert engine.stats().pages_sharing == N
+    assert np.array_equal(quiet, other)
+    engine._core.check()
+
+
+# ---- what a program may do meanwhile ----------------------------------------------------------
+
+
+def test_memory_given_up_by_the_program(engine, quiet):
+    libc = ctypes.CDLL(None)
+    assert libc.madvise(ctypes.c_void_p(quiet.ctypes.data), ctypes.c_size_t(10 * PAGE), 4) == 0
+    engine.scan()
+    assert engine.stats().pages_unshared == N - 10
+    assert not quiet[:10].any()
+    quiet[:10] = quiet[10:20]
+    for _ in range(3):
+        engine.scan()
+    assert engine.stats().pages_sharing == 10
+    engine._core.check()
+
+
+def test_all_descriptors_closed(engine, quiet):
+    for name in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{name}"
+        if os.path.islink(path) and "userfaultfd" in os.readlink(path):
+            os.close(int(name))
+    assert unwritten(quiet) == 0  # the kernel has let go of all of it
+    quiet[1] = quiet[2]
+    assert hashed_by(engine) == N
+    engine.scan()
+    assert engine.stats().pages_sharing == 1
+    engine.scan()
+    engine.scan()
+    assert engine.stats().pages_quiet == unwritten(quiet) == N - 2
+    engine._core.check()
+
+
+def test_a_forked_child_is_not_watched(engine, quiet):
+    before = quiet.copy()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            seen = unwritten(quiet)
+            quiet[0] += 1
+            with ksmcore.Engine() as own:
+                array = own.array(quiet)
+                for _ in range(4):
+                    own.scan()
+                right = own.stats().pages_quiet == N and np.array_equal(array, quiet)
+            status = 0 if seen == 0 and right and _forks.generation() > 0 else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    # The fork itself wrote nothing, and the child's writes are its own.
+    assert hashed_by(engine) == 0
+    assert np.array_equal(quiet, before)
+
+
+def test_nothing_stays_behind(rng):
+    buffer = mmap.mmap(-1, N * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(buffer, np.int64)
+    array[:] = rng.integers(0, 2**63, array.size, dtype=np.int64)
+    inner = array[2 * PAGE // 8 : -2 * PAGE // 8]
+
+    def flags():
+        end = array.ctypes.data + array.nbytes
+        return {
+            flag for vma in vmas.Snapshot().vmas_in(array.ctypes.data, end) for flag in vma.flags
+        }
+
+    with ksmcore.Engine() as engine:
+        region = engine.register(inner)
+        for _ in range(3):
+            engine.scan()
+        assert "uw" in flags()
+        assert engine.stats().maps_used == 2
+        region.close()
+        assert "uw" not in flags()
+        assert engine.stats().maps_used == 0
+        assert unwritten(inner) == 0
+        engine.register(inner)
+        for _ in range(4):
+            engine.scan()
+        assert engine.stats().pages_quiet == N - 4
+    assert "uw" not in flags()
+
+
+def test_what_is_registered_can_be_asked_about(engine, quiet):
+    assert engine.estimate(quiet).pages_distinct == N
+    assert engine.estimate().pages_distinct == N
+    assert engine.dedup(quiet).pages_merged == 0
+
+
+def test_unmerged_memory_is_watched_again(engine, rng):
+    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    a = engine.array(content)
+    for _ in range(3):
+        engine.scan()
+    b = engine.array(content)
+    engine.dedup()
+    engine.unmerge()
+    a[:, 0] = np.arange(N)
+    b[:, 0] = np.arange(N) + N
+    for _ in range(3):
+        engine.scan()
+    assert hashed_by(engine) == 0
+    assert unwritten(a) + unwritten(b) == engine.stats().pages_quiet == 2 * N
+
+
+# ---- without it ----------------------------------------------------------
+
+
+def test_checksum_on_request(rng):
+    with ksmcore.Engine(dirty="checksum") as engine:
+        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        assert [hashed_by(engine) for _ in range(5)] == [N] * 5
+        assert engine.stats().dirty == "checksum"
+        assert engine.stats().pages_quiet == unwritten(array) == 0
+
+
+def test_content_order_has_checksums(rng):
+    with ksmcore.Engine(order="content") as engine:
+        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        assert [hashed_by(engine) for _ in range(5)] == [N] * 5
+        assert engine.stats().dirty == "checksum"
+        assert unwritten(array) == 0
+    with pytest.raises(ValueError, match="dirty='pagemap' needs order='digest'"):
+        ksmcore.Engine(order="content", dirty="pagemap")
+
+
+def test_where_it_is_not_to_be_had(rng):
+    _sys.inject("tracker", errno.EPERM)
+    with pytest.raises(ValueError, match="dirty='pagemap' is not to be had here"):
+        ksmcore.Engine(dirty="pagemap")
+    _sys.inject("tracker", errno.EPERM)
+    with ksmcore.Engine() as engine:
+        assert engine.stats().dirty == "checksum"
+        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        assert [hashed_by(engine) for _ in range(4)] == [N] * 4
+        assert unwritten(array) == 0
+
+
+def test_a_kernel_without_pagemap_scan(rng):
+    _sys.inject("pagemap_scan", errno.ENOTTY)
+    with ksmcore.Engine() as engine:
+        assert engine.stats().dirty == "checksum"
+        content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+        a, b = engine.array(content), engine.array(content)
+        engine.dedup()
+        assert engine.stats().pages_sharing == N
+        a[5, 5] += 1
+        assert [hashed_by(engine) for _ in range(2)] == [1, 1]
+        assert not np.array_equal(a, b)
+        engine._core.check()
+
+
+@pytest.mark.parametrize(
+    ("call", "after"),
+    [("tracker", 0), ("tracker", 1), ("pagemap_scan", 1), ("pagemap_scan", 2), ("pagemap_scan", 3)],
+)
+def test_watching_that_fails(rng, call, after):
+    """Each call of the pass that first protects pages."""
+    with ksmcore.Engine() as engine:
+        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        engine.scan()
+        engine.scan()
+        _sys.inject(call, errno.EPERM, after=after)
+        # A survey that failed says so; the rest goes on with checksums.
+        with contextlib.suppress(PermissionError):
+            engine.scan()
+        assert _sys.inject_clear() == 0
+        assert unwritten(array) <= engine.stats().pages_quiet
+        array[1] = array[2]
+        for _ in range(3):
+            engine.scan()
+        assert engine.stats().pages_sharing == 1
+        engine._core.check()
+
+
+def test_small_regions_are_not_watched(engine, rng):
+    before = _quiet.watch_from(N + 1)
+    try:
+        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        assert [hashed_by(engine) for _ in range(4)] == [N] * 4
+        assert unwritten(array) == engine.stats().maps_used == 0
+    finally:
+        _quiet.watch_from(before)
