@@ -47,6 +47,7 @@ ctypedef struct engine_core:
     uint64_t stretch_pages       # in all
     uint32_t stretch_copies      # that it should lie over
     uint32_t stretch_digest
+    uint32_t stretch_slot        # first slot of the block that its last page was matched with, 0: none
     bint more_follows            # the region goes on after this span
     # the block that the last page was matched with, in this span; 0: none
     uint32_t block_slot

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from ksmcore._forest cimport forest_bytes, forest_clear, forest_destroy, forest_init
+from ksmcore._forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
 from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._regions cimport region_t, regions_destroy, regions_init
@@ -44,7 +44,7 @@ cdef int core_init(
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
     c.last_epoch = NO_EPOCH
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
     regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
     c.tracker.file.fd = -1
@@ -127,9 +127,13 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 cdef void core_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
-    cdef size_t i
+    cdef size_t i, n_pages = 0
+    for i in range(c.regions.n):
+        n_pages += c.regions.all[i].n_pages
     store_thaw(&c.store)
     forest_clear(&c.unstable)
+    forest_expect(&c.unstable, n_pages // 2)
+    forest_expect(&c.stable, n_pages // 2)
     if not tracker_is_there(&c.tracker):
         for i in range(c.regions.n):
             c.regions.all[i].flags &= ~REGION_WATCHED
@@ -140,7 +144,7 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil:
         rmap_forget_epochs(&c.rmap)
         c.epoch = 1
         c.last_epoch = NO_EPOCH
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = 0
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
 
 
 cdef size_t core_bytes(engine_core* c) noexcept nogil:

@@ -20,6 +20,7 @@ cdef int forest_init(
     sys_error* err
 ) noexcept nogil
 cdef void forest_destroy(forest_t* forest) noexcept nogil
+cdef void forest_expect(forest_t* forest, size_t n_nodes) noexcept nogil
 cdef void forest_clear(forest_t* forest) noexcept nogil
 cdef void forest_prefetch(const forest_t* forest, const uint32_t* digests, size_t n) noexcept nogil
 cdef uint32_t forest_find(

@@ -4,7 +4,7 @@ Called by: _scan, _runs, _unmerge. Calls: _trees (every tree is one of its trees
 
 A search in one tree of a million nodes follows some twenty links, most of them to memory that no cache
 holds. Here the low bits of a key's checksum choose one of many trees of LOAD_NODES nodes or fewer on
-average, so a search follows three or four, however many pages there are. In "content" order the checksum
+average, so a search follows three or so, however many pages there are. In "content" order the checksum
 is no part of the key, and there is one tree.
 
 Like the rmap hash the forest grows by one tree whenever the load passes LOAD_NODES per tree, and only the
@@ -27,7 +27,8 @@ cdef extern from *:
     void __builtin_prefetch(const void* address) noexcept nogil
 
 cdef enum:
-    LOAD_NODES = 8
+    LOAD_NODES = 6
+    MAX_EXPECTED = 1 << 18   # trees; more grow as they come: a sparse region may never have the pages
 
 
 cdef inline uint32_t _tree_of(const forest_t* forest, uint32_t digest) noexcept nogil:
@@ -55,6 +56,31 @@ cdef void forest_destroy(forest_t* forest) noexcept nogil:
     if forest.roots != NULL:
         sys_unmap(<uintptr_t>forest.roots, <size_t>forest.capacity * sizeof(uint32_t), &ignored)
     forest.roots = NULL
+
+
+cdef void forest_expect(forest_t* forest, size_t n_nodes) noexcept nogil:
+    """An empty forest becomes one of as many trees as n_nodes nodes want, so that they come without any tree
+    being split; never one of fewer. Where no memory is to be had it stays as it is."""
+    cdef size_t wanted = min(n_nodes // LOAD_NODES, <size_t>MAX_EXPECTED), capacity = forest.capacity
+    cdef sys_error ignored
+    cdef void* grown
+    if forest.one.by_content or forest.n_nodes != 0 or wanted <= forest.n_roots:
+        return
+    while capacity < wanted:
+        capacity *= 2
+    if capacity != forest.capacity:
+        error_clear(&ignored)
+        grown = sys_grow(
+            forest.roots, <size_t>forest.capacity * sizeof(uint32_t), capacity * sizeof(uint32_t), &ignored
+        )
+        if grown == NULL:
+            return
+        forest.roots = <uint32_t*>grown
+        forest.capacity = <uint32_t>capacity
+    forest.n_roots = <uint32_t>wanted
+    while 2 * forest.base < forest.n_roots:
+        forest.base *= 2
+    memset(forest.roots, 0, wanted * sizeof(uint32_t))
 
 
 cdef void forest_clear(forest_t* forest) noexcept nogil:

@@ -47,7 +47,7 @@ from ksmcore._runs cimport (
     INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
     SKIP_STORE, batch_add, batch_flush, batch_new_block, drop_sharer,
 )
-from ksmcore._store cimport MAX_SHARERS, store_block, store_page
+from ksmcore._store cimport DEAD, MAX_SHARERS, store_block, store_page
 from ksmcore._sys cimport error_clear, sys_error, sys_pause
 from ksmcore._tracker cimport tracker_disarm
 from ksmcore._trees cimport rb_place
@@ -184,6 +184,7 @@ cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil
         return c.stretch_copies
     if page_no != c.stretch_end or c.digests[i] != c.stretch_digest:
         c.stretch_pages = 0
+        c.stretch_slot = 0
         c.stretch_digest = c.digests[i]
     while (
         end < n_look and c.digests[end] == c.digests[i]
@@ -195,6 +196,33 @@ cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil
     c.stretch_end = page_no + (end - i)
     c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if end == n_look and c.more_follows else 1))
     return c.stretch_copies
+
+
+cdef bint _stretch_is_shared(engine_core* c) noexcept nogil:
+    """Is there still a shared page equal to those of the stretch?"""
+    cdef uint32_t slot = c.stretch_slot
+    return (
+        slot != 0 and c.store.uses[slot].used and not c.store.uses[slot].pending and not c.store.uses[slot].copy
+        and c.store.uses[slot].n_sharers != DEAD and c.store.nodes[slot].digest == c.stretch_digest
+    )
+
+
+cdef size_t _go_on(engine_core* c, size_t n_look) noexcept nogil:
+    """How many pages, from the first one on, go on the stretch that the span before ended in: compared with
+    its shared page, they need no checksum of their own, and no search."""
+    cdef uintptr_t addr = <uintptr_t>(c.stretch_end * c.page_bytes)
+    cdef const uint8_t* shared
+    cdef size_t i = 0
+    if c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr or not _stretch_is_shared(c):
+        return 0
+    shared = store_page(&c.store, c.stretch_slot)
+    while (
+        i < n_look and c.pages[i] == <const uint8_t*>addr + i * c.page_bytes
+        and page_compare(c.pages[i], shared, c.page_bytes) == 0
+    ):
+        c.digests[i] = c.stretch_digest
+        i += 1
+    return i
 
 
 # ---- stage 3: matching ----------------------------------------------------------------------
@@ -224,15 +252,16 @@ cdef uint32_t _match_stable(
 ) noexcept nogil:
     """The slot that this page should map, or 0 when no more pages can map an equal one.
 
-    *first: the first shared page that is equal, full or not; 0 when there is none, and then *place is where
-    one belongs.
+    *first: the first shared page that is equal, full or not, if it is known; then it is not searched for. Set
+    to 0 when there is none, and then *place is where one belongs.
 
     Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
     map neighbouring slots. A stretch that has outgrown its block gets a larger one, which is found
     first from then on.
     """
     cdef uint32_t n_copies = 1, larger, slot
-    first[0] = forest_find(&c.stable, digest, page, place)
+    if first[0] == 0:
+        first[0] = forest_find(&c.stable, digest, page, place)
     if first[0] == 0:
         return 0
     if first[0] != c.block_slot:
@@ -246,6 +275,7 @@ cdef uint32_t _match_stable(
             first[0] = larger
             c.block_slot = larger
             c.block_copies = n_copies = n_wanted
+    c.stretch_slot = first[0]
     slot = first[0] + <uint32_t>(page_no % n_copies)
     if not c.store.uses[slot].pending and c.store.uses[slot].n_sharers >= MAX_SHARERS:
         return 0
@@ -343,14 +373,15 @@ cdef void _settle_items(engine_core* c, size_t n_look, sys_error* err) noexcept 
 
 
 cdef void _match(
-    engine_core* c, const region_t* region, size_t i, size_t n_look, bint immediate
+    engine_core* c, const region_t* region, size_t i, size_t n_look, bint goes_on, bint immediate
 ) noexcept nogil:
-    """One page that needs a look: wait, merge, or stand in the unstable tree."""
+    """One page that needs a look: wait, merge, or stand in the unstable tree. `goes_on`: it is known to equal
+    the shared page of its stretch."""
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef uint32_t n_wanted = _copies_at(c, i, n_look)
-    cdef uint32_t item = c.items[i], slot, first = 0
+    cdef uint32_t item = c.items[i], slot, first = c.stretch_slot if goes_on else 0
     cdef rb_place place
     cdef bint unchanged
     if item == 0:
@@ -382,7 +413,7 @@ cdef int _scan_span(
     """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
     c.survey.next tells where to go on. -1 with *err when the kernel did not answer, or when a guard could not
     be closed."""
-    cdef size_t i, n_look
+    cdef size_t i, n_look, n_known
     cdef int rc
     # A page of a file is one of the store, unless an item over the store has lost its share of it.
     cdef bint with_files = c.rmap.n_over_store != c.rmap.n_by_state[<int>PAGE_SHARED]
@@ -400,15 +431,18 @@ cdef int _scan_span(
     c.block_slot = 0
     c.more_follows = c.survey.next < region_end(&c.regions, region)
     quiet_arm(c, region, n_look)
-    checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
-    c.counters.pages_hashed += n_look
+    n_known = _go_on(c, n_look)
+    checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
+    c.counters.pages_hashed += n_look - n_known
     _settle_items(c, n_look, err)
     quiet_disarm_changed(c, n_look)
+    if not _stretch_is_shared(c):
+        n_known = 0              # the last that shared it were among these pages
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
         forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
         forest_prefetch(&c.quiet, c.digests + i, min(n_look - i, <size_t>PREFETCH))
-        _match(c, region, i, n_look, immediate)
+        _match(c, region, i, n_look, i < n_known, immediate)
     quiet_disarm_others(c, n_look)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)

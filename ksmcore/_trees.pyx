@@ -150,6 +150,7 @@ cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_pl
     cdef const rb_node* nodes = tree.nodes[0]
     cdef uint32_t at = tree.root, parent = NIL, found = NIL
     cdef bint right = False
+    cdef const uint8_t* other
     cdef int order
     # By 5, every node before the key lies left of the way down and every node after it right of it. An equal node is
     # remembered, and the search goes on to its left, where an earlier equal one may stand. In digest order this costs
@@ -160,7 +161,8 @@ cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_pl
             right = digest > nodes[at].digest
         else:
             tree.n_compares += 1
-            order = page_compare(page, tree.page_of(tree.owner, at), tree.page_bytes)
+            other = tree.page_of(tree.owner, at)
+            order = page_compare(page, other, tree.page_bytes) if page != other else 0
             right = order > 0
             if order == 0:
                 found = at

@@ -40,7 +40,8 @@ log = logging.getLogger("ksmcore")
 BATCH_PAGES = 4096
 # How often dedup goes over pages that the map budget left out, giving short runs more each time.
 BUDGET_ROUNDS = 6
-# A pass that has made so many mappings looks again at what the program has mapped meanwhile.
+# A pass that has made so many mappings, and a quarter of what there were, looks again at what the
+# program has mapped meanwhile.
 MAPS_TO_CENSUS = 500
 END_OF_MEMORY = 2**64 - 1
 
@@ -219,7 +220,8 @@ class Engine(Registrar):
             for cursor, end in ranges:
                 while cursor < end:
                     # Between two calls the interpreter runs signal handlers, and other threads.
-                    if self._core.maps_used - self._maps_at_census > MAPS_TO_CENSUS:
+                    made = self._core.maps_used - self._maps_at_census
+                    if made > max(MAPS_TO_CENSUS, self._maps_at_census // 4):
                         self._take_census()
                     cursor = self._core.walk(cursor, end, BATCH_PAGES, immediate)
                     done = min(done + BATCH_PAGES, n_pages)
