@@ -45,10 +45,14 @@ ctypedef struct engine_core:
     uint64_t stretch_start       # page number of its first page in this span
     uint64_t stretch_end         # page number after its last page seen
     uint64_t stretch_pages       # in all
+    bint stretch_end_unseen      # it may go on in the next span
     uint32_t stretch_copies      # that it should lie over
     uint32_t stretch_digest
     uint32_t stretch_slot        # first slot of the block that its last page was matched with, 0: none
     bint more_follows            # the region goes on after this span
+    # guesses: where a stretch of different pages comes again, what matches the next one
+    uint32_t next_slot
+    uint32_t next_partner
     # the block that the last page was matched with, in this span; 0: none
     uint32_t block_slot
     uint32_t block_copies

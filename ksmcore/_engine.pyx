@@ -45,6 +45,7 @@ cdef int core_init(
     c.epoch = 1
     c.last_epoch = NO_EPOCH
     c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
+    c.next_slot = c.next_partner = 0
     regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
     c.tracker.file.fd = -1
@@ -145,6 +146,7 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil:
         c.epoch = 1
         c.last_epoch = NO_EPOCH
     c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
+    c.next_slot = c.next_partner = 0
 
 
 cdef size_t core_bytes(engine_core* c) noexcept nogil:

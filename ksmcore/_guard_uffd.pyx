@@ -1,6 +1,6 @@
 """The userfaultfd guards: the kernel itself makes writers wait, without any signal handler.
 
-Called by: _guard. Calls: _uffd, _sys.
+Called by: _guard. Calls: _scratch, _uffd, _pagemap, _sys.
 
 Two ways of closing a window, chosen by what lies under it:
 
@@ -38,10 +38,10 @@ from libc.string cimport memcpy, memset
 from ksmcore._forks cimport gate_lock, gate_unlock
 from ksmcore._pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._sys cimport (
-    ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD,
-    error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_file, sys_is_kept, sys_keep, sys_map_anon,
-    sys_page_bytes, sys_pause, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD, error_clear, sys_advise, sys_close, sys_drop,
+    sys_error, sys_file, sys_is_kept, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
 )
+from ksmcore._scratch cimport scratch_empty, scratch_end, scratch_init, scratch_ready, scratch_t
 from ksmcore._uffd cimport (
     UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect,
     uffd_register, uffd_unregister, uffd_wake,
@@ -91,8 +91,8 @@ ctypedef struct uffd_state:
     sys_file file
     bint moves                 # the kernel can move pages
     uint32_t n_users
-    uintptr_t scratch          # where pages are moved to: WINDOW_PAGES pages
-    bint scratch_full          # pages may be left in it
+    scratch_t scratch          # where pages are moved to
+    scratch_t huge_scratch     # the same for huge pages; made for the first of them
     pagemap pm
     bint is_stuck              # the last window could not be given back
     window_t stuck
@@ -112,9 +112,6 @@ cdef int uffd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil
 
 
 cdef int _begin(uffd_state* state, bint user_mode_only, sys_error* err) noexcept nogil:
-    cdef sys_error ignored
-    cdef size_t len_bytes = <size_t>WINDOW_PAGES * sys_page_bytes()
-    error_clear(&ignored)
     state.moves = not user_mode_only
     sys_keep(&state.file, uffd_open(user_mode_only, &state.moves, err))
     if state.file.fd < 0:
@@ -126,25 +123,18 @@ cdef int _begin(uffd_state* state, bint user_mode_only, sys_error* err) noexcept
         # Without it nobody knows where a page is when a move fails.
         state.moves = False
         return 0
-    state.scratch_full = False
-    state.scratch = <uintptr_t>sys_map_anon(len_bytes, err)
-    if state.scratch != 0:
-        sys_advise(state.scratch, len_bytes, ADVISE_DONTFORK, &ignored)
-        sys_advise(state.scratch, len_bytes, ADVISE_NOHUGEPAGE, &ignored)
-        # The kernel moves pages only to where the descriptor is registered, for whatever.
-        if uffd_register(state.file.fd, state.scratch, len_bytes, UFFD_PROTECTED, err) == 0:
-            return 0
+    if (
+        scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
+        and scratch_ready(&state.scratch, state.file.fd, err) == 0
+    ):
+        return 0
     _end(state)
     return -1
 
 
 cdef void _end(uffd_state* state) noexcept nogil:
-    cdef sys_error ignored
-    error_clear(&ignored)
-    # Unchecked: our own mapping, whole.
-    if state.scratch != 0:
-        sys_unmap(state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), &ignored)
-    state.scratch = 0
+    scratch_end(&state.scratch)
+    scratch_end(&state.huge_scratch)
     pagemap_close(&state.pm)
     sys_drop(&state.file)
 
@@ -156,7 +146,8 @@ cdef int _heal(uffd_state* state, sys_error* err) noexcept nogil:
     if _give_back(state, &state.stuck, False, True, err) != 0:
         return -1
     state.is_stuck = False
-    state.scratch_full = True
+    state.scratch.is_full = True
+    state.huge_scratch.is_full = state.huge_scratch.addr != 0
     return 0
 
 
@@ -253,7 +244,7 @@ cdef uint32_t _move_out(uffd_state* state, window_t* w) noexcept nogil:
     """Take the pages away from everybody. Returns how many were refused as pinned."""
     cdef int codes[<int>WINDOW_PAGES]
     cdef uint32_t i, n_busy = 0
-    _move(state, state.scratch, w.addr, w.n_pages, w.page_bytes, w.away, codes)
+    _move(state, w.scratch, w.addr, w.n_pages, w.page_bytes, w.away, codes)
     for i in range(w.n_pages):
         if w.away[i]:
             w.outcomes[i] = DONE
@@ -282,7 +273,7 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
         while i < w.n_pages and w.away[i] and w.outcomes[i] != DONE:
             i += 1
         home = w.addr + start * w.page_bytes
-        there = state.scratch + start * w.page_bytes
+        there = w.scratch + start * w.page_bytes
         _move(state, home, there, i - start, w.page_bytes, moved, codes)
         for k in range(i - start):
             if moved[k]:
@@ -345,6 +336,10 @@ cdef int _give_back(uffd_state* state, window_t* w, bint all_remapped, bint may_
     return uffd_wake(state.file.fd, w.addr, w.n_pages * w.page_bytes, err)
 
 
+cdef scratch_t* _scratch_of(uffd_state* state, const window_t* w) noexcept nogil:
+    return &state.huge_scratch if w.scratch == state.huge_scratch.addr else &state.scratch
+
+
 cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
     """WINDOW_STUCK when the kernel would not take the pages back. Then they stay shut; every window, enter
     and leave from then on first tries again."""
@@ -369,8 +364,7 @@ cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept n
     if uffd_moves(w):
         uffd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
-        error_clear(&again)
-        state.scratch_full = sys_advise(state.scratch, w.n_pages * w.page_bytes, ADVISE_DONTNEED, &again) != 0
+        scratch_empty(_scratch_of(state, w), w.n_pages * w.page_bytes)
     return 0
 
 
@@ -390,14 +384,16 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
     cdef size_t len_bytes = w.n_pages * w.page_bytes
     cdef uint32_t attempt, n_busy, i
     cdef uint8_t busy[<int>WINDOW_PAGES]
-    w.bytes = <const uint8_t*>state.scratch
+    cdef scratch_t* scratch = &state.scratch
+    if w.is_huge:
+        error_clear(&ignored)
+        if state.huge_scratch.addr != 0 or scratch_init(&state.huge_scratch, len_bytes, True, &ignored) == 0:
+            scratch = &state.huge_scratch
+    w.scratch = scratch.addr
+    w.bytes = <const uint8_t*>scratch.addr
     for attempt in range(2):
-        # What is in it after a move must be what was moved.
-        if state.scratch_full and sys_advise(
-            state.scratch, <size_t>WINDOW_PAGES * w.page_bytes, ADVISE_DONTNEED, err
-        ) != 0:
+        if scratch_ready(scratch, state.file.fd, err) != 0:
             return -1
-        state.scratch_full = False
         uffd_block_signals()
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)

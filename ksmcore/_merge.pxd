@@ -14,6 +14,7 @@ cdef enum region_flag:
     REGION_HUGEPAGE = 4
     REGION_NOHUGEPAGE = 8
     REGION_WATCHED = 16      # not advice: a tracker watches its anonymous memory
+    PAGES_HUGE = 32          # not of a region: these pages were in a huge page when they were looked at
 
 # Neighbouring pages that the same is to happen to.
 ctypedef struct run_t:

@@ -32,7 +32,7 @@ from ksmcore._sys cimport (
     sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
 from ksmcore._tracker cimport tracker_let_go, tracker_take_back
-from ksmcore._window cimport CHANGED, DONE, REFUSED, WINDOW_PAGES, WINDOW_STUCK, window_t
+from ksmcore._window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
 
 cdef extern from "_reader.h" nogil:
     int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
@@ -151,6 +151,16 @@ cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcep
         tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (w.n_pages - start) * w.page_bytes)
 
 
+cdef uint32_t _window_pages(const run_t* run, uintptr_t addr, size_t n_pages) noexcept nogil:
+    """Pages of the next window, of n_pages to come from addr on: a huge page as a whole where one begins."""
+    cdef size_t left = WINDOW_PAGES - addr // run.page_bytes % WINDOW_PAGES
+    if not run.flags & PAGES_HUGE:
+        return <uint32_t>min(n_pages, <size_t>USUAL_PAGES)
+    if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
+        return WINDOW_PAGES
+    return <uint32_t>min(min(n_pages, left), <size_t>USUAL_PAGES)
+
+
 cdef int _windows(
     store_t* store, remap_kind kind, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
@@ -163,7 +173,8 @@ cdef int _windows(
     w.page_bytes = run.page_bytes
     while done < run.n_pages and rc == 0:
         w.addr = run.addr + done * run.page_bytes
-        w.n_pages = min(run.n_pages - done, <uint32_t>WINDOW_PAGES)
+        w.n_pages = _window_pages(run, w.addr, run.n_pages - done)
+        w.is_huge = w.n_pages > <uint32_t>USUAL_PAGES
         w.outcomes = outcomes + done
         if not run.over_store and tracker_let_go(run.tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
             memset(w.outcomes, REFUSED, w.n_pages)
@@ -226,7 +237,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
     """
     cdef sys_error ignored
     cdef window_t w
-    cdef uint8_t outcomes[<int>WINDOW_PAGES]
+    cdef uint8_t outcomes[<int>USUAL_PAGES]
     cdef size_t window_bytes
     cdef uintptr_t fresh
     cdef ksm_reader* reader
@@ -240,9 +251,10 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
     w.guard = run.guard
     w.over_store = True
     w.page_bytes = run.page_bytes
+    w.is_huge = False
     w.outcomes = outcomes
     while n_restored[0] < run.n_pages:
-        w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>WINDOW_PAGES)
+        w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)
         window_bytes = w.n_pages * run.page_bytes
         w.addr = run.addr + n_restored[0] * run.page_bytes
         # Faulted in here, so that the copy inside the window neither allocates nor fails. Kernels

@@ -33,6 +33,7 @@ cdef extern from "_pagemap.h" nogil:
 
 cdef enum:
     ENTRIES = 512            # read at once; 4 KiB on the stack
+    HUGE_BYTES = 0x200000    # of a huge page that is one block; where pages are larger, huge ones are not told
     BIT_EXCLUSIVE = 56
     BIT_FILE = 61
     BIT_SWAPPED = 62
@@ -118,7 +119,7 @@ cdef int _scan(
     return n
 
 
-cdef uint8_t _flags_of(uint64_t categories) noexcept nogil:
+cdef uint8_t _flags_of(const pagemap* pm, uint64_t categories) noexcept nogil:
     cdef uint8_t flags = 0
     if categories & KSM_PAGE_PRESENT:
         flags = PAGE_PRESENT
@@ -126,7 +127,7 @@ cdef uint8_t _flags_of(uint64_t categories) noexcept nogil:
             flags |= PAGE_OF_FILE
         elif not categories & KSM_PAGE_ZERO_PFN:
             flags |= PAGE_OWNED
-        if categories & KSM_PAGE_HUGE:
+        if categories & KSM_PAGE_HUGE and pm.page_bytes == <size_t>HUGE_BYTES // BLOCK_PAGES:
             flags |= PAGE_HUGE
     elif categories & KSM_PAGE_SWAPPED and not categories & KSM_PAGE_FILE:
         # With the file bit it is a page of the store that the kernel is moving: still mapped.
@@ -163,7 +164,7 @@ cdef int _survey_by_scan(
         put = &survey.ranges[survey.n_ranges]
         put.addr = found[i].start
         put.n_pages = (min(<uintptr_t>found[i].end, block_end) - found[i].start) // pm.page_bytes
-        put.flags = _flags_of(found[i].categories)
+        put.flags = _flags_of(pm, found[i].categories)
         survey.n_ranges += 1
     return 0
 

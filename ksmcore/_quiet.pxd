@@ -9,7 +9,7 @@ from ksmcore._regions cimport region_t
 # In engine_core.flags, of a page that is looked at.
 cdef enum:
     IS_ARMED = 4               # protected before it was read: it may stand in the quiet tree
-    IS_HUGE = 8                # ARMED, and part of a huge page
+    IS_HUGE = 8                # part of a huge page
 
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil

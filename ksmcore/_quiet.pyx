@@ -47,27 +47,26 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
     """
     cdef size_t i = 0, start
     cdef sys_error err
+    for start in range(n_look):
+        c.flags[start] = IS_HUGE if c.flags[start] & PAGE_HUGE else 0
     if not c.may_watch:
-        memset(c.flags, 0, n_look)
         return
     while i < n_look:
         start = i
         while i < n_look and _may_be_armed(c, i) and c.pages[i] == c.pages[start] + (i - start) * c.page_bytes:
             i += 1
         if i == start:
-            c.flags[i] = 0
             i += 1
             continue
         error_clear(&err)
         if (
-            (c.flags[start] & PAGE_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
+            (c.flags[start] & IS_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
             or pagemap_protect(&c.pm, <uintptr_t>c.pages[start], i - start, &err) != 0
         ):
             if err.code != 0:
                 quiet_unwatch(c, region)
-            memset(c.flags + start, 0, i - start)
         else:
-            memset(c.flags + start, IS_ARMED | (IS_HUGE if c.flags[start] & PAGE_HUGE else 0), i - start)
+            memset(c.flags + start, c.flags[start] | IS_ARMED, i - start)
 
 
 cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
@@ -75,7 +74,7 @@ cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
     cdef size_t i
     tracker_disarm(&c.tracker, <uintptr_t>c.pages[start], (end - start) * c.page_bytes)
     for i in range(start, end):
-        c.flags[i] &= ~(IS_ARMED | IS_HUGE)
+        c.flags[i] &= ~IS_ARMED
 
 
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil:

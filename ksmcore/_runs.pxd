@@ -61,6 +61,8 @@ ctypedef struct pending_block:
     uint32_t slot
     uint32_t n_copies
     uint32_t n_accepted          # intents that the budget allows
+    bint alone                   # no other shared page had its checksum when it was given its place
+    bint goes_on                 # more pages are expected than this batch has
     uint32_t fate                # private to _runs
     const uint8_t* source        # the candidate page
 
@@ -88,7 +90,7 @@ cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil
 cdef void batch_destroy(batch* b) noexcept nogil
 cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil
 cdef uint32_t batch_new_block(
-    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest
+    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
 ) noexcept nogil
 cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder

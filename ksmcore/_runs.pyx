@@ -15,7 +15,7 @@ from libc.stdlib cimport free, malloc, qsort
 
 from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
-from ksmcore._merge cimport REGION_WATCHED, merge_run, reshare_run, restore_range, run_t, zero_run
+from ksmcore._merge cimport PAGES_HUGE, REGION_WATCHED, merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_over_store,
     rmap_set_state,
@@ -71,9 +71,10 @@ cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
 
 
 cdef uint32_t batch_new_block(
-    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest
+    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
 ) noexcept nogil:
     """Slots for a new shared page and its copies, to be written from `source`; 0 without room for it.
+    `goes_on`: the stretch is long, and its end has not been seen.
 
     The caller puts the first slot into the stable tree.
     """
@@ -93,6 +94,8 @@ cdef uint32_t batch_new_block(
     b.pendings[b.n_pendings].n_copies = n_copies
     b.pendings[b.n_pendings].source = source
     b.pendings[b.n_pendings].n_accepted = 0
+    b.pendings[b.n_pendings].alone = False
+    b.pendings[b.n_pendings].goes_on = goes_on
     b.pendings[b.n_pendings].fate = OPEN
     b.n_pendings += 1
     return slot
@@ -107,7 +110,7 @@ cdef void batch_add(
     new.item = item
     new.slot = slot
     new.kind = kind
-    new.flags = <uint8_t>flags
+    new.flags = <uint8_t>(flags | (PAGES_HUGE if b.rmap.tags[item].huge else 0))
     new.over_store = <uint8_t>b.rmap.tags[item].over_store
     new.founder = founder
     new.fate = OPEN
@@ -261,7 +264,7 @@ cdef void _give_up_unwanted(batch* b) noexcept nogil:
         if block != NULL and b.intents[i].fate == OPEN:
             block.n_accepted += 1
     for i in range(b.n_pendings):
-        if b.pendings[i].n_accepted <= b.pendings[i].n_copies:
+        if b.pendings[i].n_accepted <= (0 if b.pendings[i].goes_on else b.pendings[i].n_copies):
             b.pendings[i].fate = LEFT
     # Both halves are accepted but for the budget, so it is the reason for the other half too.
     _leave_all_of(b, SKIP_MAP_BUDGET)
@@ -358,7 +361,7 @@ cdef void _settle_pendings(batch* b) noexcept nogil:
         slot = b.pendings[i].slot
         digest = b.store.nodes[slot].digest
         if not b.stable.one.by_content:
-            if forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
+            if b.pendings[i].alone or forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
                 continue
             forest_erase(b.stable, slot)
         _stable_insert(b.stable, slot, digest, store_page(b.store, slot))

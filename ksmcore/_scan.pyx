@@ -36,7 +36,7 @@ from ksmcore._pagemap cimport (
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._quiet cimport (
-    IS_ARMED, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
+    IS_ARMED, IS_HUGE, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
 )
 from ksmcore._regions cimport region_end, region_t, regions_at
 from ksmcore._rmap cimport (
@@ -57,6 +57,7 @@ cdef enum:
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
     MAX_COPIES = 512
+    COPIES_PAY = 32            # pages for each copy: so many, and a block as long as a huge page costs little
     GOES_ON = 2                # times as long as it has been, if its end has not been seen
     PREFETCH = 16              # pages that searches are prepared for ahead
     SURVEY_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
@@ -89,6 +90,10 @@ cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
         drop_sharer(&c.b, item)
     _leave_tree(c, item)
     rmap_remove(&c.rmap, item)
+
+
+cdef const uint8_t* _page_of(engine_core* c, uint32_t item) noexcept nogil:
+    return <const uint8_t*><uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
 
 
 cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
@@ -194,16 +199,20 @@ cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil
     c.stretch_pages += end - i
     c.stretch_start = page_no
     c.stretch_end = page_no + (end - i)
-    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if end == n_look and c.more_follows else 1))
+    c.stretch_end_unseen = end == n_look and c.more_follows
+    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if c.stretch_end_unseen else 1))
+    if c.flags[i] & IS_HUGE and c.stretch_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:
+        c.stretch_copies = MAX_COPIES
     return c.stretch_copies
 
 
-cdef bint _stretch_is_shared(engine_core* c) noexcept nogil:
-    """Is there still a shared page equal to those of the stretch?"""
-    cdef uint32_t slot = c.stretch_slot
+cdef bint _is_shared(engine_core* c, uint32_t slot, uint32_t digest) noexcept nogil:
+    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer? Then it stands
+    in the stable tree."""
     return (
-        slot != 0 and c.store.uses[slot].used and not c.store.uses[slot].pending and not c.store.uses[slot].copy
-        and c.store.uses[slot].n_sharers != DEAD and c.store.nodes[slot].digest == c.stretch_digest
+        0 < slot < c.store.top and c.store.nodes[slot].digest == digest and c.store.uses[slot].used
+        and not c.store.uses[slot].pending and not c.store.uses[slot].copy
+        and 0 < c.store.uses[slot].n_sharers < DEAD
     )
 
 
@@ -213,7 +222,7 @@ cdef size_t _go_on(engine_core* c, size_t n_look) noexcept nogil:
     cdef uintptr_t addr = <uintptr_t>(c.stretch_end * c.page_bytes)
     cdef const uint8_t* shared
     cdef size_t i = 0
-    if c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr or not _stretch_is_shared(c):
+    if c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr or not _is_shared(c, c.stretch_slot, c.stretch_digest):
         return 0
     shared = store_page(&c.store, c.stretch_slot)
     while (
@@ -240,7 +249,7 @@ cdef uint32_t _new_block(
             c.counters.skips[<int>SKIP_MAX_SHARED] += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
-    slot = batch_new_block(&c.b, n_copies[0], source, digest)
+    slot = batch_new_block(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
     if slot == 0:
         c.counters.skips[<int>SKIP_STORE] += least == 1
     return slot
@@ -255,11 +264,18 @@ cdef uint32_t _match_stable(
     *first: the first shared page that is equal, full or not, if it is known; then it is not searched for. Set
     to 0 when there is none, and then *place is where one belongs.
 
-    Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
+    Where a stretch of pages comes again, its shared pages follow each other in the store, so the one after the
+    last match is tried first. Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
     map neighbouring slots. A stretch that has outgrown its block gets a larger one, which is found
     first from then on.
     """
     cdef uint32_t n_copies = 1, larger, slot
+    if (
+        first[0] == 0 and _is_shared(c, c.next_slot, digest)
+        and page_compare(page, store_page(&c.store, c.next_slot), c.page_bytes) == 0
+        and c.store.uses[c.next_slot].n_sharers < MAX_SHARERS
+    ):
+        first[0] = c.next_slot
     if first[0] == 0:
         first[0] = forest_find(&c.stable, digest, page, place)
     if first[0] == 0:
@@ -268,7 +284,7 @@ cdef uint32_t _match_stable(
         c.block_slot = first[0]
         store_block(&c.store, first[0], &c.block_copies)
     n_copies = c.block_copies
-    if n_wanted >= 2 * n_copies and c.stretch_end - page_no > n_wanted:
+    if n_wanted >= 2 * n_copies and c.stretch_end - page_no >= n_wanted:
         larger = _new_block(c, &n_wanted, 2 * n_copies, page, digest)
         if larger != 0:
             forest_insert_before(&c.stable, larger, first[0])
@@ -276,6 +292,7 @@ cdef uint32_t _match_stable(
             c.block_slot = larger
             c.block_copies = n_copies = n_wanted
     c.stretch_slot = first[0]
+    c.next_slot = first[0] + n_copies
     slot = first[0] + <uint32_t>(page_no % n_copies)
     if not c.store.uses[slot].pending and c.store.uses[slot].n_sharers >= MAX_SHARERS:
         return 0
@@ -285,7 +302,8 @@ cdef uint32_t _match_stable(
 cdef uint32_t _partner(
     engine_core* c, uint32_t item, const uint8_t* page, uint32_t digest, bint may_be_quiet, bint immediate
 ) noexcept nogil:
-    """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself."""
+    """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
+    stretch of pages comes again, the next partner is the item after the last one."""
     cdef rb_place place, quiet_place
     cdef uint32_t partner, written = 0
     if c.quiet.n_nodes != 0 or may_be_quiet:
@@ -294,8 +312,15 @@ cdef uint32_t _partner(
             return partner
         # One that was written has its turn still to come. It may have been written with the same bytes.
         written = partner
-    partner = forest_find(&c.unstable, digest, page, &place)
+    partner = c.next_partner
+    if not (
+        0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
+        and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
+        and page_compare(page, _page_of(c, partner), c.page_bytes) == 0
+    ):
+        partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
+        c.next_partner = partner + 1
         return partner
     rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
     if may_be_quiet and written == 0:
@@ -336,6 +361,7 @@ cdef void _match_unshared(
         forest_insert_before(&c.stable, slot, full)
     else:
         forest_insert(&c.stable, slot, stable_place)
+        c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
     if c.rmap.tags[partner].quiet:
         # If it is not merged after all it must be looked at again.
         tracker_disarm(&c.tracker, <uintptr_t>(partner_no * c.page_bytes), c.page_bytes)
@@ -370,6 +396,8 @@ cdef void _settle_items(engine_core* c, size_t n_look, sys_error* err) noexcept 
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         else:
             _leave_tree(c, item)
+        if c.items[i] != 0:
+            c.rmap.tags[c.items[i]].huge = c.flags[i] & IS_HUGE != 0
 
 
 cdef void _match(
@@ -436,7 +464,7 @@ cdef int _scan_span(
     c.counters.pages_hashed += n_look - n_known
     _settle_items(c, n_look, err)
     quiet_disarm_changed(c, n_look)
-    if not _stretch_is_shared(c):
+    if not _is_shared(c, c.stretch_slot, c.stretch_digest):
         n_known = 0              # the last that shared it were among these pages
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))

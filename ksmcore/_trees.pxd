@@ -33,6 +33,7 @@ ctypedef struct rb_tree:
 ctypedef struct rb_place:  # where a missing key belongs; valid until the tree changes
     uint32_t parent        # NIL: the tree is empty
     bint right             # right child of parent, otherwise left
+    bint alone             # in digest order: no node has this digest
 
 # An empty tree. Reads nothing of the array, so *nodes may still be NULL.
 cdef void rb_init(rb_tree* tree, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of,

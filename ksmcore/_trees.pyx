@@ -150,6 +150,7 @@ cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_pl
     cdef const rb_node* nodes = tree.nodes[0]
     cdef uint32_t at = tree.root, parent = NIL, found = NIL
     cdef bint right = False
+    cdef uint64_t n_compares = tree.n_compares
     cdef const uint8_t* other
     cdef int order
     # By 5, every node before the key lies left of the way down and every node after it right of it. An equal node is
@@ -171,6 +172,7 @@ cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_pl
     if found == NIL and place != NULL:
         place.parent = parent
         place.right = right
+        place.alone = n_compares == tree.n_compares
     return found
 
 

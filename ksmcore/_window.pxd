@@ -4,7 +4,8 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 
 
 cdef enum:
-    WINDOW_PAGES = 128       # most pages of one window: tens of microseconds for a waiting writer
+    USUAL_PAGES = 128        # most pages of a usual window: tens of microseconds for a waiting writer
+    WINDOW_PAGES = 512       # of any: a huge page is dealt with as a whole, which takes no longer
     WINDOW_STUCK = -2        # what opening or closing returns when the kernel gives something not back
 
 # How writers are kept out; the names are in settings.py.
@@ -29,7 +30,9 @@ ctypedef struct window_t:
     uintptr_t addr
     uint32_t n_pages         # at most WINDOW_PAGES
     size_t page_bytes
+    bint is_huge             # the WINDOW_PAGES pages of a huge page, that should not be split
     uint8_t* outcomes        # enum page_outcome, for each page
     # set by the guard
     const uint8_t* bytes     # where the pages can be read while it is open: those with outcome DONE
+    uintptr_t scratch        # private to the guard: where pages are moved to
     uint8_t away[<int>WINDOW_PAGES]     # private to the guard: this page is not at its address now
