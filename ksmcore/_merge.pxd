@@ -27,12 +27,12 @@ ctypedef struct run_t:
     int tracker_fd           # of the tracker that watches the region, -1: none
 
 
-# outcomes: enum page_outcome (see _window.pxd) for each page of the run.
+# outcomes: enum page_outcome (see _window.pxd) for each page of the run. slots: the one for each page.
 cdef int merge_run(
-    store_t* store, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil
 cdef int reshare_run(
-    store_t* store, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil
 cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil
 cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil

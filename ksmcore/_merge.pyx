@@ -60,6 +60,7 @@ cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* 
 # How often a mapping that the kernel took away in a failing call is asked for again, a millisecond apart.
 cdef enum:
     HEAL_TRIES = 1000
+    WINDOW_MAPS = 16           # mappings that one window makes at most, some microseconds each
 
 
 cdef int _map_over(
@@ -91,7 +92,7 @@ cdef int _map_over(
 
 
 cdef int _window(
-    store_t* store, remap_kind kind, window_t* w, uint32_t slot, int flags, sys_error* err
+    store_t* store, remap_kind kind, window_t* w, const uint32_t* slots, int flags, sys_error* err
 ) noexcept nogil:
     """One window: protect, compare, remap each equal stretch, close."""
     cdef uint32_t i, start, n_remapped = 0
@@ -111,7 +112,7 @@ cdef int _window(
         if kind == DROP_ZERO or kind == MAP_ZERO:
             equal = page_is_zero(page, w.page_bytes)
         else:
-            equal = page_compare(page, store_page(store, slot + i), w.page_bytes) == 0
+            equal = page_compare(page, store_page(store, slots[i]), w.page_bytes) == 0
         if not equal:
             w.outcomes[i] = CHANGED
     i = 0
@@ -120,14 +121,15 @@ cdef int _window(
             i += 1
             continue
         start = i
-        while i < w.n_pages and w.outcomes[i] == DONE:
+        i += 1
+        while i < w.n_pages and w.outcomes[i] == DONE and (kind != MAP_STORE or slots[i] == slots[i - 1] + 1):
             i += 1
         if kind == DROP_COPY or kind == DROP_ZERO:
             rc = guard_drop(w, start, i - start, err)
         else:
             rc = _map_over(
-                store, kind, w.addr + start * w.page_bytes, slot + start, (i - start) * w.page_bytes,
-                w.page_bytes, flags, err
+                store, kind, w.addr + start * w.page_bytes, slots[start] if kind == MAP_STORE else 0,
+                (i - start) * w.page_bytes, w.page_bytes, flags, err
             )
         if rc == 0:
             n_remapped += i - start
@@ -151,20 +153,31 @@ cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcep
         tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (w.n_pages - start) * w.page_bytes)
 
 
-cdef uint32_t _window_pages(const run_t* run, uintptr_t addr, size_t n_pages) noexcept nogil:
-    """Pages of the next window, of n_pages to come from addr on: a huge page as a whole where one begins."""
+cdef uint32_t _window_pages(
+    const run_t* run, const uint32_t* slots, uintptr_t addr, size_t n_pages
+) noexcept nogil:
+    """Pages of the next window, of n_pages to come from addr on: a huge page as a whole where one begins.
+    slots: NULL where no mapping of the store is made."""
     cdef size_t left = WINDOW_PAGES - addr // run.page_bytes % WINDOW_PAGES
-    if not run.flags & PAGES_HUGE:
-        return <uint32_t>min(n_pages, <size_t>USUAL_PAGES)
-    if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
-        return WINDOW_PAGES
-    return <uint32_t>min(min(n_pages, left), <size_t>USUAL_PAGES)
+    cdef uint32_t n = <uint32_t>min(n_pages, <size_t>USUAL_PAGES), i, n_maps = 0
+    if run.flags & PAGES_HUGE:
+        if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
+            n = WINDOW_PAGES
+        else:
+            n = min(n, <uint32_t>left)
+    if slots == NULL:
+        return n
+    for i in range(n):
+        n_maps += i == 0 or slots[i] != slots[i - 1] + 1
+        if n_maps > <uint32_t>WINDOW_MAPS:
+            return i
+    return n
 
 
 cdef int _windows(
-    store_t* store, remap_kind kind, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
+    store_t* store, remap_kind kind, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
-    """A run of any length, window by window; adjacent mappings of the store fuse in the kernel."""
+    """Pages of any number, window by window; adjacent mappings of the store fuse in the kernel."""
     cdef window_t w
     cdef uint32_t done = 0
     cdef int rc = 0
@@ -173,13 +186,15 @@ cdef int _windows(
     w.page_bytes = run.page_bytes
     while done < run.n_pages and rc == 0:
         w.addr = run.addr + done * run.page_bytes
-        w.n_pages = _window_pages(run, w.addr, run.n_pages - done)
+        w.n_pages = _window_pages(
+            run, slots + done if kind == MAP_STORE else NULL, w.addr, run.n_pages - done
+        )
         w.is_huge = w.n_pages > <uint32_t>USUAL_PAGES
         w.outcomes = outcomes + done
         if not run.over_store and tracker_let_go(run.tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
             memset(w.outcomes, REFUSED, w.n_pages)
         else:
-            rc = _window(store, kind, &w, slot + done, run.flags, err)
+            rc = _window(store, kind, &w, slots + done if slots != NULL else NULL, run.flags, err)
         if run.tracker_fd >= 0:
             _take_back(run.tracker_fd, kind, &w)
         done += w.n_pages
@@ -189,25 +204,25 @@ cdef int _windows(
 
 
 cdef int merge_run(
-    store_t* store, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
-    """Map slots from `slot` on over the pages of a run, where equal."""
+    """Map its slot over each page, where equal."""
     if not store_is_there(store):
         memset(outcomes, REFUSED, run.n_pages)
         return 0
-    return _windows(store, MAP_STORE, run, slot, outcomes, err)
+    return _windows(store, MAP_STORE, run, slots, outcomes, err)
 
 
 cdef int reshare_run(
-    store_t* store, const run_t* run, uint32_t slot, uint8_t* outcomes, sys_error* err
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
-    """Drop the private copies of pages that already map the slots from `slot` on, where equal."""
-    return _windows(store, DROP_COPY, run, slot, outcomes, err)
+    """Drop the private copies of pages that already map their slots, where equal."""
+    return _windows(store, DROP_COPY, run, slots, outcomes, err)
 
 
 cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil:
     """Give back pages that hold only zeros."""
-    return _windows(NULL, MAP_ZERO if run.over_store else DROP_ZERO, run, 0, outcomes, err)
+    return _windows(NULL, MAP_ZERO if run.over_store else DROP_ZERO, run, NULL, outcomes, err)
 
 
 cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:

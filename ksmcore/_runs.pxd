@@ -80,6 +80,7 @@ ctypedef struct batch:
     sys_error err                # first failure of the batch
     intent* intents
     pending_block* pendings
+    uint32_t* slots              # for carrying out, like outcomes
     uint8_t* outcomes
     uint32_t n_intents
     uint32_t n_pendings

@@ -5,8 +5,8 @@ Called by: _scan, _unmerge. Calls: _budget, _merge, _store, _rmap, _forest.
 The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
 serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
-wanted get their bytes; every run goes through the merge protocol; what became of each page is
-accounted. A shared page with fewer than two sharers at the end is undone. A batch
+wanted get their bytes; what is left, neighbours in memory together, goes through the merge protocol; what
+became of each page is accounted. A shared page with fewer than two sharers at the end is undone. A batch
 writes at most capacity / 2 pages to the store before it gives the merged pages back.
 """
 
@@ -45,8 +45,9 @@ cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
     error_clear(&b.err)
     b.intents = <intent*>malloc(capacity * sizeof(intent))
     b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
+    b.slots = <uint32_t*>malloc(capacity * sizeof(uint32_t))
     b.outcomes = <uint8_t*>malloc(capacity)
-    if b.intents == NULL or b.pendings == NULL or b.outcomes == NULL:
+    if b.intents == NULL or b.pendings == NULL or b.slots == NULL or b.outcomes == NULL:
         batch_destroy(b)
         return -1
     return 0
@@ -55,9 +56,11 @@ cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
 cdef void batch_destroy(batch* b) noexcept nogil:
     free(b.intents)
     free(b.pendings)
+    free(b.slots)
     free(b.outcomes)
     b.intents = NULL
     b.pendings = NULL
+    b.slots = NULL
     b.outcomes = NULL
 
 
@@ -189,21 +192,19 @@ cdef bint _splits_surely(uint32_t left, uint32_t right) noexcept nogil:
 
 
 cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
-    """Mappings more (or, negative, fewer) once the run [start, end) is carried out."""
+    """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
+    carried out."""
     cdef intent* first = &b.intents[start]
-    cdef intent* last = &b.intents[end - 1]
     cdef uint32_t left = _slot_under(b, first.page_no - 1, 0)
-    cdef uint32_t right = _slot_under(b, last.page_no + 1, 0)
-    cdef uint32_t before = left, under, i
+    cdef uint32_t right = _slot_under(b, b.intents[end - 1].page_no + 1, 0)
+    cdef uint32_t before = left, after = left, under, i
     cdef int64_t cost = 0
     for i in range(start, end):
         under = _slot_under(b, b.intents[i].page_no, b.intents[i].item)
-        cost -= _splits_surely(before, under)
+        cost += <int>_splits(after, b.intents[i].slot) - <int>_splits_surely(before, under)
         before = under
-    cost -= _splits_surely(before, right)
-    if first.kind == INTENT_ZERO:
-        return cost + _splits(left, 0) + _splits(0, right)
-    return cost + _splits(left, first.slot) + _splits(last.slot, right)
+        after = b.intents[i].slot
+    return cost + <int>_splits(after, right) - <int>_splits_surely(before, right)
 
 
 cdef bint _makes_mappings(const intent* first) noexcept nogil:
@@ -393,7 +394,7 @@ cdef skip_reason _reason(uint8_t outcome) noexcept nogil:
 
 
 cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
-    """A run, or a part of one: what lies under its pages must be alike, for the guard's sake."""
+    """Neighbours of one kind; what lies under them is alike, for the guard's sake."""
     cdef intent* first = &b.intents[start]
     cdef uint32_t i
     cdef run_t run
@@ -407,10 +408,12 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     run.over_store = first.over_store
     run.flags = first.flags
     run.tracker_fd = b.tracker_fd if first.flags & REGION_WATCHED else -1
+    for i in range(end - start):
+        b.slots[i] = b.intents[start + i].slot
     if first.kind == INTENT_MERGE:
-        rc = merge_run(b.store, &run, first.slot, b.outcomes, &err)
+        rc = merge_run(b.store, &run, b.slots, b.outcomes, &err)
     elif first.kind == INTENT_RESHARE:
-        rc = reshare_run(b.store, &run, first.slot, b.outcomes, &err)
+        rc = reshare_run(b.store, &run, b.slots, b.outcomes, &err)
     else:
         rc = zero_run(&run, b.outcomes, &err)
     if err.code != 0 and b.err.code == 0:
@@ -423,22 +426,28 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     return rc
 
 
+cdef bint _go_together(const intent* first, const intent* next) noexcept nogil:
+    """Neighbours that one window can serve, though they may lead to different places of the store."""
+    return (
+        next.fate == OPEN and next.page_no == first.page_no + (next - first) and next.kind == first.kind
+        and next.flags == first.flags and next.over_store == first.over_store
+    )
+
+
 cdef int _carry_out(batch* b) noexcept nogil:
-    cdef uint32_t start = 0, end, run_end
+    cdef uint32_t start = 0, end
     cdef int rc = 0
     while start < b.n_intents and rc == 0:
         if b.intents[start].fate != OPEN:
             start += 1
             continue
-        run_end = _run_end(b, start)
+        end = start + 1
+        while end < b.n_intents and _go_together(&b.intents[start], &b.intents[end]):
+            end += 1
         if _makes_mappings(&b.intents[start]):
-            b.budget.used += _cost(b, start, run_end)
-        while start < run_end and rc == 0:
-            end = start + 1
-            while end < run_end and b.intents[end].over_store == b.intents[start].over_store:
-                end += 1
-            rc = _carry_out_run(b, start, end)
-            start = end
+            b.budget.used += _cost(b, start, end)
+        rc = _carry_out_run(b, start, end)
+        start = end
     return rc
 
 
