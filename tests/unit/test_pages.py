@@ -11,7 +11,7 @@ import pytest
 from ksmcore import _pages
 
 MASK = 0xFFFFFFFF
-KERNELS = ["avx2", "generic", "scalar"]
+KERNELS = ["avx512", "avx2", "generic", "scalar"]
 
 
 def rotl(x, k):
