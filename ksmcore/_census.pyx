@@ -25,7 +25,7 @@ from ksmcore._maps cimport VMA_EXEC, VMA_READ, VMA_SHARED, VMA_WRITE, maps_each,
 from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._regions cimport region_end, region_t, regions_at, regions_next
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_state
-from ksmcore._runs cimport drop_sharer
+from ksmcore._batch cimport drop_sharer
 from ksmcore._engine cimport engine_core
 from ksmcore._store cimport store_lose
 from ksmcore._sys cimport sys_device, sys_error

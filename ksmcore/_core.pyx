@@ -28,6 +28,7 @@ from ksmcore._quiet cimport quiet_unwatch
 from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
 from ksmcore._scan cimport core_scan_at
+from ksmcore._store cimport MAX_SHARERS
 from ksmcore._sys cimport CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind
@@ -71,6 +72,7 @@ cdef class Core:
         self.c.checksum = checksum_by_name(checksum)
         self.c.use_zero_pages = True
         self.c.max_shared_pages = -1
+        self.c.max_page_sharing = MAX_SHARERS
         self._begin()
 
     def __dealloc__(self):
@@ -452,13 +454,15 @@ cdef class Core:
 
     # ---- settings and numbers ---------------------------------------------------------------
 
-    def configure(self, bint use_zero_pages, int64_t max_shared_pages):
-        """Settings that may change at any time; -1 shared pages: no limit."""
+    def configure(self, bint use_zero_pages, int64_t max_shared_pages, int64_t max_page_sharing):
+        """Settings that may change at any time; -1: no limit."""
+        max_page_sharing = max_page_sharing if max_page_sharing >= 0 else <int64_t>MAX_SHARERS
         self._own()
         with nogil:
             self._lock()
             self.c.use_zero_pages = use_zero_pages
             self.c.max_shared_pages = max_shared_pages
+            self.c.max_page_sharing = <uint32_t>min(max_page_sharing, <int64_t>MAX_SHARERS)
             self._unlock()
 
     def snapshot(self):

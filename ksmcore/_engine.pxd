@@ -7,7 +7,7 @@ from ksmcore._pagemap cimport BLOCK_PAGES, page_survey, pagemap
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._regions cimport region_list, region_t
 from ksmcore._rmap cimport rmap_table
-from ksmcore._runs cimport batch, scan_counters
+from ksmcore._batch cimport batch, scan_counters
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
 from ksmcore._tracker cimport tracker_t
@@ -25,6 +25,7 @@ ctypedef struct engine_core:
     bint use_zero_pages
     bint by_content
     int64_t max_shared_pages     # -1: no limit
+    uint32_t max_page_sharing    # most pages that map one slot; MAX_SHARERS: no limit but that
     checksum_pages_t checksum
     uint32_t zero_digest         # checksum of a page of zeros
     # state

@@ -13,7 +13,7 @@ from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._regions cimport region_t, regions_destroy, regions_init
 from ksmcore._rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
-from ksmcore._runs cimport batch_destroy, batch_init, stable_page_of
+from ksmcore._batch cimport batch_destroy, batch_init, stable_page_of
 from ksmcore._store cimport store_bytes, store_destroy, store_init, store_thaw
 from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes
 from ksmcore._tracker cimport tracker_close, tracker_is_there, tracker_open

@@ -387,7 +387,9 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
     cdef scratch_t* scratch = &state.scratch
     if w.is_huge:
         error_clear(&ignored)
-        if state.huge_scratch.addr != 0 or scratch_init(&state.huge_scratch, len_bytes, True, &ignored) == 0:
+        if state.huge_scratch.addr != 0 or scratch_init(
+            &state.huge_scratch, <size_t>WINDOW_PAGES * w.page_bytes, True, &ignored
+        ) == 0:
             scratch = &state.huge_scratch
     w.scratch = scratch.addr
     w.bytes = <const uint8_t*>scratch.addr

@@ -170,7 +170,7 @@ cdef uint32_t _window_pages(
     for i in range(n):
         n_maps += i == 0 or slots[i] != slots[i - 1] + 1
         if n_maps > <uint32_t>WINDOW_MAPS:
-            return i
+            return min(i, <uint32_t>USUAL_PAGES)
     return n
 
 
@@ -189,7 +189,7 @@ cdef int _windows(
         w.n_pages = _window_pages(
             run, slots + done if kind == MAP_STORE else NULL, w.addr, run.n_pages - done
         )
-        w.is_huge = w.n_pages > <uint32_t>USUAL_PAGES
+        w.is_huge = w.n_pages == <uint32_t>WINDOW_PAGES
         w.outcomes = outcomes + done
         if not run.over_store and tracker_let_go(run.tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
             memset(w.outcomes, REFUSED, w.n_pages)

@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from ksmcore._budget cimport map_budget
 from ksmcore._rmap cimport N_STATES
-from ksmcore._runs cimport scan_counters
+from ksmcore._batch cimport scan_counters
 from ksmcore._engine cimport engine_core
 
 

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from ksmcore._guard cimport guard_n_waits
 from ksmcore._rmap cimport N_STATES, PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
-from ksmcore._runs cimport (
+from ksmcore._batch cimport (
     SKIP_ALTERED, SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
     SKIP_REFUSED, SKIP_STORE,
 )

@@ -29,10 +29,11 @@ enum {
     KSM_PAGE_ZERO_PFN = 32, KSM_PAGE_HUGE = 64
 };
 
-/* Ranges of pages that were written, or are not there, up to `max_pages` pages of them; returns how many
-   ranges, and where the walk ended. `files`: leave out those of files, and tell the others from them. */
-static int ksm_scan_written(int fd, uintptr_t start, uintptr_t end, int with_files, int tell_files,
-                            ksm_page_range *ranges, size_t n_ranges, size_t max_pages, uintptr_t *walk_end) {
+/* Ranges of pages, up to `max_pages` pages; returns how many ranges, and where the walk ended. `only_written`:
+   those that were written, or are not there. Those of files are told from others if `tell_files`, and then
+   left out if not `with_files`. */
+static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, int with_files, int tell_files,
+                    ksm_page_range *ranges, size_t n_ranges, size_t max_pages, uintptr_t *walk_end) {
     struct ksm_scan_args a;
     int rc;
     memset(&a, 0, sizeof a);
@@ -42,8 +43,10 @@ static int ksm_scan_written(int fd, uintptr_t start, uintptr_t end, int with_fil
     a.vec = (uintptr_t)ranges;
     a.vec_len = n_ranges;
     a.max_pages = max_pages;
-    a.any_of = KSM_PAGE_WRITTEN | KSM_PAGE_PRESENT;
-    a.inverted = KSM_PAGE_PRESENT;
+    if (only_written) {
+        a.any_of = KSM_PAGE_WRITTEN | KSM_PAGE_PRESENT;
+        a.inverted = KSM_PAGE_PRESENT;
+    }
     if (tell_files && !with_files) {
         a.all_of = KSM_PAGE_FILE;
         a.inverted |= KSM_PAGE_FILE;

@@ -25,9 +25,9 @@ cdef extern from "_pagemap.h" nogil:
         uint64_t start, end, categories
     enum:
         KSM_PAGE_FILE, KSM_PAGE_PRESENT, KSM_PAGE_SWAPPED, KSM_PAGE_ZERO_PFN, KSM_PAGE_HUGE
-    int ksm_scan_written(
-        int fd, uintptr_t start, uintptr_t end, bint with_files, bint tell_files, ksm_page_range* ranges,
-        size_t n_ranges, size_t max_pages, uintptr_t* walk_end
+    int ksm_scan(
+        int fd, uintptr_t start, uintptr_t end, bint only_written, bint with_files, bint tell_files,
+        ksm_page_range* ranges, size_t n_ranges, size_t max_pages, uintptr_t* walk_end
     )
     int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end)
 
@@ -53,7 +53,7 @@ cdef void pagemap_try_scanning(pagemap* pm) noexcept nogil:
     """Let surveys use PAGEMAP_SCAN if the kernel knows it: it is asked of no pages."""
     cdef sys_error ignored
     error_clear(&ignored)
-    pm.scans = pm.file.fd >= 0 and _scan(pm, 0, 0, True, False, NULL, 0, 0, NULL, &ignored) >= 0
+    pm.scans = pm.file.fd >= 0 and _scan(pm, 0, 0, False, True, False, NULL, 0, 0, NULL, &ignored) >= 0
 
 
 cdef void pagemap_close(pagemap* pm) noexcept nogil:
@@ -104,14 +104,16 @@ cdef int pagemap_query(
 # ---- surveys ----------------------------------------------------------------------------------------
 
 cdef int _scan(
-    pagemap* pm, uintptr_t addr, uintptr_t end, bint with_files, bint tell_files, ksm_page_range* ranges,
-    size_t n_ranges, size_t max_pages, uintptr_t* walk_end, sys_error* err
+    pagemap* pm, uintptr_t addr, uintptr_t end, bint only_written, bint with_files, bint tell_files,
+    ksm_page_range* ranges, size_t n_ranges, size_t max_pages, uintptr_t* walk_end, sys_error* err
 ) noexcept nogil:
     cdef int n
     cdef uintptr_t ended = end
     if sys_injected(CALL_PAGEMAP_SCAN, addr, end - addr, err):
         return -1
-    n = ksm_scan_written(pm.file.fd, addr, end, with_files, tell_files, ranges, n_ranges, max_pages, &ended)
+    n = ksm_scan(
+        pm.file.fd, addr, end, only_written, with_files, tell_files, ranges, n_ranges, max_pages, &ended
+    )
     if walk_end != NULL:
         walk_end[0] = ended
     if sys_check(n < 0, CALL_PAGEMAP_SCAN, addr, end - addr, err):
@@ -149,11 +151,11 @@ cdef int _survey_by_scan(
     cdef int n, i
     survey.next = end
     if watched:
-        n = _scan(pm, addr, end, True, False, found, 1, 1, &walk_end, err)
+        n = _scan(pm, addr, end, True, True, False, found, 1, 1, &walk_end, err)
         if n <= 0:
             return n
         addr = found[0].start
-    n = _scan(pm, addr, end, with_files, True, found, BLOCK_PAGES, BLOCK_PAGES, &walk_end, err)
+    n = _scan(pm, addr, end, watched, with_files, True, found, BLOCK_PAGES, BLOCK_PAGES, &walk_end, err)
     if n <= 0:
         return n
     block_end = _block_end(pm, found[0].start)
@@ -241,11 +243,14 @@ def query(uintptr_t addr, size_t n_pages, bint with_pagemap=True):
     return bytes(result)
 
 
-def written(uintptr_t addr, size_t n_pages):
-    """Which of `n_pages` pages from `addr` on are absent, or were written since they were protected: page
-    numbers from 0 on. For tests. NotImplementedError where the kernel has no PAGEMAP_SCAN."""
+def survey(uintptr_t addr, size_t n_pages, bint watched):
+    """Of `n_pages` pages from `addr` on the ranges that are absent or, if `watched`, were written since they
+    were protected: (first page, pages, flags) with page numbers from 0 on. For tests.
+
+    Raises OSError when the kernel refuses, NotImplementedError where it has no PAGEMAP_SCAN.
+    """
     cdef pagemap pm
-    cdef page_survey survey
+    cdef page_survey found
     cdef sys_error err
     cdef size_t page_bytes = sys_page_bytes(), k
     cdef uintptr_t cursor = addr, end = addr + n_pages * page_bytes
@@ -253,16 +258,16 @@ def written(uintptr_t addr, size_t n_pages):
     error_clear(&err)
     pagemap_open(&pm, page_bytes, True)
     pagemap_try_scanning(&pm)
-    found = []
+    ranges = []
     while cursor < end and rc == 0:
-        rc = pagemap_survey(&pm, cursor, end, True, True, &survey, &err) if pm.scans else -1
-        for k in range(survey.n_ranges if rc == 0 else 0):
-            first = (survey.ranges[k].addr - addr) // page_bytes
-            found.extend(range(first, first + survey.ranges[k].n_pages))
-        cursor = survey.next
+        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err) if pm.scans else -1
+        for k in range(found.n_ranges if rc == 0 else 0):
+            first = (found.ranges[k].addr - addr) // page_bytes
+            ranges.append((first, found.ranges[k].n_pages, found.ranges[k].flags))
+        cursor = found.next
     pagemap_close(&pm)
     if rc != 0:
         if err.code == 0:
             raise NotImplementedError("this kernel has no PAGEMAP_SCAN")
         error_raise(&err, "survey")
-    return found
+    return ranges

@@ -1,6 +1,7 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core, _unmerge. Calls: _engine, _pagemap, _quiet, _tracker, _pages, _rmap, _forest, _store, _runs.
+Called by: _core, _unmerge. Calls: _engine, _pagemap, _quiet, _tracker, _pages, _rmap,
+_forest, _stretch, _store, _batch, _blocks, _runs.
 
     which pages are present, written, still shared   pagemap_survey, _classify
     -> protection, if they seem to be quiet          quiet_arm
@@ -28,8 +29,15 @@ A page that stood there, and still did not change, moves to the quiet tree (see 
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._batch cimport (
+    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
+    SKIP_STORE, batch_add, batch_sharers, drop_sharer, stable_page_of,
+)
+from ksmcore._blocks cimport block_new
 from ksmcore._engine cimport engine_core
-from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_prefetch
+from ksmcore._forest cimport (
+    forest_erase, forest_find, forest_insert, forest_insert_before, forest_next, forest_prefetch,
+)
 from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport (
     PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
@@ -43,22 +51,15 @@ from ksmcore._rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove,
     rmap_set_state,
 )
-from ksmcore._runs cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
-    SKIP_STORE, batch_add, batch_flush, batch_new_block, drop_sharer,
-)
-from ksmcore._store cimport DEAD, MAX_SHARERS, store_block, store_page
+from ksmcore._runs cimport batch_flush
+from ksmcore._store cimport store_block, store_page
+from ksmcore._stretch cimport block_is_shared, stretch_copies, stretch_go_on
 from ksmcore._sys cimport error_clear, sys_error, sys_pause
 from ksmcore._tracker cimport tracker_disarm
 from ksmcore._trees cimport rb_place
 
 cdef enum:
-    # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
-    # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
-    PAGES_PER_COPY = 16
-    MAX_COPIES = 512
-    COPIES_PAY = 32            # pages for each copy: so many, and a block as long as a huge page costs little
-    GOES_ON = 2                # times as long as it has been, if its end has not been seen
+    LONG_REST = 32             # pages of a stretch that are worth a block of their own where the other is full
     PREFETCH = 16              # pages that searches are prepared for ahead
     SURVEY_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
     WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
@@ -170,71 +171,7 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
         core_forget_item(c, item)
 
 
-# ---- stage 2: stretches of one repeated page ----------------------------------------------------
-
-cdef uint32_t _copies_for(uint64_t n_pages) noexcept nogil:
-    """Copies that make a stretch of n_pages equal pages cheapest: the square root of n / 16."""
-    cdef uint32_t k = 1
-    while k < <uint32_t>MAX_COPIES and <uint64_t>(k + 1) * (k + 1) * PAGES_PER_COPY <= n_pages:
-        k += 1
-    return k
-
-
-cdef uint32_t _copies_at(engine_core* c, size_t i, size_t n_look) noexcept nogil:
-    """Copies for the stretch that page i of the span is in: for its length as far as it has been seen, or,
-    where it reaches the end of the span, for what it may be expected to become."""
-    cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes
-    cdef size_t end = i
-    if c.stretch_start <= page_no < c.stretch_end and c.digests[i] == c.stretch_digest:
-        return c.stretch_copies
-    if page_no != c.stretch_end or c.digests[i] != c.stretch_digest:
-        c.stretch_pages = 0
-        c.stretch_slot = 0
-        c.stretch_digest = c.digests[i]
-    while (
-        end < n_look and c.digests[end] == c.digests[i]
-        and c.pages[end] == c.pages[i] + (end - i) * c.page_bytes
-    ):
-        end += 1
-    c.stretch_pages += end - i
-    c.stretch_start = page_no
-    c.stretch_end = page_no + (end - i)
-    c.stretch_end_unseen = end == n_look and c.more_follows
-    c.stretch_copies = _copies_for(c.stretch_pages * (GOES_ON if c.stretch_end_unseen else 1))
-    if c.flags[i] & IS_HUGE and c.stretch_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:
-        c.stretch_copies = MAX_COPIES
-    return c.stretch_copies
-
-
-cdef bint _is_shared(engine_core* c, uint32_t slot, uint32_t digest) noexcept nogil:
-    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer? Then it stands
-    in the stable tree."""
-    return (
-        0 < slot < c.store.top and c.store.nodes[slot].digest == digest and c.store.uses[slot].used
-        and not c.store.uses[slot].pending and not c.store.uses[slot].copy
-        and 0 < c.store.uses[slot].n_sharers < DEAD
-    )
-
-
-cdef size_t _go_on(engine_core* c, size_t n_look) noexcept nogil:
-    """How many pages, from the first one on, go on the stretch that the span before ended in: compared with
-    its shared page, they need no checksum of their own, and no search."""
-    cdef uintptr_t addr = <uintptr_t>(c.stretch_end * c.page_bytes)
-    cdef const uint8_t* shared
-    cdef size_t i = 0
-    if c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr or not _is_shared(c, c.stretch_slot, c.stretch_digest):
-        return 0
-    shared = store_page(&c.store, c.stretch_slot)
-    while (
-        i < n_look and c.pages[i] == <const uint8_t*>addr + i * c.page_bytes
-        and page_compare(c.pages[i], shared, c.page_bytes) == 0
-    ):
-        c.digests[i] = c.stretch_digest
-        i += 1
-    return i
-
-
-# ---- stage 3: matching ----------------------------------------------------------------------
+# ---- stage 2: matching ----------------------------------------------------------------------
 
 cdef uint32_t _new_block(
     engine_core* c, uint32_t* n_copies, uint32_t least, const uint8_t* source, uint32_t digest
@@ -249,7 +186,7 @@ cdef uint32_t _new_block(
             c.counters.skips[<int>SKIP_MAX_SHARED] += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
-    slot = batch_new_block(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
+    slot = block_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
     if slot == 0:
         c.counters.skips[<int>SKIP_STORE] += least == 1
     return slot
@@ -266,14 +203,16 @@ cdef uint32_t _match_stable(
 
     Where a stretch of pages comes again, its shared pages follow each other in the store, so the one after the
     last match is tried first. Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
-    map neighbouring slots. A stretch that has outgrown its block gets a larger one, which is found
-    first from then on.
+    map neighbouring slots. A stretch that has outgrown its block, or filled it, gets a further one, which is
+    found first from then on.
     """
-    cdef uint32_t n_copies = 1, larger, slot
+    cdef uint32_t n_copies, larger, slot
+    cdef uint64_t left
+    cdef bint is_full
     if (
-        first[0] == 0 and _is_shared(c, c.next_slot, digest)
+        first[0] == 0 and block_is_shared(c, c.next_slot, digest)
         and page_compare(page, store_page(&c.store, c.next_slot), c.page_bytes) == 0
-        and c.store.uses[c.next_slot].n_sharers < MAX_SHARERS
+        and batch_sharers(&c.b, c.next_slot) < c.max_page_sharing
     ):
         first[0] = c.next_slot
     if first[0] == 0:
@@ -284,19 +223,37 @@ cdef uint32_t _match_stable(
         c.block_slot = first[0]
         store_block(&c.store, first[0], &c.block_copies)
     n_copies = c.block_copies
-    if n_wanted >= 2 * n_copies and c.stretch_end - page_no >= n_wanted:
-        larger = _new_block(c, &n_wanted, 2 * n_copies, page, digest)
+    slot = first[0] + <uint32_t>(page_no % n_copies)
+    is_full = batch_sharers(&c.b, slot) >= c.max_page_sharing
+    left = c.stretch_end - page_no
+    if (n_wanted >= 2 * n_copies and left >= n_wanted) or (is_full and left >= <uint64_t>LONG_REST):
+        larger = _new_block(c, &n_wanted, 1 if is_full else 2 * n_copies, page, digest)
         if larger != 0:
             forest_insert_before(&c.stable, larger, first[0])
             first[0] = larger
             c.block_slot = larger
             c.block_copies = n_copies = n_wanted
+            slot = first[0] + <uint32_t>(page_no % n_copies)
+            is_full = False
     c.stretch_slot = first[0]
     c.next_slot = first[0] + n_copies
-    slot = first[0] + <uint32_t>(page_no % n_copies)
-    if not c.store.uses[slot].pending and c.store.uses[slot].n_sharers >= MAX_SHARERS:
-        return 0
-    return slot
+    return _with_room(c, digest, page) if is_full else slot
+
+
+cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """A slot of any block equal to this page that takes one more sharer, or 0. Equal blocks stand next to each
+    other in the stable tree, the largest first."""
+    cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i
+    while (
+        first != 0 and c.store.nodes[first].digest == digest
+        and page_compare(page, stable_page_of(&c.b, first), c.page_bytes) == 0
+    ):
+        store_block(&c.store, first, &n_copies)
+        for i in range(n_copies):
+            if batch_sharers(&c.b, first + i) < c.max_page_sharing:
+                return first + i
+        first = forest_next(&c.stable, first)
+    return 0
 
 
 cdef uint32_t _partner(
@@ -408,7 +365,7 @@ cdef void _match(
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
-    cdef uint32_t n_wanted = _copies_at(c, i, n_look)
+    cdef uint32_t n_wanted = stretch_copies(c, i, n_look)
     cdef uint32_t item = c.items[i], slot, first = c.stretch_slot if goes_on else 0
     cdef rb_place place
     cdef bint unchanged
@@ -459,12 +416,12 @@ cdef int _scan_span(
     c.block_slot = 0
     c.more_follows = c.survey.next < region_end(&c.regions, region)
     quiet_arm(c, region, n_look)
-    n_known = _go_on(c, n_look)
+    n_known = stretch_go_on(c, n_look)
     checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
     c.counters.pages_hashed += n_look - n_known
     _settle_items(c, n_look, err)
     quiet_disarm_changed(c, n_look)
-    if not _is_shared(c, c.stretch_slot, c.stretch_digest):
+    if not block_is_shared(c, c.stretch_slot, c.stretch_digest):
         n_known = 0              # the last that shared it were among these pages
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))

@@ -14,7 +14,7 @@ from ksmcore._forest cimport forest_check, forest_first, forest_next
 from ksmcore._merge cimport REGION_WATCHED, restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
-from ksmcore._runs cimport drop_sharer
+from ksmcore._batch cimport drop_sharer
 from ksmcore._scan cimport core_forget_item
 from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
 from ksmcore._sys cimport sys_error

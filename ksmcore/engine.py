@@ -99,8 +99,12 @@ class Engine(Registrar):
         return self._settings
 
     def _apply_settings(self) -> None:
-        limit = self._settings.max_shared_pages
-        self._core.configure(self._settings.use_zero_pages, -1 if limit is None else limit)
+        settings = self._settings
+        self._core.configure(
+            settings.use_zero_pages,
+            -1 if settings.max_shared_pages is None else settings.max_shared_pages,
+            -1 if settings.max_page_sharing == "auto" else settings.max_page_sharing,
+        )
 
     # ---- passes -------------------------------------------------------------------------------
 

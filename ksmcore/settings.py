@@ -31,6 +31,9 @@ class Settings:
     """Give back pages that hold only zeros; they need no shared page."""
     max_shared_pages: int | None = None
     """Most pages that the store may hold; None: no limit."""
+    max_page_sharing: int | Literal["auto"] = "auto"
+    """Most pages of memory that map one shared page; "auto": as many as there are, with copies of a
+    page that is repeated in long stretches, as many as make mappings and copies cost least."""
     map_budget: int | Literal["auto"] = "auto"
     """Most memory mappings the engine may use; "auto": half of what is free without it."""
     rmap_hash_size: int = 64
@@ -52,6 +55,7 @@ class Settings:
         if not isinstance(self.use_zero_pages, bool):
             raise TypeError(f"use_zero_pages must be True or False, not {self.use_zero_pages!r}")
         self._whole("max_shared_pages", 0, "None (no limit)", None)
+        self._whole("max_page_sharing", 2, '"auto"', "auto")
         self._whole("map_budget", 0, '"auto"', "auto")
         self._whole("rmap_hash_size", 1)
         if self.rmap_hash_size > 2**28:

@@ -239,7 +239,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine") or self.engine.stats().dirty != "pagemap":
             return
         n_protected = sum(
-            n_pages - len(_pagemap.written(addr, n_pages))
+            n_pages - sum(n for _, n, _ in _pagemap.survey(addr, n_pages, True))
             for _, addr, n_pages in self.engine._core.regions()
         )
         assert n_protected <= self.engine.stats().pages_quiet

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def unwritten(array):
     """Pages that the kernel takes for unwritten: asked of the kernel, not of the engine."""
     n_pages = array.nbytes // PAGE
-    return n_pages - len(_pagemap.written(array.ctypes.data, n_pages))
+    return n_pages - sum(n for _, n, _ in _pagemap.survey(array.ctypes.data, n_pages, True))
 
 
 def hashed_by(engine, scan=None):

@@ -1,0 +1,120 @@
+"""max_page_sharing: never more pages on one shared page than were asked for, and none left over."""
+
+import mmap
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import Settings, vmas
+
+PAGE = mmap.PAGESIZE
+
+
+def most_on_one_slot(engine, arrays):
+    """Asked of the kernel: how often the page of the store that is mapped most often is mapped."""
+    counts = {}
+    for array in arrays:
+        end = array.ctypes.data + array.nbytes
+        for vma in vmas.Snapshot().vmas_in(array.ctypes.data, end):
+            if vma.path.startswith("/memfd:ksmcore-store"):
+                start, stop = max(vma.start, array.ctypes.data), min(vma.end, end)
+                first = (vma.offset + start - vma.start) // PAGE
+                for slot in range(first, first + (stop - start) // PAGE):
+                    counts[slot] = counts.get(slot, 0) + 1
+    assert sum(counts.values()) == engine.stats().pages_sharing + engine.stats().pages_shared
+    return max(counts.values(), default=0)
+
+
+def scattered(engine, rng, n_equal):
+    """Equal pages with different ones between them, so that none is the other's neighbour."""
+    array = engine.empty((2 * n_equal, PAGE // 8), np.int64)
+    array[:] = rng.integers(0, 2**62, array.shape, dtype=np.int64)
+    array[::2] = 7
+    return array
+
+
+@pytest.mark.parametrize("how", ["dedup", "scan"])
+@pytest.mark.parametrize("most", [2, 3, 10, 256])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_scattered_pages(rng, how, most, k):
+    for n in (k * most - 1, k * most, k * most + 1):
+        with ksmcore.Engine(max_page_sharing=most) as engine:
+            array = scattered(engine, rng, n)
+            expected = array.copy()
+            for _ in range(3):
+                engine.dedup() if how == "dedup" else engine.scan()
+            stats = engine.stats()
+            # A page that is left over waits for another one: on its own it would save nothing.
+            n_merged = n - (n % most == 1)
+            n_shared = -(-n_merged // most)
+            assert (stats.pages_shared, stats.pages_sharing) == (n_shared, n_merged - n_shared)
+            assert stats.pages_unshared == n + (n - n_merged)
+            assert most_on_one_slot(engine, [array]) <= most
+            assert np.array_equal(array, expected)
+            engine._core.check()
+
+
+@pytest.mark.parametrize("most", [2, 7, 100])
+@pytest.mark.parametrize("n", [13, 100, 1000, 5000])
+def test_a_stretch_lies_over_copies(rng, most, n):
+    with ksmcore.Engine(max_page_sharing=most) as engine:
+        array = engine.full(n * PAGE, 9, np.uint8)
+        engine.dedup()
+        stats = engine.stats()
+        assert stats.pages_shared + stats.pages_sharing >= n - 1
+        assert most_on_one_slot(engine, [array]) <= most
+        # As few mappings as copies allow.
+        assert engine.stats().maps_used <= 2 * (n // most + 60) + n // 8
+        engine._core.check()
+        array[::2] = 1
+        for _ in range(4):
+            engine.scan()
+        assert most_on_one_slot(engine, [array]) <= most
+        engine._core.check()
+        assert (array.reshape(-1, PAGE)[1::2] == 9).any()
+
+
+def test_pages_that_leave_make_room(engine, rng):
+    engine.configure(max_page_sharing=10)
+    array = scattered(engine, rng, 30)
+    engine.dedup()
+    assert engine.stats().pages_shared == 3
+    array[0:12:2, 0] = 8  # six leave, and equal each other
+    engine.dedup()
+    more = scattered(engine, rng, 6)
+    engine.dedup()
+    stats = engine.stats()
+    assert (stats.pages_shared, stats.pages_sharing) == (4, 32)
+    assert most_on_one_slot(engine, [array, more]) <= 10
+    engine._core.check()
+
+
+def test_it_can_be_changed_at_any_time(engine, rng):
+    """What is merged already stays so; the kernel's own setting is refused meanwhile."""
+    array = scattered(engine, rng, 40)
+    engine.dedup()
+    assert engine.stats().pages_shared == 1
+    engine.configure(max_page_sharing=20)
+    more = scattered(engine, rng, 40)
+    engine.dedup()
+    stats = engine.stats()
+    assert (stats.pages_shared, stats.pages_sharing) == (3, 77)
+    engine.configure(max_page_sharing="auto")
+    last = scattered(engine, rng, 40)
+    engine.dedup()
+    assert engine.stats().pages_shared == 3
+    assert len({array[0, 0], more[0, 0], last[0, 0]}) == 1
+    engine._core.check()
+
+
+@pytest.mark.parametrize("value", [1, 0, -3])
+def test_less_than_two_is_refused(value):
+    with pytest.raises(ValueError, match="max_page_sharing must be a whole number of at least 2"):
+        Settings(max_page_sharing=value)
+
+
+@pytest.mark.parametrize("value", [2.0, "many", None, True])
+def test_no_number_is_refused(value):
+    with pytest.raises(TypeError, match=r'a whole number of at least 2 or "auto"'):
+        Settings(max_page_sharing=value)
