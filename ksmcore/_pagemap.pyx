@@ -146,29 +146,31 @@ cdef int _survey_by_scan(
     pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
 ) noexcept nogil:
     cdef ksm_page_range found[<int>BLOCK_PAGES]
-    cdef uintptr_t walk_end = end, block_end
+    cdef uintptr_t ended
     cdef page_range* put
     cdef int n, i
+    cdef bint tell_files = not watched
     survey.next = end
-    if watched:
-        n = _scan(pm, addr, end, True, True, False, found, 1, 1, &walk_end, err)
+    # The first page, and then the block that it lies in: what comes after that would be looked for again.
+    while True:
+        n = _scan(pm, addr, end, watched, with_files or not tell_files, tell_files, found, 1, 1, &ended, err)
         if n <= 0:
             return n
         addr = found[0].start
-    n = _scan(pm, addr, end, watched, with_files, True, found, BLOCK_PAGES, BLOCK_PAGES, &walk_end, err)
-    if n <= 0:
-        return n
-    block_end = _block_end(pm, found[0].start)
-    survey.next = min(walk_end, block_end)
-    for i in range(n):
-        if found[i].start >= block_end:
+        if tell_files:
             break
-        put = &survey.ranges[survey.n_ranges]
+        tell_files = True
+    survey.next = min(end, _block_end(pm, addr))
+    n = _scan(
+        pm, addr, survey.next, watched, with_files, True, found, BLOCK_PAGES, BLOCK_PAGES, &ended, err
+    )
+    for i in range(n):
+        put = &survey.ranges[i]
         put.addr = found[i].start
-        put.n_pages = (min(<uintptr_t>found[i].end, block_end) - found[i].start) // pm.page_bytes
+        put.n_pages = (found[i].end - found[i].start) // pm.page_bytes
         put.flags = _flags_of(pm, found[i].categories)
-        survey.n_ranges += 1
-    return 0
+    survey.n_ranges = max(n, 0)
+    return min(n, 0)
 
 
 cdef int pagemap_survey(
