@@ -47,13 +47,14 @@ cdef enum intent_kind:
     INTENT_MERGE
     INTENT_RESHARE
     INTENT_ZERO
+    INTENT_PLAIN                 # of a page that stands in the unstable tree, and stays there
 
 
 # This page -> that shared page. Valid within one batch.
 ctypedef struct intent:
     uint64_t page_no
     uint32_t item
-    uint32_t slot                # 0 for INTENT_ZERO
+    uint32_t slot                # 0 for INTENT_ZERO and INTENT_PLAIN
     uint8_t kind                 # enum intent_kind
     uint8_t flags                # enum region_flag bits
     uint8_t over_store           # what lies under the page now

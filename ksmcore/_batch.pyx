@@ -74,7 +74,8 @@ cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
 cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
 ) noexcept nogil:
-    """Note an intent. The item is in no tree; the caller flushes before `capacity` is reached."""
+    """Note an intent. The item is in no tree, but for INTENT_PLAIN; the caller flushes before `capacity` is
+    reached."""
     cdef intent* new = &b.intents[b.n_intents]
     new.page_no = page_no
     new.item = item
@@ -93,6 +94,8 @@ cdef void batch_add(
 cdef void intent_leave(batch* b, intent* left, skip_reason reason) noexcept nogil:
     """This page is not merged now: count why, and let its item wait for the next pass."""
     left.fate = LEFT
+    if left.kind == INTENT_PLAIN:
+        return                   # nothing was to be saved
     b.counters.skips[<int>reason] += 1
     rmap_set_state(b.rmap, left.item, PAGE_VOLATILE if reason == SKIP_CHANGED else PAGE_UNSHARED)
 

@@ -9,7 +9,7 @@ bytes come later, in long pieces, and only if enough pages still want it then.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksmcore._batch cimport (
-    INTENT_ZERO, LEFT, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_STORE, batch, intent, intent_leave,
+    LEFT, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_STORE, batch, intent, intent_leave,
     pending_block, skip_reason,
 )
 from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
@@ -56,7 +56,7 @@ cdef uint32_t block_new(
 cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
     """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
     can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
-    if wanted.kind == INTENT_ZERO or not b.store.uses[wanted.slot].pending:
+    if wanted.slot == 0 or not b.store.uses[wanted.slot].pending:
         return NULL
     return &b.pendings[b.store.uses[wanted.slot].n_sharers]
 

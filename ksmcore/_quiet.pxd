@@ -10,6 +10,7 @@ from ksmcore._regions cimport region_t
 cdef enum:
     IS_ARMED = 4               # protected before it was read: it may stand in the quiet tree
     IS_HUGE = 8                # part of a huge page
+    HAS_STOOD = 16             # in the unstable tree, at the end of the last pass
 
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil

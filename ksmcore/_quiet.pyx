@@ -28,14 +28,15 @@ from ksmcore._tracker cimport tracker_disarm, tracker_is_there, tracker_open, tr
 cdef size_t _min_watched_pages = 256
 
 
-cdef bint _may_be_armed(engine_core* c, size_t i) noexcept nogil:
+cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
     """Did this page stand in the unstable tree at the end of the last pass? (A quiet one that was written
     did not: it has to show again that it is worth a fault.)"""
-    cdef uint32_t item = c.items[i]
-    return (
-        item != 0 and c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.last_epoch
-        and not c.rmap.tags[item].over_store
-    )
+    return item != 0 and c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.last_epoch
+
+
+cdef bint _may_be_armed(engine_core* c, size_t i) noexcept nogil:
+    """Over the store there is nothing that could be watched."""
+    return c.flags[i] & HAS_STOOD and not c.rmap.tags[c.items[i]].over_store
 
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil:
@@ -48,7 +49,9 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
     cdef size_t i = 0, start
     cdef sys_error err
     for start in range(n_look):
-        c.flags[start] = IS_HUGE if c.flags[start] & PAGE_HUGE else 0
+        c.flags[start] = (IS_HUGE if c.flags[start] & PAGE_HUGE else 0) | (
+            HAS_STOOD if _has_stood(c, c.items[start]) else 0
+        )
     if not c.may_watch:
         return
     while i < n_look:

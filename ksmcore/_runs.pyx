@@ -12,9 +12,10 @@ writes at most capacity / 2 pages to the store before it gives the merged pages 
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport qsort
+from libc.string cimport memset
 
 from ksmcore._batch cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_PARTNER,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_PARTNER,
     SKIP_PINNED, SKIP_REFUSED, batch, batch_clear, drop_sharer, intent, intent_leave, skip_reason,
 )
 from ksmcore._blocks cimport (
@@ -25,7 +26,7 @@ from ksmcore._merge cimport REGION_WATCHED, merge_run, reshare_run, restore_rang
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_ZERO, rmap_find, rmap_set_over_store, rmap_set_state
 from ksmcore._store cimport store_block, store_share, store_trim
 from ksmcore._sys cimport error_clear, sys_error
-from ksmcore._window cimport CHANGED, DONE, PINNED
+from ksmcore._window cimport CHANGED, DONE, PINNED, REFUSED
 
 cdef enum:
     UNKNOWN_SLOT = 0xffffffff  # what lies under the page is of the store, and its slot is not known
@@ -50,8 +51,8 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
         if (
             other.fate != OPEN or other.page_no != first.page_no + n or other.kind != first.kind
             or other.flags != first.flags
-            or (first.kind == INTENT_ZERO and other.over_store != first.over_store)
-            or (first.kind != INTENT_ZERO and other.slot != first.slot + n)
+            or (first.slot == 0 and other.over_store != first.over_store)
+            or (first.slot != 0 and other.slot != first.slot + n)
         ):
             break
         end += 1
@@ -103,7 +104,7 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
 
 cdef bint _makes_mappings(const intent* first) noexcept nogil:
     """Dropping memory makes no mapping."""
-    return first.kind == INTENT_MERGE or (first.kind == INTENT_ZERO and first.over_store)
+    return first.kind != INTENT_RESHARE and (first.kind != INTENT_ZERO or first.over_store)
 
 
 cdef void _choose(batch* b) noexcept nogil:
@@ -136,6 +137,9 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     """One page was merged: its item and its slot say so from now on."""
     cdef uint32_t item = done.item
     done.fate = MERGED
+    if done.kind == INTENT_PLAIN:
+        rmap_set_over_store(b.rmap, item, False)
+        return
     if done.kind == INTENT_ZERO:
         b.counters.pages_zeroed += 1
         rmap_set_over_store(b.rmap, item, False)
@@ -161,7 +165,8 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     cdef uint32_t i
     cdef run_t run
     cdef sys_error err
-    cdef int rc
+    cdef size_t n_restored
+    cdef int rc = 0
     error_clear(&err)
     run.guard = b.guard
     run.addr = <uintptr_t>(first.page_no * b.page_bytes)
@@ -176,8 +181,13 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         rc = merge_run(b.store, &run, b.slots, b.outcomes, &err)
     elif first.kind == INTENT_RESHARE:
         rc = reshare_run(b.store, &run, b.slots, b.outcomes, &err)
-    else:
+    elif first.kind == INTENT_ZERO:
         rc = zero_run(&run, b.outcomes, &err)
+    else:
+        # What fails stays as it is, and right; a stuck window is reported when the next one is opened.
+        restore_range(&run, &n_restored, &err)
+        memset(b.outcomes, REFUSED, run.n_pages)
+        memset(b.outcomes, DONE, n_restored)
     if err.code != 0 and b.err.code == 0:
         b.err = err
     for i in range(end - start):

@@ -22,7 +22,8 @@ What becomes of a page, in the order of the questions asked (rules of design sec
   - all zero: an intent to give it back.
   - unchanged and equal to another such page: both are to be merged into a new shared page.
   - else it stands in the unstable tree for the rest of the pass.
-A page that stood there, and still did not change, moves to the quiet tree (see _quiet).
+A page that stood there, and still did not change, moves to the quiet tree (see _quiet); a private copy over
+the store becomes plain memory first.
 
 `immediate` (dedup) leaves the waiting out.
 """
@@ -30,7 +31,7 @@ A page that stood there, and still did not change, moves to the quiet tree (see 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._batch cimport (
-    INTENT_MERGE, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_MAX_SHARED,
     SKIP_STORE, batch_add, batch_sharers, drop_sharer, stable_page_of,
 )
 from ksmcore._blocks cimport block_new
@@ -44,7 +45,7 @@ from ksmcore._pagemap cimport (
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._quiet cimport (
-    IS_ARMED, IS_HUGE, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
+    HAS_STOOD, IS_ARMED, IS_HUGE, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
 )
 from ksmcore._regions cimport region_end, region_t, regions_at
 from ksmcore._rmap cimport (
@@ -201,10 +202,10 @@ cdef uint32_t _match_stable(
     *first: the first shared page that is equal, full or not, if it is known; then it is not searched for. Set
     to 0 when there is none, and then *place is where one belongs.
 
-    Where a stretch of pages comes again, its shared pages follow each other in the store, so the one after the
-    last match is tried first. Within a block the page number chooses the copy, so that neighbours in a stretch of equal pages
-    map neighbouring slots. A stretch that has outgrown its block, or filled it, gets a further one, which is
-    found first from then on.
+    Where a stretch of different pages comes again, its shared pages follow each other in the store, so the one
+    after the last match is tried first. Within a block the page number chooses the copy, so that neighbours in a
+    stretch of equal pages map neighbouring slots. A stretch that has outgrown its block, or filled it, gets a
+    further one, which is found first from then on.
     """
     cdef uint32_t n_copies, larger, slot
     cdef uint64_t left
@@ -391,6 +392,22 @@ cdef void _match(
         _match_unshared(c, region, i, n_wanted, first, place, immediate)
 
 
+cdef void _leave_store(engine_core* c, const region_t* region, size_t n_look) noexcept nogil:
+    """Private copies over the store that stay what they are, and equal to no other: they become plain memory
+    again, whose writes can be tracked."""
+    cdef size_t i
+    cdef uint32_t item
+    for i in range(n_look):
+        item = c.items[i]
+        if (
+            c.flags[i] & HAS_STOOD and c.rmap.tags[item].over_store and c.rmap.tags[item].epoch == c.epoch
+            and c.rmap.tags[item].state == PAGE_UNSHARED
+        ):
+            batch_add(
+                &c.b, INTENT_PLAIN, <uintptr_t>c.pages[i] // c.page_bytes, item, 0, region.flags, False
+            )
+
+
 cdef int _scan_span(
     engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, size_t* n_looked,
     sys_error* err
@@ -429,6 +446,8 @@ cdef int _scan_span(
         forest_prefetch(&c.quiet, c.digests + i, min(n_look - i, <size_t>PREFETCH))
         _match(c, region, i, n_look, i < n_known, immediate)
     quiet_disarm_others(c, n_look)
+    if not immediate:
+        _leave_store(c, region, n_look)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)
     if rc != 0:

@@ -191,6 +191,58 @@ def test_windows_that_fail(engine, quiet, call, after):
     engine._core.check()
 
 
+def in_store(array):
+    """Pages of an array that lie over the store: asked of the kernel."""
+    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    return sum(
+        (min(vma.end, end) - max(vma.start, start)) // PAGE
+        for vma in vmas.Snapshot().vmas_in(start, end)
+        if vma.path.startswith("/memfd:ksmcore-store")
+    )
+
+
+def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, rng):
+    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    a, b = engine.array(content), engine.array(content)
+    engine.dedup()
+    assert in_store(a) == in_store(b) == N
+    a[100:200, 0] = np.arange(100)
+    a[300, 0] = 1
+    content[100:200, 0] = np.arange(100)
+    content[300, 0] = 1
+    for _ in range(3):
+        engine.scan()
+    # Found changed, found unchanged, found unchanged once more.
+    assert in_store(a) == N - 101
+    for _ in range(3):
+        engine.scan()
+    assert np.array_equal(a, content)
+    assert unwritten(a) == engine.stats().pages_quiet == 101
+    assert hashed_by(engine) == 0
+    a[150] = b[150]
+    a[300] = b[300]
+    for _ in range(2):
+        engine.scan()
+    assert in_store(a) == N - 99
+    engine._core.check()
+
+
+def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
+    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    a, b = engine.array(content), engine.array(content)
+    engine.dedup()
+    engine.configure(map_budget=10)
+    a[::2, 0] = np.arange(N // 2)
+    skipped = engine.stats().pages_skipped
+    for _ in range(6):
+        engine.scan()
+    assert in_store(a) > N - 20
+    assert engine.stats().pages_skipped == skipped  # nothing could have been saved
+    assert engine.stats().pages_unshared == N // 2
+    assert np.array_equal(a[1::2], b[1::2])
+    engine._core.check()
+
+
 # ---- what a program may do meanwhile ----------------------------------------------------------
 
 
