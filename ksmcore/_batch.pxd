@@ -8,6 +8,7 @@ from ksmcore._pages cimport checksum_pages_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
+from ksmcore._tracker cimport tracker_t
 from ksmcore._window cimport guard_kind
 
 
@@ -86,7 +87,7 @@ ctypedef struct batch:
     scan_counters* counters
     map_budget budget
     guard_kind guard
-    int tracker_fd               # of the engine's tracker, -1: none
+    const tracker_t* tracker
     checksum_pages_t checksum
     size_t page_bytes
     sys_error err                # first failure of the batch

@@ -42,6 +42,7 @@ cdef void batch_destroy(batch* b) noexcept nogil:
     b.outcomes = NULL
     b.planned = NULL
 
+
 cdef planned_sharers* _planned(const batch* b, uint32_t slot) noexcept nogil:
     """The entry of a slot, or the one where it belongs. The table is never more than half full."""
     cdef uint32_t at = slot % (2 * b.capacity)
@@ -77,6 +78,7 @@ cdef void batch_add(
     """Note an intent. The item is in no tree, but for INTENT_PLAIN; the caller flushes before `capacity` is
     reached."""
     cdef intent* new = &b.intents[b.n_intents]
+    cdef planned_sharers* planned
     new.page_no = page_no
     new.item = item
     new.slot = slot
@@ -87,8 +89,9 @@ cdef void batch_add(
     new.fate = OPEN
     b.n_intents += 1
     if slot != 0:
-        _planned(b, slot).slot = slot
-        _planned(b, slot).n += 1
+        planned = _planned(b, slot)
+        planned.slot = slot
+        planned.n += 1
 
 
 cdef void intent_leave(batch* b, intent* left, skip_reason reason) noexcept nogil:

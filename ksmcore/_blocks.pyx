@@ -13,7 +13,7 @@ from ksmcore._batch cimport (
     pending_block, skip_reason,
 )
 from ksmcore._forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
-from ksmcore._store cimport store_alloc, store_page, store_release, store_write
+from ksmcore._store cimport store_alloc, store_block_sharers, store_page, store_release, store_write
 from ksmcore._sys cimport error_clear, sys_error
 from ksmcore._trees cimport rb_place
 
@@ -185,14 +185,8 @@ cdef void blocks_settle(batch* b) noexcept nogil:
 
 cdef void blocks_release_unmapped(batch* b) noexcept nogil:
     """Release the new shared pages that nobody was mapped to after all."""
-    cdef uint32_t i, k
-    cdef uint64_t n_sharers
+    cdef uint32_t i
     for i in range(b.n_pendings):
-        if b.pendings[i].fate != OPEN:
-            continue
-        n_sharers = 0
-        for k in range(b.pendings[i].n_copies):
-            n_sharers += b.store.uses[b.pendings[i].slot + k].n_sharers
-        if n_sharers == 0:
+        if b.pendings[i].fate == OPEN and store_block_sharers(b.store, b.pendings[i].slot) == 0:
             forest_erase(b.stable, b.pendings[i].slot)
             store_release(b.store, b.pendings[i].slot)

@@ -1,7 +1,7 @@
 """The census: what is mapped in this process, against what the engine takes for mapped.
 
-Called by: _core (at the start of a pass, and before a region is given back). Calls: _maps, _budget, _rmap,
-_runs, _store.
+Called by: _core (at the start of a pass, and before a region is given back). Calls: _maps, _budget, _regions,
+_rmap, _batch, _store.
 
 A program can unmap, move, protect or replace memory that it has registered, without telling anybody. An
 engine that went on from what it remembers would crash on such memory, change what is another's by now, or
@@ -21,7 +21,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._budget cimport MAPS_WATCHED, budget_refresh
-from ksmcore._maps cimport VMA_EXEC, VMA_READ, VMA_SHARED, VMA_WRITE, maps_each, maps_each_in, vma_t
+from ksmcore._maps cimport maps_each, maps_each_in, vma_is_private_data, vma_t
 from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._regions cimport region_end, region_t, regions_at, regions_next
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_state
@@ -62,9 +62,7 @@ cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, 
 
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     """Private memory that can be read and written, of no file but ours."""
-    if vma.flags & (VMA_READ | VMA_WRITE | VMA_EXEC | VMA_SHARED) != VMA_READ | VMA_WRITE:
-        return False
-    return vma.inode == 0 or is_our_store
+    return vma_is_private_data(vma) and (vma.inode == 0 or is_our_store)
 
 
 # ---- all mappings -----------------------------------------------------------------------------------

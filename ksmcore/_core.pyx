@@ -1,7 +1,7 @@
 """The engine's core as Python sees it: a lock, regions, and passes without the GIL.
 
-Called by: engine.py, registration.py, _memory. Calls: _engine, _scan, _unmerge, _census,
-_numbers, _regions, _guard, _merge.
+Called by: engine.py, registration.py, _memory. Calls: _engine, _quiet, _scan, _unmerge, _census, _numbers,
+_regions, _guard, _merge.
 
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
 could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
@@ -24,12 +24,14 @@ from ksmcore._guard cimport guard_by_name, guard_enter, guard_enter_any, guard_l
 from ksmcore._merge cimport restore_range, run_t
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._pages cimport checksum_by_name
-from ksmcore._quiet cimport quiet_unwatch
+from ksmcore._quiet cimport quiet_begin_pass, quiet_unwatch
 from ksmcore._reader cimport reader_enter, reader_leave
 from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert, regions_next
 from ksmcore._scan cimport core_scan_at
 from ksmcore._store cimport MAX_SHARERS
-from ksmcore._sys cimport CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
+from ksmcore._sys cimport (
+    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause,
+)
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
 from ksmcore._window cimport guard_kind
 
@@ -126,6 +128,11 @@ cdef class Core:
 
     # ---- regions ----------------------------------------------------------------------------
 
+    cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
+        """The region with this id at `addr`, or NULL. The caller holds the lock."""
+        cdef region_t* region = regions_at(&self.c.regions, addr)
+        return region if region != NULL and region.id == region_id else NULL
+
     def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh=False):
         """Register `n_pages` pages from `addr` on, under an id that no other region of the process has.
 
@@ -179,16 +186,17 @@ cdef class Core:
                 rc = self._enter(&guard, &err)
                 entered = rc == 0
             self._lock()
-            region = regions_at(&self.c.regions, addr)
-            found = region != NULL and region.id == region_id
+            region = self._region(region_id, addr)
+            found = region != NULL
             held = found and restore and region.n_holds != 0
             if found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
                 rc = census_of_region(&self.c, region, &n_blocked, &err)
             if found and not held and rc == 0 and not (restore and n_blocked != 0):
+                if not keep:
+                    quiet_unwatch(&self.c, region)   # so that no window need let go of it
                 if restore:
                     rc = core_restore(&self.c, region, &err)
                 if rc == 0 and not keep:
-                    quiet_unwatch(&self.c, region)
                     core_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
             self._unlock()
@@ -240,8 +248,8 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
-            region = regions_at(&self.c.regions, addr)
-            if region != NULL and region.id == region_id and region.n_holds != 0:
+            region = self._region(region_id, addr)
+            if region != NULL and region.n_holds != 0:
                 region.n_holds -= 1
             self._unlock()
 
@@ -252,8 +260,8 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
-            region = regions_at(&self.c.regions, addr)
-            if region != NULL and region.id == region_id:
+            region = self._region(region_id, addr)
+            if region != NULL:
                 n_shared = core_shared_in(&self.c, region)
             self._unlock()
         return n_shared
@@ -327,7 +335,7 @@ cdef class Core:
         run.page_bytes = sys_page_bytes()
         run.over_store = True
         run.flags = flags
-        run.tracker_fd = -1
+        run.tracker = NULL
         with nogil:
             rc = self._enter(&run.guard, &err)
             if rc == 0:
@@ -379,6 +387,7 @@ cdef class Core:
         self._own()
         with nogil:
             self._lock()
+            quiet_begin_pass(&self.c)
             core_begin_pass(&self.c)
             self._unlock()
 

@@ -69,5 +69,6 @@ cdef int core_init(
     engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil
 cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
+cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil
 cdef void core_begin_pass(engine_core* c) noexcept nogil
 cdef size_t core_bytes(engine_core* c) noexcept nogil

@@ -1,22 +1,21 @@
 """What an engine owns: trees, table, store and working memory; made, begun anew for a pass, and given back.
 
-Called by: _core, _scan, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
-_forest, _store, _runs.
+Called by: _core, _scan, _stretch, _quiet, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
+_forest, _store, _batch.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
-from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._regions cimport region_t, regions_destroy, regions_init
 from ksmcore._rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
 from ksmcore._batch cimport batch_destroy, batch_init, stable_page_of
 from ksmcore._store cimport store_bytes, store_destroy, store_init, store_thaw
 from ksmcore._sys cimport error_clear, sys_error, sys_page_bytes
-from ksmcore._tracker cimport tracker_close, tracker_is_there, tracker_open
+from ksmcore._tracker cimport tracker_close, tracker_open
 from ksmcore._window cimport guard_kind
 
 cdef enum:
@@ -24,9 +23,18 @@ cdef enum:
     NO_EPOCH = 256
 
 
-cdef const uint8_t* _unstable_page_of(void* owner, uint32_t item) noexcept nogil:
-    cdef engine_core* c = <engine_core*>owner
-    return <const uint8_t*><uintptr_t>(c.rmap.tags[item].page_no * c.page_bytes)
+cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil:
+    return <const uint8_t*><uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
+
+
+cdef const uint8_t* _page_of_node(void* owner, uint32_t item) noexcept nogil:
+    """A page_of_t, of the unstable and the quiet tree."""
+    return page_of_item(<engine_core*>owner, item)
+
+
+cdef void _forget_stretch(engine_core* c) noexcept nogil:
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
+    c.next_slot = c.next_partner = 0
 
 
 cdef int core_init(
@@ -44,8 +52,7 @@ cdef int core_init(
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
     c.last_epoch = NO_EPOCH
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
-    c.next_slot = c.next_partner = 0
+    _forget_stretch(c)
     regions_init(&c.regions, c.page_bytes)
     c.pm.file.fd = -1
     c.tracker.file.fd = -1
@@ -56,7 +63,7 @@ cdef int core_init(
     memset(&c.unstable, 0, sizeof(c.unstable))
     memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
-    c.b.tracker_fd = -1
+    c.b.tracker = &c.tracker
     c.b.store = &c.store
     c.b.rmap = &c.rmap
     c.b.stable = &c.stable
@@ -75,10 +82,10 @@ cdef int core_init(
             &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
         ) != 0
         or forest_init(
-            &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
+            &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _page_of_node, c, err
         ) != 0
         or forest_init(
-            &c.quiet, &c.rmap.nodes, c.by_content, c.page_bytes, _unstable_page_of, c, err
+            &c.quiet, &c.rmap.nodes, c.by_content, c.page_bytes, _page_of_node, c, err
         ) != 0
         or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
     ):
@@ -135,18 +142,13 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil:
     forest_clear(&c.unstable)
     forest_expect(&c.unstable, n_pages // 2)
     forest_expect(&c.stable, n_pages // 2)
-    if not tracker_is_there(&c.tracker):
-        for i in range(c.regions.n):
-            c.regions.all[i].flags &= ~REGION_WATCHED
-    c.b.tracker_fd = c.tracker.file.fd
     c.last_epoch = c.epoch
     c.epoch += 1
     if c.epoch > LAST_EPOCH:
         rmap_forget_epochs(&c.rmap)
         c.epoch = 1
         c.last_epoch = NO_EPOCH
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
-    c.next_slot = c.next_partner = 0
+    _forget_stretch(c)
 
 
 cdef size_t core_bytes(engine_core* c) noexcept nogil:

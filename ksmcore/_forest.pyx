@@ -1,6 +1,7 @@
 """A forest: the stable and the unstable tree, each split into many small red-black trees by the checksum.
 
-Called by: _scan, _runs, _unmerge. Calls: _trees (every tree is one of its trees), _sys (memory for the roots).
+Called by: _engine, _scan, _batch, _blocks, _unmerge. Calls: _trees (every tree is one of its trees), _sys (memory
+for the roots).
 
 A search in one tree of a million nodes follows some twenty links, most of them to memory that no cache
 holds. Here the low bits of a key's checksum choose one of many trees of LOAD_NODES nodes or fewer on
@@ -58,15 +59,12 @@ cdef void forest_destroy(forest_t* forest) noexcept nogil:
     forest.roots = NULL
 
 
-cdef void forest_expect(forest_t* forest, size_t n_nodes) noexcept nogil:
-    """An empty forest becomes one of as many trees as n_nodes nodes want, so that they come without any tree
-    being split; never one of fewer. Where no memory is to be had it stays as it is."""
-    cdef size_t wanted = min(n_nodes // LOAD_NODES, <size_t>MAX_EXPECTED), capacity = forest.capacity
+cdef bint _make_room(forest_t* forest, size_t n_roots) noexcept nogil:
+    """Room for so many trees; False without memory for it."""
+    cdef size_t capacity = forest.capacity
     cdef sys_error ignored
     cdef void* grown
-    if forest.one.by_content or forest.n_nodes != 0 or wanted <= forest.n_roots:
-        return
-    while capacity < wanted:
+    while capacity < n_roots:
         capacity *= 2
     if capacity != forest.capacity:
         error_clear(&ignored)
@@ -74,9 +72,20 @@ cdef void forest_expect(forest_t* forest, size_t n_nodes) noexcept nogil:
             forest.roots, <size_t>forest.capacity * sizeof(uint32_t), capacity * sizeof(uint32_t), &ignored
         )
         if grown == NULL:
-            return
+            return False
         forest.roots = <uint32_t*>grown
         forest.capacity = <uint32_t>capacity
+    return True
+
+
+cdef void forest_expect(forest_t* forest, size_t n_nodes) noexcept nogil:
+    """An empty forest becomes one of as many trees as n_nodes nodes want, so that they come without any tree
+    being split; never one of fewer. Where no memory is to be had it stays as it is."""
+    cdef size_t wanted = min(n_nodes // LOAD_NODES, <size_t>MAX_EXPECTED)
+    if forest.one.by_content or forest.n_nodes != 0 or wanted <= forest.n_roots:
+        return
+    if not _make_room(forest, wanted):
+        return
     forest.n_roots = <uint32_t>wanted
     while 2 * forest.base < forest.n_roots:
         forest.base *= 2
@@ -150,20 +159,10 @@ cdef void forest_erase(forest_t* forest, uint32_t node) noexcept nogil:
 
 cdef void _grow(forest_t* forest) noexcept nogil:
     """One tree more, if the load asks for it. Where no memory is to be had the trees grow instead."""
-    cdef sys_error ignored
-    cdef void* grown
     if forest.one.by_content or forest.n_nodes <= <size_t>forest.n_roots * LOAD_NODES:
         return
-    if forest.n_roots == forest.capacity:
-        error_clear(&ignored)
-        grown = sys_grow(
-            forest.roots, <size_t>forest.capacity * sizeof(uint32_t),
-            <size_t>forest.capacity * 2 * sizeof(uint32_t), &ignored
-        )
-        if grown == NULL:
-            return
-        forest.roots = <uint32_t*>grown
-        forest.capacity *= 2
+    if not _make_room(forest, <size_t>forest.n_roots + 1):
+        return
     if forest.n_roots == 2 * forest.base:
         forest.base *= 2
     forest.n_roots += 1

@@ -33,7 +33,9 @@ cdef extern from *:
     void forks_gate_lock() nogil
     void forks_gate_unlock() nogil
     void forks_gate_renew() nogil
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
+    int pthread_atfork(
+        void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
+    )
     int __ATOMIC_SEQ_CST
     uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_load_n(uint32_t* value, int order) nogil

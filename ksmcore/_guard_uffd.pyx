@@ -78,7 +78,9 @@ cdef extern from *:
     void uffd_install_renew() nogil
     void uffd_block_signals() nogil      # in a window: the gate is held, so there is one mask to remember
     void uffd_unblock_signals() nogil
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
+    int pthread_atfork(
+        void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
+    )
 
 cdef enum:
     CLOSE_TRIES = 1000     # a millisecond apart: giving pages back must not fail

@@ -215,6 +215,18 @@ KSM_JHASH_KERNEL(ksm_jhash_pages_generic, , ksm_v4, 4, 2, KSM_TWO_SETS, KSM_LOAD
 
 #endif /* KSM_JHASH_HAS_GENERIC */
 
+/* OP: what the instructions' names begin with; LOAD fills a vector of type REG from every fourth page. */
+#define KSM_LOAD_4X4_WIDE(OP, REG, VEC, LOAD, w0, w1, w2, w3, pages, at)                                              \
+    do {                                                                                                              \
+        REG p0 = LOAD(pages, 0, at), p1 = LOAD(pages, 1, at), p2 = LOAD(pages, 2, at), p3 = LOAD(pages, 3, at);       \
+        REG t0 = OP##_unpacklo_epi32(p0, p1), t1 = OP##_unpacklo_epi32(p2, p3);                                       \
+        REG t2 = OP##_unpackhi_epi32(p0, p1), t3 = OP##_unpackhi_epi32(p2, p3);                                       \
+        w0 = (VEC)OP##_unpacklo_epi64(t0, t1);                                                                        \
+        w1 = (VEC)OP##_unpackhi_epi64(t0, t1);                                                                        \
+        w2 = (VEC)OP##_unpacklo_epi64(t2, t3);                                                                        \
+        w3 = (VEC)OP##_unpackhi_epi64(t2, t3);                                                                        \
+    } while (0)
+
 #ifdef KSM_JHASH_HAS_AVX2
 #include <immintrin.h>
 
@@ -228,16 +240,7 @@ typedef uint32_t ksm_v8 __attribute__((vector_size(32)));
         _mm_loadu_si128((const __m128i *)((pages)[(i) + 4] + (at))), 1)
 
 #define KSM_LOAD_4X4_V8(w0, w1, w2, w3, pages, at)                                                                    \
-    do {                                                                                                              \
-        __m256i p0 = KSM_LOAD_HALVES(pages, 0, at), p1 = KSM_LOAD_HALVES(pages, 1, at);                               \
-        __m256i p2 = KSM_LOAD_HALVES(pages, 2, at), p3 = KSM_LOAD_HALVES(pages, 3, at);                               \
-        __m256i t0 = _mm256_unpacklo_epi32(p0, p1), t1 = _mm256_unpacklo_epi32(p2, p3);                               \
-        __m256i t2 = _mm256_unpackhi_epi32(p0, p1), t3 = _mm256_unpackhi_epi32(p2, p3);                               \
-        w0 = (ksm_v8)_mm256_unpacklo_epi64(t0, t1);                                                                   \
-        w1 = (ksm_v8)_mm256_unpackhi_epi64(t0, t1);                                                                   \
-        w2 = (ksm_v8)_mm256_unpacklo_epi64(t2, t3);                                                                   \
-        w3 = (ksm_v8)_mm256_unpackhi_epi64(t2, t3);                                                                   \
-    } while (0)
+    KSM_LOAD_4X4_WIDE(_mm256, __m256i, ksm_v8, KSM_LOAD_HALVES, w0, w1, w2, w3, pages, at)
 
 KSM_JHASH_KERNEL(ksm_jhash_pages_avx2, __attribute__((target("avx2"))), ksm_v8, 8, 1, KSM_ONE_SET, KSM_LOAD_4X4_V8,
                  KSM_NO_LONG_STEPS)
@@ -260,16 +263,7 @@ typedef uint32_t ksm_v16 __attribute__((vector_size(64)));
         KSM_LOAD_QUARTER(pages, (i) + 12, at), 3)
 
 #define KSM_LOAD_4X4_V16(w0, w1, w2, w3, pages, at)                                                                   \
-    do {                                                                                                              \
-        __m512i p0 = KSM_LOAD_QUARTERS(pages, 0, at), p1 = KSM_LOAD_QUARTERS(pages, 1, at);                           \
-        __m512i p2 = KSM_LOAD_QUARTERS(pages, 2, at), p3 = KSM_LOAD_QUARTERS(pages, 3, at);                           \
-        __m512i t0 = _mm512_unpacklo_epi32(p0, p1), t1 = _mm512_unpacklo_epi32(p2, p3);                               \
-        __m512i t2 = _mm512_unpackhi_epi32(p0, p1), t3 = _mm512_unpackhi_epi32(p2, p3);                               \
-        w0 = (ksm_v16)_mm512_unpacklo_epi64(t0, t1);                                                                  \
-        w1 = (ksm_v16)_mm512_unpackhi_epi64(t0, t1);                                                                  \
-        w2 = (ksm_v16)_mm512_unpacklo_epi64(t2, t3);                                                                  \
-        w3 = (ksm_v16)_mm512_unpackhi_epi64(t2, t3);                                                                  \
-    } while (0)
+    KSM_LOAD_4X4_WIDE(_mm512, __m512i, ksm_v16, KSM_LOAD_QUARTERS, w0, w1, w2, w3, pages, at)
 
 /* Pages are a multiple of 4 KiB apart, so the lines of sixteen pages at one place fall into one set of the first cache,
  * which has room for eight or twelve. Where a line is read in pieces, with other pages in between, every piece is
@@ -297,7 +291,8 @@ __attribute__((target("avx512f"))) static inline void ksm_load_lines(ksm_v16 *w,
     }
     /* Quarters are gathered in two steps: first the even and the odd ones of eight pages, then each of sixteen. */
     for (int j = 0; j < 4; j++) {
-        __m512i even_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i even_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+        __m512i odd_low = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
         __m512i even_high = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
         __m512i odd_high = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
         w[j] = (ksm_v16)_mm512_shuffle_i32x4(even_low, even_high, 0x88);

@@ -1,4 +1,5 @@
-/* The process's mappings: /proc/self/maps as text, and its ioctl. The types are for whoever visits, the rest for _maps.pyx. */
+/* The process's mappings: /proc/self/maps as text, and its ioctl. The types are for whoever visits, the rest for
+   _maps.pyx. */
 
 #ifndef KSMCORE_MAPS_H
 #define KSMCORE_MAPS_H

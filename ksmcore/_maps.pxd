@@ -23,6 +23,11 @@ cdef extern from "_maps.h":
     ctypedef void (*vma_visit "ksm_vma_visit")(const vma_t* vma, void* context) noexcept nogil
 
 
+cdef inline bint vma_is_private_data(const vma_t* vma) noexcept nogil:
+    """Private, to be read and written, not to be executed."""
+    return vma.flags & (VMA_READ | VMA_WRITE | VMA_EXEC | VMA_SHARED) == VMA_READ | VMA_WRITE
+
+
 cdef int maps_each(vma_visit visit, void* context, sys_error* err) noexcept nogil
 cdef int maps_each_in(
     uintptr_t start, uintptr_t end, vma_visit visit, void* context, sys_error* err

@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 
 from ksmcore._store cimport store_t
 from ksmcore._sys cimport sys_error
+from ksmcore._tracker cimport tracker_t
 from ksmcore._window cimport guard_kind
 
 
@@ -24,7 +25,7 @@ ctypedef struct run_t:
     size_t page_bytes
     bint over_store          # they map the store; else they are anonymous memory
     int flags                # enum region_flag bits
-    int tracker_fd           # of the tracker that watches the region, -1: none
+    const tracker_t* tracker # which watches the region if it is REGION_WATCHED; may be NULL
 
 
 # outcomes: enum page_outcome (see _window.pxd) for each page of the run. slots: the one for each page.

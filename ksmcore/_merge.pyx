@@ -45,6 +45,10 @@ ctypedef enum remap_kind:
     MAP_ZERO                 # new anonymous memory
 
 
+cdef int _tracker_fd(const run_t* run) noexcept nogil:
+    return run.tracker.file.fd if run.flags & REGION_WATCHED and run.tracker != NULL else -1
+
+
 cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* err) noexcept nogil:
     """Give a new mapping the flags of its region. Advice that is refused costs no correctness."""
     if flags & REGION_DONTFORK:
@@ -180,7 +184,7 @@ cdef int _windows(
     """Pages of any number, window by window; adjacent mappings of the store fuse in the kernel."""
     cdef window_t w
     cdef uint32_t done = 0
-    cdef int rc = 0
+    cdef int rc = 0, tracker_fd = _tracker_fd(run)
     w.guard = run.guard
     w.over_store = run.over_store
     w.page_bytes = run.page_bytes
@@ -191,12 +195,12 @@ cdef int _windows(
         )
         w.is_huge = w.n_pages == <uint32_t>WINDOW_PAGES
         w.outcomes = outcomes + done
-        if not run.over_store and tracker_let_go(run.tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
+        if not run.over_store and tracker_let_go(tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
             memset(w.outcomes, REFUSED, w.n_pages)
         else:
             rc = _window(store, kind, &w, slots + done if slots != NULL else NULL, run.flags, err)
-        if run.tracker_fd >= 0:
-            _take_back(run.tracker_fd, kind, &w)
+        if tracker_fd >= 0:
+            _take_back(tracker_fd, kind, &w)
         done += w.n_pages
     if done < run.n_pages:
         memset(outcomes + done, REFUSED, run.n_pages - done)
@@ -226,7 +230,7 @@ cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept 
 
 
 cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
-    """sys_move, tried again where the kernel unmapped the target before it failed (see _remap)."""
+    """sys_move, tried again where the kernel unmapped the target before it failed (see _map_over)."""
     cdef sys_error failed
     cdef int tries = 0
     error_clear(&failed)
@@ -296,7 +300,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         if guard_close(&w, rc == 0, err) != 0 or rc != 0:
             rc = -1
             break
-        tracker_take_back(run.tracker_fd, w.addr, window_bytes)
+        tracker_take_back(_tracker_fd(run), w.addr, window_bytes)
         n_restored[0] += w.n_pages
         fresh += window_bytes
     if n_restored[0] < run.n_pages:

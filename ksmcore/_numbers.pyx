@@ -1,7 +1,7 @@
 """The numbers of an engine: the last stage of the path, where all that was counted is read.
 
 Called by: _core, which holds the engine's lock for `numbers_read` and not for `numbers_as_dict`. Calls:
-_scan (sizes), _guard.
+_engine (sizes), _guard.
 """
 
 from libc.stdint cimport int64_t, uint64_t

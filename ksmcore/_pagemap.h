@@ -29,33 +29,32 @@ enum {
     KSM_PAGE_ZERO_PFN = 32, KSM_PAGE_HUGE = 64
 };
 
-/* Ranges of pages, up to `max_pages` pages; returns how many ranges, and where the walk ended. `only_written`:
-   those that were written, or are not there. Those of files are told from others if `tell_files`, and then
-   left out if not `with_files`. */
-static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, int with_files, int tell_files,
-                    ksm_page_range *ranges, size_t n_ranges, size_t max_pages, uintptr_t *walk_end) {
+/* Pages of files, beside others: not told from them (that costs more), told, left out. */
+typedef enum { KSM_FILES_UNTOLD, KSM_FILES_TOLD, KSM_FILES_LEFT_OUT } ksm_files;
+
+/* Ranges of pages, up to `max_pages` pages; returns how many ranges. `only_written`: those that were written,
+   or are not there. */
+static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, ksm_files files,
+                    ksm_page_range *ranges, size_t max_pages) {
     struct ksm_scan_args a;
-    int rc;
     memset(&a, 0, sizeof a);
     a.size = sizeof a;
     a.start = start;
     a.end = end;
     a.vec = (uintptr_t)ranges;
-    a.vec_len = n_ranges;
+    a.vec_len = max_pages;
     a.max_pages = max_pages;
     if (only_written) {
         a.any_of = KSM_PAGE_WRITTEN | KSM_PAGE_PRESENT;
         a.inverted = KSM_PAGE_PRESENT;
     }
-    if (tell_files && !with_files) {
+    if (files == KSM_FILES_LEFT_OUT) {
         a.all_of = KSM_PAGE_FILE;
         a.inverted |= KSM_PAGE_FILE;
     }
     a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED | KSM_PAGE_ZERO_PFN | KSM_PAGE_HUGE
-               | (tell_files ? KSM_PAGE_FILE : 0);
-    rc = ioctl(fd, KSM_PAGEMAP_SCAN, &a);
-    *walk_end = a.walk_end;
-    return rc;
+               | (files == KSM_FILES_UNTOLD ? 0 : KSM_PAGE_FILE);
+    return ioctl(fd, KSM_PAGEMAP_SCAN, &a);
 }
 
 /* From here on a write to these pages is seen. EPERM: they are not all watched by asynchronous userfaultfd. */

@@ -45,4 +45,5 @@ cdef int pagemap_query(
 cdef int pagemap_survey(
     pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
 ) noexcept nogil
+cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil

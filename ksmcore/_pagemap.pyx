@@ -1,6 +1,6 @@
 """What the kernel knows of a page: present, still the shared one, swapped, written since it was looked at.
 
-Called by: _scan, _tracker, _estimate, _guard_uffd. Calls: _sys.
+Called by: _scan, _quiet, _engine, _tracker, _estimate, _guard_uffd. Calls: _sys.
 
 /proc/self/pagemap has 8 bytes for each virtual page; the bits used here are shown to every process
 about itself (Documentation/admin-guide/mm/pagemap.rst), the page frame numbers are not needed. Where
@@ -13,6 +13,7 @@ pages of files from others costs 6 ms more, because each page's descriptor is re
 looked for first, and asked about then.
 """
 
+from libc.errno cimport ENOTTY
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from ksmcore._sys cimport (
@@ -25,9 +26,13 @@ cdef extern from "_pagemap.h" nogil:
         uint64_t start, end, categories
     enum:
         KSM_PAGE_FILE, KSM_PAGE_PRESENT, KSM_PAGE_SWAPPED, KSM_PAGE_ZERO_PFN, KSM_PAGE_HUGE
+    ctypedef enum files_wanted "ksm_files":
+        FILES_UNTOLD "KSM_FILES_UNTOLD"
+        FILES_TOLD "KSM_FILES_TOLD"
+        FILES_LEFT_OUT "KSM_FILES_LEFT_OUT"
     int ksm_scan(
-        int fd, uintptr_t start, uintptr_t end, bint only_written, bint with_files, bint tell_files,
-        ksm_page_range* ranges, size_t n_ranges, size_t max_pages, uintptr_t* walk_end
+        int fd, uintptr_t start, uintptr_t end, bint only_written, files_wanted files, ksm_page_range* ranges,
+        size_t max_pages
     )
     int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end)
 
@@ -53,7 +58,7 @@ cdef void pagemap_try_scanning(pagemap* pm) noexcept nogil:
     """Let surveys use PAGEMAP_SCAN if the kernel knows it: it is asked of no pages."""
     cdef sys_error ignored
     error_clear(&ignored)
-    pm.scans = pm.file.fd >= 0 and _scan(pm, 0, 0, False, True, False, NULL, 0, 0, NULL, &ignored) >= 0
+    pm.scans = pm.file.fd >= 0 and _scan(pm, 0, 0, False, FILES_UNTOLD, NULL, 0, &ignored) >= 0
 
 
 cdef void pagemap_close(pagemap* pm) noexcept nogil:
@@ -104,18 +109,13 @@ cdef int pagemap_query(
 # ---- surveys ----------------------------------------------------------------------------------------
 
 cdef int _scan(
-    pagemap* pm, uintptr_t addr, uintptr_t end, bint only_written, bint with_files, bint tell_files,
-    ksm_page_range* ranges, size_t n_ranges, size_t max_pages, uintptr_t* walk_end, sys_error* err
+    pagemap* pm, uintptr_t addr, uintptr_t end, bint only_written, files_wanted files, ksm_page_range* ranges,
+    size_t max_pages, sys_error* err
 ) noexcept nogil:
     cdef int n
-    cdef uintptr_t ended = end
     if sys_injected(CALL_PAGEMAP_SCAN, addr, end - addr, err):
         return -1
-    n = ksm_scan(
-        pm.file.fd, addr, end, only_written, with_files, tell_files, ranges, n_ranges, max_pages, &ended
-    )
-    if walk_end != NULL:
-        walk_end[0] = ended
+    n = ksm_scan(pm.file.fd, addr, end, only_written, files, ranges, max_pages)
     if sys_check(n < 0, CALL_PAGEMAP_SCAN, addr, end - addr, err):
         return -1
     return n
@@ -146,24 +146,21 @@ cdef int _survey_by_scan(
     pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
 ) noexcept nogil:
     cdef ksm_page_range found[<int>BLOCK_PAGES]
-    cdef uintptr_t ended
     cdef page_range* put
-    cdef int n, i
-    cdef bint tell_files = not watched
+    cdef files_wanted files = FILES_TOLD if with_files else FILES_LEFT_OUT
+    cdef int n = 1, i
     survey.next = end
     # The first page, and then the block that it lies in: what comes after that would be looked for again.
-    while True:
-        n = _scan(pm, addr, end, watched, with_files or not tell_files, tell_files, found, 1, 1, &ended, err)
-        if n <= 0:
-            return n
-        addr = found[0].start
-        if tell_files:
-            break
-        tell_files = True
+    if watched:
+        n = _scan(pm, addr, end, True, FILES_UNTOLD, found, 1, err)
+        addr = found[0].start if n > 0 else addr
+    if n > 0:
+        n = _scan(pm, addr, end, watched, files, found, 1, err)
+    if n <= 0:
+        return n
+    addr = found[0].start
     survey.next = min(end, _block_end(pm, addr))
-    n = _scan(
-        pm, addr, survey.next, watched, with_files, True, found, BLOCK_PAGES, BLOCK_PAGES, &ended, err
-    )
+    n = _scan(pm, addr, survey.next, watched, files, found, BLOCK_PAGES, err)
     for i in range(n):
         put = &survey.ranges[i]
         put.addr = found[i].start
@@ -210,6 +207,17 @@ cdef int pagemap_survey(
     return 0
 
 
+cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil:
+    """Is this page of a watched range there, and unwritten since it was protected? False if that is not known."""
+    cdef ksm_page_range found
+    cdef sys_error ignored
+    error_clear(&ignored)
+    return (
+        pm.scans and sys_is_kept(&pm.file)
+        and _scan(pm, addr, addr + pm.page_bytes, True, FILES_UNTOLD, &found, 1, &ignored) == 0
+    )
+
+
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil:
     """From here on a survey of a watched range shows these pages only once they are written. -1 with *err
     when they cannot be protected, all or in part; EPERM: they are not watched by a tracker."""
@@ -249,7 +257,7 @@ def survey(uintptr_t addr, size_t n_pages, bint watched):
     """Of `n_pages` pages from `addr` on the ranges that are absent or, if `watched`, were written since they
     were protected: (first page, pages, flags) with page numbers from 0 on. For tests.
 
-    Raises OSError when the kernel refuses, NotImplementedError where it has no PAGEMAP_SCAN.
+    Raises OSError when the kernel refuses, or has no PAGEMAP_SCAN.
     """
     cdef pagemap pm
     cdef page_survey found
@@ -260,16 +268,17 @@ def survey(uintptr_t addr, size_t n_pages, bint watched):
     error_clear(&err)
     pagemap_open(&pm, page_bytes, True)
     pagemap_try_scanning(&pm)
+    if not pm.scans:
+        pagemap_close(&pm)
+        raise OSError(ENOTTY, "this kernel has no PAGEMAP_SCAN")
     ranges = []
     while cursor < end and rc == 0:
-        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err) if pm.scans else -1
+        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err)
         for k in range(found.n_ranges if rc == 0 else 0):
             first = (found.ranges[k].addr - addr) // page_bytes
             ranges.append((first, found.ranges[k].n_pages, found.ranges[k].flags))
         cursor = found.next
     pagemap_close(&pm)
     if rc != 0:
-        if err.code == 0:
-            raise NotImplementedError("this kernel has no PAGEMAP_SCAN")
         error_raise(&err, "survey")
     return ranges

@@ -16,5 +16,7 @@ cdef enum:
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil
 cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil
+cdef void quiet_disarm_item(engine_core* c, uint32_t item) noexcept nogil
 cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil
+cdef void quiet_begin_pass(engine_core* c) noexcept nogil
 cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil

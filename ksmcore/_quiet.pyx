@@ -1,7 +1,7 @@
 """Quiet pages: unchanged, equal to no other, and protected so that the kernel tells when they are written.
 
-Called by: _scan, which decides what page stands in which tree, and _core (unwatch). Calls: _engine, _tracker,
-_pagemap, _regions, _budget.
+Called by: _scan, which decides what page stands in which tree, and _core (begin_pass, unwatch). Calls: _engine,
+_tracker, _pagemap, _regions, _budget.
 
 A page that stood in the unstable tree at the end of a pass is protected when the next one meets it, before
 it is read. If it still did not change it moves to the quiet tree, which stays from pass to pass. Surveys then
@@ -12,13 +12,13 @@ leaves it, has its protection lifted: no survey would ever show it again. A regi
 is watched; when it is not, its pages all show, whatever tree they stand in.
 """
 
-from libc.stdint cimport UINT32_MAX, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._budget cimport MAPS_WATCHED, budget_affords
-from ksmcore._engine cimport engine_core
+from ksmcore._engine cimport engine_core, page_of_item
 from ksmcore._merge cimport REGION_WATCHED
-from ksmcore._pagemap cimport BLOCK_PAGES, PAGE_HUGE, page_survey, pagemap_protect, pagemap_survey
+from ksmcore._pagemap cimport BLOCK_PAGES, PAGE_HUGE, pagemap_is_unwritten, pagemap_protect
 from ksmcore._regions cimport region_end, region_t, regions_at
 from ksmcore._rmap cimport PAGE_UNSHARED
 from ksmcore._sys cimport error_clear, sys_error
@@ -99,19 +99,16 @@ cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil:
             _disarm(c, i, i + 1)
 
 
+cdef void quiet_disarm_item(engine_core* c, uint32_t item) noexcept nogil:
+    """A page of the quiet tree is about to leave it."""
+    tracker_disarm(&c.tracker, <uintptr_t>page_of_item(c, item), c.page_bytes)
+
 
 cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil:
     """A page of the quiet tree: is it where it was, and has nobody written to it since?"""
-    cdef uintptr_t addr = <uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
+    cdef uintptr_t addr = <uintptr_t>page_of_item(c, item)
     cdef const region_t* home = regions_at(&c.regions, addr)
-    cdef page_survey one
-    cdef sys_error ignored
-    error_clear(&ignored)
-    return (
-        home.flags & REGION_WATCHED and not home.altered
-        and pagemap_survey(&c.pm, addr, addr + c.page_bytes, True, True, &one, &ignored) == 0
-        and one.n_ranges == 0
-    )
+    return home.flags & REGION_WATCHED and not home.altered and pagemap_is_unwritten(&c.pm, addr)
 
 
 cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
@@ -125,7 +122,6 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     error_clear(&ignored)
     if c.tracker.file.fd < 0:
         c.may_watch = tracker_open(&c.tracker, &c.pm, &ignored) == 0
-        c.b.tracker_fd = c.tracker.file.fd
     if (
         not c.may_watch
         or not budget_affords(&c.b.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
@@ -135,6 +131,14 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     c.b.budget.used += MAPS_WATCHED
     region.flags |= REGION_WATCHED
     return True
+
+
+cdef void quiet_begin_pass(engine_core* c) noexcept nogil:
+    """Once the program has closed the tracker's descriptor nothing is watched any more."""
+    cdef size_t i
+    if not tracker_is_there(&c.tracker):
+        for i in range(c.regions.n):
+            quiet_unwatch(c, &c.regions.all[i])
 
 
 cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:

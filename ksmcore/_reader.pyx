@@ -77,7 +77,9 @@ cdef extern from *:
     ksm_reader* reader_of_this_thread() nogil
     void reader_fault() nogil
     void reader_child() noexcept nogil
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil)
+    int pthread_atfork(
+        void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
+    )
 
 
 cdef void reader_enter() noexcept nogil:

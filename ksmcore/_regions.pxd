@@ -10,7 +10,7 @@ ctypedef struct region_t:
     uint64_t id
     int flags                # enum region_flag bits (see _merge)
     uint32_t n_holds         # while not 0, no window is opened in it
-    uint32_t watch_tried     # private to _engine
+    uint32_t watch_tried     # private to _quiet
     bint altered             # the program has mapped it otherwise: not looked at (see _census)
     size_t n_plain_pages     # private to _census
     size_t n_store_pages     # private to _census

@@ -1,6 +1,6 @@
 """Rmap items, the records of scanned virtual pages, and the rmap hash that finds them by address.
 
-Called by: _scan, _runs, _walk. Calls: _sys (memory for its arrays).
+Called by: _engine, _scan, _batch, _runs, _unmerge, _census. Calls: _sys (memory for its arrays).
 
 The hash is a linear one: the bucket array grows by a single bucket whenever the load passes
 LOAD_ITEMS per bucket, and only the items of one bucket move then. An insertion therefore never pays

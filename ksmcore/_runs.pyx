@@ -15,16 +15,16 @@ from libc.stdlib cimport qsort
 from libc.string cimport memset
 
 from ksmcore._batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_PARTNER,
-    SKIP_PINNED, SKIP_REFUSED, batch, batch_clear, drop_sharer, intent, intent_leave, skip_reason,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET,
+    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, batch, batch_clear, drop_sharer, intent, intent_leave, skip_reason,
 )
 from ksmcore._blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._budget cimport budget_affords, map_budget
-from ksmcore._merge cimport REGION_WATCHED, merge_run, reshare_run, restore_range, run_t, zero_run
+from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_ZERO, rmap_find, rmap_set_over_store, rmap_set_state
-from ksmcore._store cimport store_block, store_share, store_trim
+from ksmcore._store cimport store_block_sharers, store_share, store_trim
 from ksmcore._sys cimport error_clear, sys_error
 from ksmcore._window cimport CHANGED, DONE, PINNED, REFUSED
 
@@ -40,6 +40,14 @@ cdef int _by_page(const void* a, const void* b) noexcept nogil:
     return (left > right) - (left < right)
 
 
+cdef bint _are_alike(const intent* first, const intent* other) noexcept nogil:
+    """Is the same to happen to this page as to the one so many intents before it, its neighbour in memory?"""
+    return (
+        other.fate == OPEN and other.page_no == first.page_no + (other - first) and other.kind == first.kind
+        and other.flags == first.flags
+    )
+
+
 cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
     """End of the run of open intents that begins at `start`, itself open."""
     cdef intent* first = &b.intents[start]
@@ -49,8 +57,7 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
         n = end - start
         other = &b.intents[end]
         if (
-            other.fate != OPEN or other.page_no != first.page_no + n or other.kind != first.kind
-            or other.flags != first.flags
+            not _are_alike(first, other)
             or (first.slot == 0 and other.over_store != first.over_store)
             or (first.slot != 0 and other.slot != first.slot + n)
         ):
@@ -174,7 +181,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     run.page_bytes = b.page_bytes
     run.over_store = first.over_store
     run.flags = first.flags
-    run.tracker_fd = b.tracker_fd if first.flags & REGION_WATCHED else -1
+    run.tracker = b.tracker
     for i in range(end - start):
         b.slots[i] = b.intents[start + i].slot
     if first.kind == INTENT_MERGE:
@@ -200,10 +207,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
 
 cdef bint _go_together(const intent* first, const intent* next) noexcept nogil:
     """Neighbours that one window can serve, though they may lead to different places of the store."""
-    return (
-        next.fate == OPEN and next.page_no == first.page_no + (next - first) and next.kind == first.kind
-        and next.flags == first.flags and next.over_store == first.over_store
-    )
+    return _are_alike(first, next) and next.over_store == first.over_store
 
 
 cdef int _carry_out(batch* b) noexcept nogil:
@@ -226,20 +230,13 @@ cdef int _carry_out(batch* b) noexcept nogil:
 cdef void _undo_halves(batch* b) noexcept nogil:
     """A new shared page that only one of its two founders could be mapped to saves nothing: give that
     page its own memory back. Where even this fails it stays, right and shared by one."""
-    cdef uint32_t i, k, first, n_copies
-    cdef uint64_t n_sharers
+    cdef uint32_t i
     cdef size_t n_restored
     cdef intent* founder
     cdef run_t run
     for i in range(b.n_intents):
         founder = &b.intents[i]
-        if not founder.founder or founder.fate != MERGED or b.store.uses[founder.slot].n_sharers != 1:
-            continue
-        first = store_block(b.store, founder.slot, &n_copies)
-        n_sharers = 0
-        for k in range(n_copies):
-            n_sharers += b.store.uses[first + k].n_sharers
-        if n_sharers != 1:
+        if not founder.founder or founder.fate != MERGED or store_block_sharers(b.store, founder.slot) != 1:
             continue
         run.guard = b.guard
         run.addr = <uintptr_t>(founder.page_no * b.page_bytes)
@@ -247,7 +244,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         run.page_bytes = b.page_bytes
         run.over_store = True
         run.flags = founder.flags
-        run.tracker_fd = b.tracker_fd if founder.flags & REGION_WATCHED else -1
+        run.tracker = b.tracker
         if restore_range(&run, &n_restored, &b.err) == 0:
             drop_sharer(b, founder.item)
             rmap_set_over_store(b.rmap, founder.item, False)

@@ -1,7 +1,7 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core, _unmerge. Calls: _engine, _pagemap, _quiet, _tracker, _pages, _rmap,
-_forest, _stretch, _store, _batch, _blocks, _runs.
+Called by: _core, _unmerge. Calls: _engine, _regions, _pagemap, _quiet, _pages, _rmap, _forest, _stretch, _store,
+_batch, _blocks, _runs.
 
     which pages are present, written, still shared   pagemap_survey, _classify
     -> protection, if they seem to be quiet          quiet_arm
@@ -10,8 +10,8 @@ _forest, _stretch, _store, _batch, _blocks, _runs.
     -> stable, quiet, unstable tree                  _match_stable, _match_unshared
     -> intent, runs, guard, account                  batch_add, batch_flush
 
-A span, the pages of one block that need a look, goes through each stage before the next stage begins. Nothing here needs
-the GIL; the caller holds the engine's lock.
+A span, the pages of one block that need a look, goes through each stage before the next stage begins. Nothing here
+needs the GIL; the caller holds the engine's lock.
 
 What becomes of a page, in the order of the questions asked (rules of design section 2):
   - not present: passed over. What was known of it is forgotten, unless its mapping is of the store.
@@ -35,7 +35,7 @@ from ksmcore._batch cimport (
     SKIP_STORE, batch_add, batch_sharers, drop_sharer, stable_page_of,
 )
 from ksmcore._blocks cimport block_new
-from ksmcore._engine cimport engine_core
+from ksmcore._engine cimport engine_core, page_of_item
 from ksmcore._forest cimport (
     forest_erase, forest_find, forest_insert, forest_insert_before, forest_next, forest_prefetch,
 )
@@ -45,7 +45,8 @@ from ksmcore._pagemap cimport (
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._quiet cimport (
-    HAS_STOOD, IS_ARMED, IS_HUGE, quiet_arm, quiet_disarm_changed, quiet_disarm_others, quiet_is_still,
+    HAS_STOOD, IS_ARMED, IS_HUGE, quiet_arm, quiet_disarm_changed, quiet_disarm_item, quiet_disarm_others,
+    quiet_is_still,
 )
 from ksmcore._regions cimport region_end, region_t, regions_at
 from ksmcore._rmap cimport (
@@ -56,7 +57,6 @@ from ksmcore._runs cimport batch_flush
 from ksmcore._store cimport store_block, store_page
 from ksmcore._stretch cimport block_is_shared, stretch_copies, stretch_go_on
 from ksmcore._sys cimport error_clear, sys_error, sys_pause
-from ksmcore._tracker cimport tracker_disarm
 from ksmcore._trees cimport rb_place
 
 cdef enum:
@@ -92,10 +92,6 @@ cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
         drop_sharer(&c.b, item)
     _leave_tree(c, item)
     rmap_remove(&c.rmap, item)
-
-
-cdef const uint8_t* _page_of(engine_core* c, uint32_t item) noexcept nogil:
-    return <const uint8_t*><uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
 
 
 cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
@@ -274,7 +270,7 @@ cdef uint32_t _partner(
     if not (
         0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
         and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
-        and page_compare(page, _page_of(c, partner), c.page_bytes) == 0
+        and page_compare(page, page_of_item(c, partner), c.page_bytes) == 0
     ):
         partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
@@ -321,8 +317,7 @@ cdef void _match_unshared(
         forest_insert(&c.stable, slot, stable_place)
         c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
     if c.rmap.tags[partner].quiet:
-        # If it is not merged after all it must be looked at again.
-        tracker_disarm(&c.tracker, <uintptr_t>(partner_no * c.page_bytes), c.page_bytes)
+        quiet_disarm_item(c, partner)    # if it is not merged after all it must be looked at again
     _leave_tree(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(

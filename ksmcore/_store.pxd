@@ -25,7 +25,7 @@ cdef extern from *:
         uint32_t n_sharers     # virtual pages that map it; while pending, its place in the list of pending slots
         uint32_t used          # handed out, and its release not yet carried out
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
-        uint32_t frozen        # existed at a fork: another process may map it, not written or punched before it is thawed
+        uint32_t frozen        # existed at a fork: another process may map it, so neither written nor punched
         uint32_t lost          # mapped where nobody keeps account of it: never released
         uint32_t pending       # not written yet; its bytes are still the candidate's
 
@@ -70,6 +70,7 @@ cdef void store_share(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil
+cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_trim(store_t* store) noexcept nogil
 cdef void store_thaw(store_t* store) noexcept nogil

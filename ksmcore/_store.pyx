@@ -1,6 +1,7 @@
 """The store: one memory file that holds all shared pages of an engine.
 
-Called by: _merge (reading), _runs (writing), _scan (everything). Calls: _forks, _sys.
+Called by: _merge (reads), _blocks (writes), _batch, _runs, _unmerge and _census (sharers), _scan, _stretch. Calls:
+_forks, _sys.
 
 A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
 pages which are merged one after the other stand one after the other in the file, and one mapping
@@ -24,7 +25,7 @@ that is not used has no sharers and no other flag; `copy` slots follow their blo
 slot is frozen, and has DEAD in place of its sharers.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
@@ -237,6 +238,16 @@ cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noe
         end += 1
     n_copies[0] = end - first
     return first
+
+
+cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
+    """Sharers of all slots of the block that a used slot belongs to."""
+    cdef uint32_t n_copies, i
+    cdef uint32_t first = store_block(store, slot, &n_copies)
+    cdef uint64_t n_sharers = 0
+    for i in range(n_copies):
+        n_sharers += store.uses[first + i].n_sharers
+    return n_sharers
 
 
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:

@@ -1,6 +1,6 @@
 """Stretches of one repeated page: over how many copies they lie, and how they go on from span to span.
 
-Called by: _scan. Calls: _engine, _pages, _store.
+Called by: _scan. Calls: _engine, _pages, _store, _quiet (what it notes of a page).
 
 Were all pages of a stretch mapped to one shared page, each would be a mapping of its own. Over a block of k
 copies, which follow each other in the store, k of them are one mapping.
@@ -76,7 +76,10 @@ cdef size_t stretch_go_on(engine_core* c, size_t n_look) noexcept nogil:
     cdef uintptr_t addr = <uintptr_t>(c.stretch_end * c.page_bytes)
     cdef const uint8_t* shared
     cdef size_t i = 0
-    if c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr or not block_is_shared(c, c.stretch_slot, c.stretch_digest):
+    if (
+        c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr
+        or not block_is_shared(c, c.stretch_slot, c.stretch_digest)
+    ):
         return 0
     shared = store_page(&c.store, c.stretch_slot)
     while (

@@ -1,7 +1,7 @@
 """Written-page tracking: the kernel notes which pages are written, so that the others need not be read.
 
-Called by: _engine (open, close), _scan (watch, disarm), _merge (around a window), _core (unwatch). Calls:
-_maps, _uffd, _pagemap.
+Called by: _engine (open, close), _quiet (watch, disarm), _merge (around a window). Calls: _maps, _uffd,
+_pagemap.
 
 A region is watched by an asynchronous userfaultfd (Linux 6.7; no privileges): its pages can be protected
 so that the first write to each costs its writer a microsecond and nothing else. No writer waits, no
@@ -19,7 +19,7 @@ In a forked child nothing is watched.
 
 from libc.stdint cimport uintptr_t
 
-from ksmcore._maps cimport VMA_EXEC, VMA_READ, VMA_SHARED, VMA_WRITE, maps_each_in, vma_t
+from ksmcore._maps cimport maps_each_in, vma_is_private_data, vma_t
 from ksmcore._pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._sys cimport (
     CALL_TRACKER, error_clear, sys_check, sys_close, sys_drop, sys_error, sys_injected, sys_is_kept, sys_keep,
@@ -69,9 +69,7 @@ cdef void _watch(const vma_t* vma, void* context) noexcept nogil:
     cdef watching* all = <watching*>context
     cdef uintptr_t start = max(vma.start, all.start)
     cdef uintptr_t end = min(vma.end, all.end)
-    if all.err.code == 0 and vma.inode == 0 and (
-        vma.flags & (VMA_READ | VMA_WRITE | VMA_EXEC | VMA_SHARED) == VMA_READ | VMA_WRITE
-    ):
+    if all.err.code == 0 and vma.inode == 0 and vma_is_private_data(vma):
         _register(all.fd, start, end - start, &all.err)
 
 
@@ -125,7 +123,7 @@ cdef int tracker_let_go(int fd, uintptr_t addr, size_t len_bytes, sys_error* err
 
 
 cdef void tracker_take_back(int fd, uintptr_t addr, size_t len_bytes) noexcept nogil:
-    """Unchecked: what is not watched cannot be protected, which shows there (see _scan)."""
+    """Unchecked: what is not watched cannot be protected, which shows there (see _quiet)."""
     cdef sys_error ignored
     error_clear(&ignored)
     if fd >= 0:

@@ -12,7 +12,8 @@ from libc.string cimport memcpy, memset
 
 from ksmcore._pages cimport jhash_page
 from ksmcore._trees cimport (
-    NIL, rb_check, rb_clear, rb_erase, rb_find, rb_first, rb_height, rb_init, rb_insert, rb_insert_before, rb_next, rb_node, rb_place, rb_tree
+    NIL, rb_check, rb_clear, rb_erase, rb_find, rb_first, rb_height, rb_init, rb_insert, rb_insert_before, rb_next,
+    rb_node, rb_place, rb_tree
 )
 
 # Pages added between two looks for signals, without the GIL: a few milliseconds.

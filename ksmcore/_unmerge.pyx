@@ -1,6 +1,6 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _core. Calls: _scan (items), _merge (restore_range), _runs, _rmap, _store, _forest, _pages.
+Called by: _core. Calls: _scan (items), _merge (restore_range), _batch, _rmap, _store, _forest, _regions.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.
@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 
 from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
-from ksmcore._merge cimport REGION_WATCHED, restore_range, run_t
+from ksmcore._merge cimport restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._batch cimport drop_sharer
@@ -48,7 +48,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.flags = region.flags
-    run.tracker_fd = c.tracker.file.fd if region.flags & REGION_WATCHED else -1
+    run.tracker = &c.tracker
     while page < region.n_pages and rc == 0:
         item = rmap_find(&c.rmap, first_no + page, item)
         if item == 0 or not c.rmap.tags[item].over_store:
@@ -152,11 +152,11 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
 
 
 cdef int core_check(engine_core* c) noexcept nogil:
-    """0, or the number of a broken invariant: 1-5 stable tree, 21-25 unstable tree, 31-34 rmap,
-    41-47 quiet tree; between them 10: in the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left pending,
-    14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
-    18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet
-    items counted wrong."""
+    """0, or the number of a broken invariant: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 41-47 quiet tree;
+    between them 10: in the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over
+    the store, 13: a slot left pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals,
+    17: a tree node that begins no block, 18: a shared page whose bytes are not those it was filed under, 19: unstable
+    or quiet items counted wrong."""
     cdef uint32_t item, n_unstable = 0, n_quiet = 0
     cdef uint64_t page_no
     cdef int rc
