@@ -35,7 +35,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
 
 cdef dict numbers_as_dict(const core_numbers* numbers):
     """The numbers by the names that `ksmcore.Stats` gives them."""
-    cdef const uint64_t* skips = numbers.counters.skips
+    cdef const uint64_t* skips = &numbers.counters.skips[0]
     return {
         "full_scans": numbers.counters.full_scans,
         "pages_scanned": numbers.counters.pages_scanned,

@@ -41,7 +41,7 @@ from ksmcore._forest cimport (
 )
 from ksmcore._merge cimport REGION_WATCHED
 from ksmcore._pagemap cimport (
-    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
+    BLOCK_PAGES, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._quiet cimport (
@@ -54,7 +54,7 @@ from ksmcore._rmap cimport (
     rmap_set_state,
 )
 from ksmcore._runs cimport batch_flush
-from ksmcore._store cimport store_block, store_page
+from ksmcore._store cimport store_align, store_block, store_page
 from ksmcore._stretch cimport block_is_shared, stretch_copies, stretch_go_on
 from ksmcore._sys cimport error_clear, sys_error, sys_pause
 from ksmcore._trees cimport rb_place
@@ -307,6 +307,11 @@ cdef void _match_unshared(
         c.counters.skips[<int>SKIP_HELD] += 1
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
+    if (
+        c.flags[i] & IS_HUGE and c.rmap.tags[partner].huge
+        and page_no % BLOCK_PAGES == partner_no % BLOCK_PAGES == 0
+    ):
+        store_align(&c.store, BLOCK_PAGES)
     slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)

@@ -43,11 +43,13 @@ ctypedef struct store_t:
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
     uint8_t** views            # read-only mapping of each extent
+    bint gets_huge_pages       # the kernel gives them to memory files
     uint32_t n_extents
     uint32_t slots_per_extent
     uint32_t capacity          # slots that the arrays and the file have room for
     uint32_t top               # slots below it have been handed out at least once
     uint32_t cursor            # where the next search for a free slot starts
+    uint32_t aligned_end       # slots up to here are for a huge page, so none is taken elsewhere
     uint32_t n_used
     uint32_t n_frozen
     uint32_t n_dead            # of the frozen: released here, kept for other processes only
@@ -62,6 +64,7 @@ cdef bint store_is_there(const store_t* store) noexcept nogil
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil
 cdef void store_destroy(store_t* store) noexcept nogil
 cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil
+cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil
 cdef int store_write(
     store_t* store, uint32_t slot, const uint8_t* source, uint32_t n_pages, sys_error* err

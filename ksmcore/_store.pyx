@@ -9,6 +9,9 @@ serves them. The bytes of a slot are written once, before anybody maps it, and n
 exists; the file is read through private read-only views, and written with pwrite, so no writable
 mapping of it ever exists.
 
+Where the kernel gives memory files huge pages, the copy of a huge page begins at a multiple of its size, so that
+it can be mapped as one again.
+
 A block is a slot and the copies that follow it (`copy` set), all with the same bytes. A stretch of one
 repeated page maps a block over and over. Only its first slot stands in the stable tree; the block is
 released as a whole, when none of its slots has a sharer.
@@ -27,12 +30,13 @@ slot is frozen, and has DEAD in place of its sharers.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
-from libc.string cimport memset
+from libc.string cimport memset, strstr
 
 from ksmcore._forks cimport forks_gone, forks_watch, gate_lock, gate_n_forks, gate_unlock
 from ksmcore._sys cimport (
-    ADVISE_DONTFORK, error_clear, sys_advise, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
-    sys_map_anon, sys_map_view, sys_memfd, sys_punch, sys_truncate, sys_unmap, sys_write_at,
+    ADVISE_DONTFORK, error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
+    sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
+    sys_write_at,
 )
 from ksmcore._trees cimport rb_node
 
@@ -43,8 +47,40 @@ cdef enum:
     REUSE_SHARE = 4
 
 
+# For tests: -1, or what _gets_huge_pages shall answer.
+cdef int _told_huge = -1
+
+
+cdef bint _gets_huge_pages() noexcept nogil:
+    """Does the kernel give memory files huge pages unasked? Unless somebody switched it on it does not."""
+    cdef char modes[128]
+    cdef sys_error ignored
+    cdef int fd
+    if _told_huge >= 0:
+        return _told_huge
+    error_clear(&ignored)
+    fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
+    if fd < 0:
+        return False
+    memset(modes, 0, sizeof(modes))
+    # Always reported as failed, for there are fewer bytes; those that there are have come.
+    sys_read_at(fd, modes, sizeof(modes) - 1, 0, &ignored)
+    sys_close(fd)
+    return (
+        strstr(modes, b"[always]") != NULL or strstr(modes, b"[within_size]") != NULL
+        or strstr(modes, b"[force]") != NULL
+    )
+
+
+def tell_huge(int answer):
+    """Have new stores take memory files for huge (1), or not (0), or ask the kernel (-1). For tests."""
+    global _told_huge
+    _told_huge = answer
+
+
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     memset(store, 0, sizeof(store_t))
+    store.gets_huge_pages = _gets_huge_pages()
     store.file.fd = -1
     store.page_bytes = page_bytes
     store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
@@ -163,7 +199,7 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     cdef uint32_t i
     if store.cursor < store.top:
         slot = _free_run(store, store.cursor, n_slots)
-    elif (store.top - 1 - store.n_used) > store.top // REUSE_SHARE:
+    elif store.top >= store.aligned_end and store.top - 1 - store.n_used > store.top // REUSE_SHARE:
         slot = _free_run(store, 1, n_slots)
     if slot == 0:
         slot = store.top
@@ -178,6 +214,15 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     store.n_used += n_slots
     store.cursor = slot + n_slots
     return slot
+
+
+cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
+    """The slots of a huge page come next: have the first be a multiple of n_slots, a power of two, if that is of
+    use. The slots left out are free."""
+    if store.gets_huge_pages:
+        store.top = (store.top + n_slots - 1) & ~(n_slots - 1)
+        store.cursor = store.top
+        store.aligned_end = store.top + n_slots
 
 
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _pagemap, _sys
+from ksmcore import _pagemap, _store, _sys
 from ksmcore.settings import GUARDS
+from ksmcore.vmas import Snapshot
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -159,3 +160,29 @@ def test_a_huge_page_that_is_never_quiet_as_a_whole_is_not_split(engine, rng):
         rows[N + 100, 3] = -i
         engine.scan()
     assert n_huge(rows) == 2
+
+
+@pytest.fixture
+def huge_files():
+    """Stores take it that the kernel gives memory files huge pages."""
+    _store.tell_huge(1)
+    yield
+    _store.tell_huge(-1)
+
+
+def test_huge_pages_stay_aligned_where_files_may_have_them(huge_files, engine, rng):
+    others = engine.empty((7, PAGE), np.uint8)
+    others[:] = rng.integers(0, 256, (1, PAGE), dtype=np.uint8)
+    engine.dedup()
+    a, b = huge_memory(3), huge_memory(3)
+    a[:] = b[:] = rng.integers(0, 2**62, a.shape, dtype=np.int64)
+    assert engine.dedup(a, b).pages_merged == 6 * N
+    for rows in (a, b):
+        start = rows.ctypes.data
+        mappings = [m for m in Snapshot().vmas_in(start, start + rows.nbytes)]
+        assert mappings
+        for mapping in mappings:
+            assert (max(mapping.start, start) - start) % HUGE == (
+                mapping.offset + max(start - mapping.start, 0)
+            ) % HUGE
+    engine._core.check()
