@@ -34,7 +34,7 @@ LINTED := $(wildcard setup.py ksmcore tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dev demo test stress sanitize leaks bench examples lint style types format sdist clean
+.PHONY: help venv build dev demo test stress sanitize leaks neon bench examples lint style types format sdist clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ sanitize: $(SANITIZE_STAMP) $(INSTALL_STAMP) ## Run the tests with address and u
 
 leaks: $(SANITIZE_STAMP) $(INSTALL_STAMP) ## Look for leaks of native memory, mappings and descriptors
 	$(PY) tests/native/check.py leaks
+
+neon: ## Check the checksum on an emulated aarch64 (gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user)
+	@mkdir -p build
+	aarch64-linux-gnu-gcc -O2 -Wall -Wno-unused-function -static -o build/kernels tests/native/kernels.c
+	qemu-aarch64 build/kernels
 
 bench: build ## Run the benchmarks
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)

@@ -179,7 +179,7 @@ def test_huge_pages_stay_aligned_where_files_may_have_them(huge_files, engine, r
     assert engine.dedup(a, b).pages_merged == 6 * N
     for rows in (a, b):
         start = rows.ctypes.data
-        mappings = [m for m in Snapshot().vmas_in(start, start + rows.nbytes)]
+        mappings = list(Snapshot().vmas_in(start, start + rows.nbytes))
         assert mappings
         for mapping in mappings:
             assert (max(mapping.start, start) - start) % HUGE == (
