@@ -2,6 +2,7 @@
 
     import ksmcore
     region = ksmcore.register(buffer)    # any writable, contiguous buffer
+    ksmcore.start()                      # a background scanner; stop() ends it
     report = ksmcore.scan()              # one pass; or dedup(a, b, c): register and merge now
     ksmcore.unregister(region)           # plain private memory again, same bytes
 
@@ -18,6 +19,7 @@ import functools  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from ksmcore.areas import Area  # noqa: E402
 from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
@@ -26,7 +28,13 @@ from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import Region  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402
-from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats  # noqa: E402
+from ksmcore.stats import (  # noqa: E402
+    Estimate,
+    MemoryInfo,
+    PassReport,
+    RegionStats,
+    Stats,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from ksmcore.arrays import Order
 
 __all__ = [
+    "Area",
     "Engine",
     "Estimate",
     "InternalError",
@@ -45,8 +54,10 @@ __all__ = [
     "PassReport",
     "PhaseWarning",
     "Region",
+    "RegionStats",
     "Settings",
     "Stats",
+    "area",
     "array",
     "configure",
     "copy",
@@ -60,7 +71,9 @@ __all__ = [
     "memory_info",
     "register",
     "scan",
+    "start",
     "stats",
+    "stop",
     "unmerge",
     "unregister",
     "zeros",
@@ -108,6 +121,21 @@ def scan(*, progress: Progress = None) -> PassReport:
 def dedup(*buffers: object, progress: Progress = None) -> PassReport:
     """`Engine.dedup` of the default engine: register what is not yet registered, and merge now."""
     return default_engine().dedup(*buffers, progress=progress)
+
+
+def start(**changes: Any) -> "AbstractContextManager[Engine]":
+    """`Engine.start` of the default engine: scan in the background; `with` stops it again."""
+    return default_engine().start(**changes)
+
+
+def stop() -> None:
+    """`Engine.stop` of the default engine: what is merged stays."""
+    default_engine().stop()
+
+
+def area() -> Area:
+    """`Engine.area` of the default engine: regions that are removed together."""
+    return default_engine().area()
 
 
 def unmerge() -> None:

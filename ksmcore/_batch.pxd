@@ -7,7 +7,7 @@ from ksmcore._forest cimport forest_t
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._rmap cimport rmap_table
 from ksmcore._store cimport store_t
-from ksmcore._sys cimport sys_error
+from ksmcore._sys cimport sys_error, sys_now_ns
 from ksmcore._tracker cimport tracker_t
 from ksmcore._window cimport guard_kind
 
@@ -24,7 +24,19 @@ cdef enum skip_reason:
     SKIP_PINNED              # a device may be writing into it (direct I/O, io_uring)
     SKIP_ALTERED             # in a region that the program has mapped otherwise meanwhile
     SKIP_HELD                # in a region that is held (see Region.hold)
+    SKIP_SMART               # found no partner so often that it is looked at less often (smart_scan)
+    SKIP_MAX_SHARING         # its shared page has max_page_sharing mappings, and no partner for another was met yet
     N_SKIPS
+
+
+# The path of a page, by what takes time on it.
+cdef enum stage:
+    STAGE_PAGEMAP            # which pages need a look; protecting quiet ones
+    STAGE_CHECKSUM
+    STAGE_TREES              # items, and searches in the trees
+    STAGE_STORE              # new shared pages
+    STAGE_GUARD              # windows: comparing, mapping, giving back
+    N_STAGES
 
 
 # What an engine has done, since it was made. Only ever grows.
@@ -37,6 +49,7 @@ ctypedef struct scan_counters:
     uint64_t pages_zeroed        # zero pages given back
     uint64_t cow_breaks          # shared pages found copied by a write
     uint64_t skips[<int>N_SKIPS]
+    uint64_t stage_ns[<int>N_STAGES]
 
 
 cdef enum fate:
@@ -99,6 +112,13 @@ ctypedef struct batch:
     uint32_t n_intents
     uint32_t n_pendings
     uint32_t capacity            # of intents; pendings have half of it
+
+
+cdef inline uint64_t stage_end(scan_counters* counters, stage which, uint64_t begun_ns) noexcept nogil:
+    """Count the time since then for a stage; returns the time, at which the next one begins."""
+    cdef uint64_t now_ns = sys_now_ns()
+    counters.stage_ns[<int>which] += now_ns - begun_ns
+    return now_ns
 
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil

@@ -15,7 +15,8 @@ from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock,
     PyThread_type_lock, WAIT_LOCK,
 )
-from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from ksmcore._census cimport census_of_region, census_take
 from ksmcore._engine cimport core_begin_pass, core_destroy, core_init, engine_core
@@ -32,7 +33,8 @@ from ksmcore._store cimport MAX_SHARERS
 from ksmcore._sys cimport (
     CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause,
 )
-from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore, core_shared_in
+from ksmcore._tally cimport core_tally, region_tally, tally_as_dict
+from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore
 from ksmcore._window cimport guard_kind
 
 from ksmcore.errors import InternalError
@@ -73,6 +75,7 @@ cdef class Core:
         self.c.by_content = order == "content"
         self.c.checksum = checksum_by_name(checksum)
         self.c.use_zero_pages = True
+        self.c.smart_scan = False
         self.c.max_shared_pages = -1
         self.c.max_page_sharing = MAX_SHARERS
         self._begin()
@@ -253,18 +256,20 @@ cdef class Core:
                 region.n_holds -= 1
             self._unlock()
 
-    def shared_in(self, uint64_t region_id, uintptr_t addr):
-        """Pages of the region that map shared pages, which unmerging would give memory; 0 without it."""
+    def tally(self, uint64_t region_id, uintptr_t addr):
+        """The pages of a region by what they are, as a dict; all 0 when there is no such region. Visits every
+        page's record."""
         cdef const region_t* region
-        cdef size_t n_shared = 0
+        cdef region_tally tally
+        memset(&tally, 0, sizeof(tally))
         self._own()
         with nogil:
             self._lock()
             region = self._region(region_id, addr)
             if region != NULL:
-                n_shared = core_shared_in(&self.c, region)
+                core_tally(&self.c, region, &tally)
             self._unlock()
-        return n_shared
+        return tally_as_dict(&tally)
 
     def find(self, uintptr_t addr, size_t len_bytes):
         """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
@@ -294,6 +299,21 @@ cdef class Core:
                 f"({start:#x} to {end:#x})"
             )
         return region_id, start, n_pages
+
+    def pages_before(self, uintptr_t addr):
+        """Registered pages below `addr`, and in all."""
+        cdef size_t i, n_before = 0, n_pages = 0
+        cdef const region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            for i in range(self.c.regions.n):
+                region = &self.c.regions.all[i]
+                n_pages += region.n_pages
+                if region.addr < addr:
+                    n_before += min(region.n_pages, (addr - region.addr) // self.c.page_bytes)
+            self._unlock()
+        return n_before, n_pages
 
     def regions(self):
         """(id, address, number of pages) of every region, by address."""
@@ -424,8 +444,9 @@ cdef class Core:
                 region = regions_next(&self.c.regions, region)
             self._unlock()
 
-    def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate):
-        """Scan the registered pages in [cursor, end), at most about `max_pages` of them.
+    def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0):
+        """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
+        are merged at most (0: no bound).
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is
@@ -436,6 +457,7 @@ cdef class Core:
         """
         cdef sys_error err
         cdef size_t done = 0
+        cdef uint64_t merges_left = max_merges if max_merges != 0 else UINT64_MAX
         cdef bint entered
         cdef guard_kind guard = self.guard
         cdef int rc
@@ -445,9 +467,11 @@ cdef class Core:
             reader_enter()
             rc = self._enter(&guard, &err)
             entered = rc == 0
-            while rc == 0 and done < max_pages and cursor < end:
+            while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                self.c.merges_left = merges_left
                 rc = core_scan_at(&self.c, &cursor, end, immediate, &done, &err)
+                merges_left = self.c.merges_left
                 PyThread_release_lock(self.lock)
                 self._let_others()
             if entered:
@@ -463,13 +487,16 @@ cdef class Core:
 
     # ---- settings and numbers ---------------------------------------------------------------
 
-    def configure(self, bint use_zero_pages, int64_t max_shared_pages, int64_t max_page_sharing):
+    def configure(
+        self, bint use_zero_pages, bint smart_scan, int64_t max_shared_pages, int64_t max_page_sharing
+    ):
         """Settings that may change at any time; -1: no limit."""
         max_page_sharing = max_page_sharing if max_page_sharing >= 0 else <int64_t>MAX_SHARERS
         self._own()
         with nogil:
             self._lock()
             self.c.use_zero_pages = use_zero_pages
+            self.c.smart_scan = smart_scan
             self.c.max_shared_pages = max_shared_pages
             self.c.max_page_sharing = <uint32_t>min(max_page_sharing, <int64_t>MAX_SHARERS)
             self._unlock()

@@ -23,6 +23,7 @@ ctypedef struct engine_core:
     size_t page_bytes
     # settings
     bint use_zero_pages
+    bint smart_scan
     bint by_content
     int64_t max_shared_pages     # -1: no limit
     uint32_t max_page_sharing    # most pages that map one slot; MAX_SHARERS: no limit but that
@@ -42,6 +43,7 @@ ctypedef struct engine_core:
     tracker_t tracker            # opened for the first region that is watched
     batch b
     scan_counters counters
+    uint64_t merges_left         # in this batch; each page looked at makes one at most
     # the stretch of equal checksums that the scan is in, across spans
     uint64_t stretch_start       # page number of its first page in this span
     uint64_t stretch_end         # page number after its last page seen

@@ -6,7 +6,7 @@ from ksmcore._core import Core
 @final
 class PageMemory:
     def __new__(
-        cls, core: Core, region_id: int, len_bytes: int, owner: object = None
+        cls, core: Core | None, region_id: int, len_bytes: int, owner: object = None
     ) -> PageMemory: ...
     @property
     def addr(self) -> int: ...

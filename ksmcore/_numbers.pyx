@@ -9,8 +9,9 @@ from libc.stdint cimport int64_t, uint64_t
 from ksmcore._guard cimport guard_n_waits
 from ksmcore._rmap cimport N_STATES, PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 from ksmcore._batch cimport (
-    SKIP_ALTERED, SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_PARTNER, SKIP_PINNED,
-    SKIP_REFUSED, SKIP_STORE,
+    SKIP_ALTERED, SKIP_AWAY, SKIP_CHANGED, SKIP_HELD, SKIP_MAP_BUDGET, SKIP_MAX_SHARED, SKIP_MAX_SHARING,
+    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, SKIP_SMART, SKIP_STORE, STAGE_CHECKSUM, STAGE_GUARD, STAGE_PAGEMAP,
+    STAGE_STORE, STAGE_TREES,
 )
 from ksmcore._engine cimport core_bytes, engine_core
 
@@ -71,5 +72,14 @@ cdef dict numbers_as_dict(const core_numbers* numbers):
             "pinned": skips[<int>SKIP_PINNED],
             "altered": skips[<int>SKIP_ALTERED],
             "held": skips[<int>SKIP_HELD],
+            "smart_scan": skips[<int>SKIP_SMART],
+            "max_page_sharing": skips[<int>SKIP_MAX_SHARING],
+        },
+        "seconds": {
+            "pagemap": numbers.counters.stage_ns[<int>STAGE_PAGEMAP] / 1e9,
+            "checksum": numbers.counters.stage_ns[<int>STAGE_CHECKSUM] / 1e9,
+            "trees": numbers.counters.stage_ns[<int>STAGE_TREES] / 1e9,
+            "store": numbers.counters.stage_ns[<int>STAGE_STORE] / 1e9,
+            "guard": numbers.counters.stage_ns[<int>STAGE_GUARD] / 1e9,
         },
     }

@@ -12,6 +12,7 @@ ctypedef struct region_t:
     uint32_t n_holds         # while not 0, no window is opened in it
     uint32_t watch_tried     # private to _quiet
     bint altered             # the program has mapped it otherwise: not looked at (see _census)
+    uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to _census
     size_t n_store_pages     # private to _census
 

@@ -18,7 +18,8 @@ cdef extern from *:
         uint64_t epoch : 8;
         uint64_t quiet : 1;
         uint64_t huge : 1;
-        uint64_t spare : 7;
+        uint64_t age : 3;
+        uint64_t spare : 4;
     } rmap_tag;
     #endif
     """
@@ -29,6 +30,7 @@ cdef extern from *:
         uint64_t over_store    # the mapping under this page is of the store, whatever the state
         uint64_t quiet         # in the quiet tree: the kernel tells when it is written; UNSHARED only
         uint64_t huge          # was in a huge page when it was looked at last
+        uint64_t age           # looks in vain since it changed or was merged, 7 at most
         uint64_t epoch         # in the unstable tree when it equals the tree's epoch; UNSHARED only
 
 

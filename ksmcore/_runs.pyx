@@ -16,7 +16,8 @@ from libc.string cimport memset
 
 from ksmcore._batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET,
-    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, batch, batch_clear, drop_sharer, intent, intent_leave, skip_reason,
+    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, STAGE_GUARD, STAGE_STORE, batch, batch_clear, drop_sharer, intent,
+    intent_leave, skip_reason, stage_end,
 )
 from ksmcore._blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
@@ -25,7 +26,7 @@ from ksmcore._budget cimport budget_affords, map_budget
 from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_ZERO, rmap_find, rmap_set_over_store, rmap_set_state
 from ksmcore._store cimport store_block_sharers, store_share, store_trim
-from ksmcore._sys cimport error_clear, sys_error
+from ksmcore._sys cimport error_clear, sys_error, sys_now_ns
 from ksmcore._window cimport CHANGED, DONE, PINNED, REFUSED
 
 cdef enum:
@@ -144,6 +145,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     """One page was merged: its item and its slot say so from now on."""
     cdef uint32_t item = done.item
     done.fate = MERGED
+    b.rmap.tags[item].age = 0
     if done.kind == INTENT_PLAIN:
         rmap_set_over_store(b.rmap, item, False)
         return
@@ -255,15 +257,18 @@ cdef void _undo_halves(batch* b) noexcept nogil:
 cdef int batch_flush(batch* b) noexcept nogil:
     """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
     cdef int rc
+    cdef uint64_t begun = sys_now_ns()
     qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
     _choose(b)
     blocks_give_up_unwanted(b)
     blocks_write(b)
     blocks_check(b)
     blocks_settle(b)
+    begun = stage_end(b.counters, STAGE_STORE, begun)
     rc = _carry_out(b)
     blocks_release_unmapped(b)
     _undo_halves(b)
     store_trim(b.store)
+    stage_end(b.counters, STAGE_GUARD, begun)
     batch_clear(b)
     return rc

@@ -43,7 +43,7 @@ ctypedef struct store_t:
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
     uint8_t** views            # read-only mapping of each extent
-    bint gets_huge_pages       # the kernel gives them to memory files
+    int gets_huge_pages        # the kernel gives them to memory files; -1: not asked yet
     uint32_t n_extents
     uint32_t slots_per_extent
     uint32_t capacity          # slots that the arrays and the file have room for

@@ -80,7 +80,7 @@ def tell_huge(int answer):
 
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     memset(store, 0, sizeof(store_t))
-    store.gets_huge_pages = _gets_huge_pages()
+    store.gets_huge_pages = -1
     store.file.fd = -1
     store.page_bytes = page_bytes
     store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
@@ -219,6 +219,8 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
 cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
     """The slots of a huge page come next: have the first be a multiple of n_slots, a power of two, if that is of
     use. The slots left out are free."""
+    if store.gets_huge_pages < 0:
+        store.gets_huge_pages = _gets_huge_pages()
     if store.gets_huge_pages:
         store.top = (store.top + n_slots - 1) & ~(n_slots - 1)
         store.cursor = store.top

@@ -5,7 +5,6 @@ from ksmcore._engine cimport engine_core
 from ksmcore._sys cimport sys_error
 
 cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil
-cdef size_t core_shared_in(engine_core* c, const region_t* region) noexcept nogil
 cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil
 cdef int core_check(engine_core* c) noexcept nogil

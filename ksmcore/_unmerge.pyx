@@ -1,6 +1,6 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _core. Calls: _scan (items), _merge (restore_range), _batch, _rmap, _store, _forest, _regions.
+Called by: _core. Calls: _match (items), _merge (restore_range), _batch, _rmap, _store, _forest, _regions.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.
@@ -15,7 +15,7 @@ from ksmcore._merge cimport restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._batch cimport drop_sharer
-from ksmcore._scan cimport core_forget_item
+from ksmcore._match cimport core_forget_item
 from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
 from ksmcore._sys cimport sys_error
 
@@ -64,19 +64,6 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
         _settle_restored(c, first_no + start, n_restored)
     store_trim(&c.store)
     return rc
-
-
-cdef size_t core_shared_in(engine_core* c, const region_t* region) noexcept nogil:
-    """Pages of a region that have no memory of their own because they share some."""
-    cdef uint64_t first_no = region.addr // c.page_bytes
-    cdef size_t page, n_shared = 0
-    cdef uint32_t item = 0, hint = 0
-    for page in range(region.n_pages):
-        item = rmap_find(&c.rmap, first_no + page, hint)
-        if item != 0:
-            hint = item
-            n_shared += c.rmap.tags[item].state == PAGE_SHARED
-    return n_shared
 
 
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:

@@ -1,11 +1,8 @@
-"""The engine: settings, passes and numbers over what is registered with it.
+"""The engine: settings, control and numbers over what is registered with it.
 
 Called by users, directly or through the module-level functions, which use a default engine. The
-work is done by `ksmcore._core.Core`; this is its thin face.
-
-Two locks, always taken in this order: the pass lock (one pass at a time) and the registration
-lock (see `ksmcore.registration`). Neither is held by finalisers. A forked child makes both anew:
-threads that held them do not exist there.
+work is done by `ksmcore._core.Core`; this, with `registration`, `passes` and `scanner`, is its thin
+face.
 """
 
 from __future__ import annotations
@@ -13,21 +10,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import threading
-import time
 import warnings
 import weakref
-from collections.abc import Iterator
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ksmcore import estimates, vmas
+from ksmcore import estimates
 from ksmcore._core import Core
+from ksmcore.areas import Area
 from ksmcore.features import check_tracker, choose_guard
-from ksmcore.progress import Progress, reporting
-from ksmcore.registration import Registrar
-from ksmcore.settings import Settings, check_names
-from ksmcore.stats import Estimate, MemoryInfo, PassReport, Stats, frozen_counts, memory_info
+from ksmcore.passes import PassMaker
+from ksmcore.progress import Progress
+from ksmcore.scanner import Scanner
+from ksmcore.settings import Settings
+from ksmcore.stats import Estimate, MemoryInfo, Stats, frozen_counts, memory_info
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,19 +32,23 @@ __all__ = ["Engine"]
 
 log = logging.getLogger("ksmcore")
 
-# Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
-BATCH_PAGES = 4096
-# How often dedup goes over pages that the map budget left out, giving short runs more each time.
-BUDGET_ROUNDS = 6
-# A pass that has made so many mappings, and a quarter of what there were, looks again at what the
-# program has mapped meanwhile.
-MAPS_TO_CENSUS = 500
-END_OF_MEMORY = 2**64 - 1
-
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine(Registrar):
+class Scanning(contextlib.AbstractContextManager["Engine"]):
+    """The background scanner, running: `with engine.start(): ...` stops it at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> Engine:
+        return self._engine
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.stop()
+
+
+class Engine(PassMaker):
     """Finds equal pages in the buffers registered with it, and keeps each content once.
 
     Two engines share nothing: equal pages of different engines are not merged. Settings are keyword
@@ -56,28 +56,28 @@ class Engine(Registrar):
     """
 
     def __init__(self, **settings: Any) -> None:
-        check_names(settings)
-        self._settings = Settings(**settings)
-        if self._settings.dirty == "pagemap":
+        made = Settings.made(**settings)
+        if made.dirty == "pagemap":
             check_tracker()
-        super().__init__(
-            Core(
-                order=self._settings.order,
-                checksum=self._settings.checksum,
-                guard=choose_guard(self._settings.guard),
-                any_guard=self._settings.guard == "auto",
-                with_pagemap=True,
-                with_tracker=self._settings.dirty != "checksum",
-                n_buckets=self._settings.rmap_hash_size,
-            )
+        core = Core(
+            order=made.order,
+            checksum=made.checksum,
+            guard=choose_guard(made.guard),
+            any_guard=made.guard == "auto",
+            with_pagemap=True,
+            with_tracker=made.dirty != "checksum",
+            n_buckets=made.rmap_hash_size,
         )
-        self._renew()
+        super().__init__(core, made)
         self._apply_settings()
         _engines.add(self)
+        self._run(made.run)
 
     def _renew(self) -> None:
-        self._pass_lock = threading.Lock()
-        self._pass_owner = 0
+        super()._renew()
+        self._scanner = Scanner(self)
+        if self._is_inherited():
+            self._settings = self._settings.changed(run=0)
 
     # ---- settings -----------------------------------------------------------------------------
 
@@ -94,172 +94,66 @@ class Engine(Registrar):
                 Nothing was changed.
         """
         self._check_open()
-        self._settings = self._settings.changed(**changes)
+        settings = self._settings.changed(**changes)
+        if "run" in changes and settings.run != 1:
+            self._check_outside()
+        self._settings = settings
         self._apply_settings()
+        if "run" in changes:
+            self._run(settings.run)
         return self._settings
 
     def _apply_settings(self) -> None:
         settings = self._settings
         self._core.configure(
             settings.use_zero_pages,
+            settings.smart_scan,
             -1 if settings.max_shared_pages is None else settings.max_shared_pages,
             -1 if settings.max_page_sharing == "auto" else settings.max_page_sharing,
         )
+        self._scanner.wake()
 
-    # ---- passes -------------------------------------------------------------------------------
+    # ---- control ------------------------------------------------------------------------------
 
-    def scan(self, *, progress: Progress = None) -> PassReport:
-        """One full pass over everything registered, by the rules of KSM; the GIL is released.
+    def start(self, **changes: Any) -> Scanning:
+        """Start the background scanner, after changing settings as `configure` does.
 
-        A page is merged when it is equal to a shared page, or when it did not change since the last
-        pass and equals another such page: so nothing new is merged before the second pass. See
-        `dedup` for merging at once.
-
-        `progress`: True for a bar, or a callback (pages done, pages in all). Ctrl-C ends the pass
-        between two batches; memory is right at any moment.
+        What is returned stops it again when it is left as a context manager. Nothing happens when
+        it runs already.
         """
-        with self._passing() as started:
-            pages = [(0, END_OF_MEMORY)]
-            self._core.begin_pass()
-            self._walk(pages, False, progress, "ksmcore scan")
-            left = self._core.snapshot()["skipped"]["map_budget"] - started["skipped"]["map_budget"]
-            self._core.end_pass(full=True, spend_reserve=left > 0)
-            return self._report(started)
+        self.configure(**changes, run=1)
+        return Scanning(self)
 
-    def dedup(self, *buffers: object, progress: Progress = None) -> PassReport:
-        """Register what is not yet registered, and merge equal pages of these buffers now.
+    def stop(self) -> None:
+        """Stop the background scanner, once its present batch has ended; what is merged stays.
 
-        Without arguments: of everything registered. The pages are compared with each other and with
-        all shared pages; nothing waits for a second pass. What it registers stays registered.
-
-        Raises as `register` does, before anything is registered or merged.
+        Raises what the scanner ended by, if it did not end by this.
         """
+        self.configure(run=0)
+
+    @property
+    def scanning(self) -> bool:
+        """Is the background scanner running?"""
+        return self._scanner.is_running
+
+    def area(self) -> Area:
+        """A group of regions that is removed together, for code that is to register memory and
+        nothing else."""
         self._check_open()
-        pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
-        with self._passing() as started:
-            before = after = first = started
-            # Pages that the map budget left out get another chance with a smaller reserve.
-            for again in range(BUDGET_ROUNDS):
-                before = after
-                self._core.begin_pass()
-                self._walk(pages, True, progress if again == 0 else None, "ksmcore dedup")
-                after = self._core.snapshot()
-                first = after if again == 0 else first
-                left = after["skipped"]["map_budget"] - before["skipped"]["map_budget"]
-                if left == 0 or after["maps_used"] >= after["maps_allowed"]:
-                    break
-                self._core.end_pass(full=False, spend_reserve=True)
-            # The first round looked at every page; the last one tells what is left out.
-            scanned = first["pages_scanned"] - started["pages_scanned"]
-            return self._report(started, last_round=before, scanned=scanned)
+        return Area(self)
 
-    def unmerge(self) -> None:
-        """Make everything plain private memory again, and leave it registered: later passes merge
-        it anew. Atomic for threads that write meanwhile.
+    def _run(self, run: int) -> None:
+        """Have the scanner do what the setting `run` says."""
+        if run == 1:
+            self._scanner.start()
+            return
+        self._check_outside()  # the scanner may be waiting for this thread's pass to end
+        self._scanner.stop()
+        if run == 2:
+            self.unmerge()
 
-        Raises:
-            MemoryError: not enough memory for all; what is still merged stays so, all bytes right.
-            RuntimeError: some of it is held.
-        """
-        self._check_open()
-        with self._alone():
-            for region_id, addr, _ in self._core.regions():
-                self._restore(region_id, addr, keep=True)
-
-    @contextlib.contextmanager
-    def _passing(self) -> Iterator[dict[str, Any]]:
-        """One pass at a time, with the guard ready; gives the counters from before."""
-        self._check_open()
-        with self._alone():
-            self._check_open()
-            self._started = time.perf_counter()
-            self._take_census()
-            entered = self._core.enter_guard()
-            try:
-                yield self._core.snapshot()
-            finally:
-                self._core.leave_guard(entered)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the pass lock; RuntimeError where that would wait for itself."""
-        if self._pass_owner == threading.get_ident():
-            raise RuntimeError(
-                "this thread is in the middle of a pass of this engine (in a progress callback, "
-                "or a signal handler): let it end first"
-            )
-        with self._pass_lock:
-            self._pass_owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._pass_owner = 0
-
-    def _take_census(self) -> None:
-        """Look at what is mapped: the map budget, and memory that was altered behind our back. What
-        the program has locked since it was registered stays as it is: a new mapping would not be
-        locked."""
-        self._core.take_census(self._asked_budget(), vmas.max_map_count())
-        self._maps_at_census = self._core.maps_used
-        if vmas.locked_bytes():
-            for vma in vmas.Snapshot().vmas_in(0, END_OF_MEMORY):
-                if "lo" in vma.flags:
-                    self._core.pass_over(vma.start, vma.end)
-
-    def _asked_budget(self) -> int:
-        return -1 if self._settings.map_budget == "auto" else self._settings.map_budget
-
-    def _walk(
-        self, ranges: list[tuple[int, int]], immediate: bool, progress: Progress, what: str
-    ) -> None:
-        """Take the registered pages within `ranges` through the path, batch by batch."""
-        wanted = [
-            (max(addr, start), min(addr + n_pages * self.page_bytes, end))
-            for _, addr, n_pages in self._core.regions()
-            for start, end in ranges
-        ]
-        n_pages = sum(max(end - start, 0) for start, end in wanted) // self.page_bytes
-        done = 0
-        with reporting(progress, what, n_pages) as tell:
-            for cursor, end in ranges:
-                while cursor < end:
-                    # Between two calls the interpreter runs signal handlers, and other threads.
-                    made = self._core.maps_used - self._maps_at_census
-                    if made > max(MAPS_TO_CENSUS, self._maps_at_census // 4):
-                        self._take_census()
-                    cursor = self._core.walk(cursor, end, BATCH_PAGES, immediate)
-                    done = min(done + BATCH_PAGES, n_pages)
-                    tell(done)
-            tell(n_pages)
-
-    def _report(
-        self,
-        before: dict[str, Any],
-        last_round: dict[str, Any] | None = None,
-        scanned: int | None = None,
-    ) -> PassReport:
-        after = self._core.snapshot()
-        last_round = last_round or before
-        if scanned is None:
-            scanned = after["pages_scanned"] - before["pages_scanned"]
-        grown = {
-            name: after[name] - before[name]
-            for name in ("pages_merged", "pages_zeroed", "cow_breaks")
-        }
-        skipped = {
-            reason: count - last_round["skipped"][reason]
-            for reason, count in after["skipped"].items()
-        }
-        saved = (after["pages_sharing"] + after["ksm_zero_pages"]) - (
-            before["pages_sharing"] + before["ksm_zero_pages"]
-        )
-        return PassReport(
-            bytes_saved=saved * self.page_bytes,
-            pages_scanned=scanned,
-            skipped=frozen_counts(skipped),
-            seconds=time.perf_counter() - self._started,
-            **grown,
-        )
+    def _registered(self) -> None:
+        self._scanner.wake(only_if_resting=True)
 
     # ---- numbers ------------------------------------------------------------------------------
 
@@ -285,6 +179,9 @@ class Engine(Registrar):
         return Stats(
             page_bytes=self.page_bytes,
             skipped=frozen_counts(numbers.pop("skipped")),
+            seconds=MappingProxyType(numbers.pop("seconds")),
+            run=self._settings.run,
+            scanner_error=None if self._scanner.error is None else repr(self._scanner.error),
             guard=self._core.guard_in_use,
             dirty="pagemap" if with_tracker else "checksum",
             presence="pagemap" if with_pagemap else "mincore",
@@ -304,6 +201,11 @@ class Engine(Registrar):
         if self._closed:
             return
         self._own()
+        self._check_outside()
+        try:
+            self._scanner.stop()
+        except Exception:
+            log.exception("the scanner of %r had ended by an error", self)
         with self._alone():
             for region in list(self._regions.values()):
                 region.close()

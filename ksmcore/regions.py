@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ksmcore.stats import human_bytes
+from ksmcore.stats import RegionStats, human_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,6 +87,12 @@ class Region:
     def hold(self) -> AbstractContextManager[None]:
         """Keep the scanner away from this region until the block is left; see `Engine.hold`."""
         return self._engine.hold(self)
+
+    def stats(self) -> RegionStats:
+        """What its pages are; nothing once it is closed."""
+        if self.closed:
+            return RegionStats()
+        return RegionStats(**self._engine._core.tally(self._id, self._addr))
 
     def close(self) -> None:
         """Make the pages plain private memory again, with the same bytes, and let the buffer go.

@@ -55,7 +55,10 @@ class Registrar(ArrayMaker):
         # Buffers that stay held because they could not be taken out of the core again.
         self._stranded: list[gate.Admission] = []
         self._closed = False
+        # KSMCORE_DISABLE=1: buffers are looked at as ever, and nothing is registered.
+        self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
         _registrars.add(self)
+        self._renew()
 
     def register(self, buffer: object, *, privatize: bool = False) -> Region:
         """Let the pages of a writable, contiguous buffer be merged.
@@ -92,9 +95,10 @@ class Registrar(ArrayMaker):
         )
         region_id = next(_region_ids)
         try:
-            if admission.must_privatize:
+            if admission.must_privatize and not self._disabled:
                 self._core.privatize(admission.addr, admission.n_pages, flags)
-            self._core.add(region_id, admission.addr, admission.n_pages, flags)
+            if not self._disabled:
+                self._core.add(region_id, admission.addr, admission.n_pages, flags)
             region = Region(self, region_id, admission)
             self._regions[region_id] = region
         except BaseException:
@@ -105,6 +109,7 @@ class Registrar(ArrayMaker):
             self._stranded.remove(admission)
             admission.release()
             raise
+        self._registered()
         return region
 
     def _hold(self, buffer: object) -> AbstractContextManager[tuple[int, int]]:
@@ -160,6 +165,9 @@ class Registrar(ArrayMaker):
             buffer.close()
             return
         with self._hold(buffer) as (addr, n_pages):
+            if self._disabled:
+                self._unregister_disabled(addr, n_pages)
+                return
             found = self._find(addr, n_pages)
             if found is None or found[1:] != (addr, n_pages):
                 raise ValueError(
@@ -171,10 +179,16 @@ class Registrar(ArrayMaker):
         if region is not None:
             region.close()
 
+    def _unregister_disabled(self, addr: int, n_pages: int) -> None:
+        """KSMCORE_DISABLE: there are handles only, and arrays that have none."""
+        for region in self.regions:
+            if (region.addr, region.n_pages) == (addr, n_pages):
+                region.close()
+
     def _restore(self, region_id: int, addr: int, *, keep: bool = False) -> None:
         """Take a region out of the core (or `keep` it there), as plain memory; MemoryError when
         there is not enough."""
-        needed = self._core.shared_in(region_id, addr) * self.page_bytes
+        needed = self._core.tally(region_id, addr)["pages_merged"] * self.page_bytes
         if needed > 0 and needed > (there := headroom.available_bytes()):
             raise MemoryError(
                 f"to unmerge this memory takes {needed:,} bytes, and {there:,} are to be had (of "
@@ -218,7 +232,7 @@ class Registrar(ArrayMaker):
 
         with gate.hold(buffer, page_bytes=self.page_bytes, known=touched) as (addr, n_pages):
             held = self._core.hold(addr, n_pages * self.page_bytes)
-            if not held:
+            if not held and not self._disabled:
                 raise ValueError("nothing of this buffer is registered with this engine")
             try:
                 yield
@@ -234,6 +248,8 @@ class Registrar(ArrayMaker):
 
     def _register_all(self, buffers: tuple[object, ...]) -> list[tuple[int, int]]:
         """Register the buffers that are not, all or none of them; returns all page ranges."""
+        if self._disabled:
+            return []
         ranges: list[tuple[int, int]] = []
         missing: list[tuple[int, int, object]] = []
         with _registering:
@@ -299,8 +315,10 @@ class Registrar(ArrayMaker):
 
     def _allocate(self, n_bytes: int) -> PageMemory:
         self._check_open()
-        memory = PageMemory(self._core, next(_region_ids), n_bytes, self)
+        core = None if self._disabled else self._core
+        memory = PageMemory(core, next(_region_ids), n_bytes, self)
         self._memories[memory.addr] = memory
+        self._registered()
         return memory
 
     # ---- whose it is --------------------------------------------------------------------------
@@ -329,4 +347,7 @@ class Registrar(ArrayMaker):
             region.close()
 
     def _renew(self) -> None:
-        """What else a forked child must make anew."""
+        """What else is made with the engine, and made anew in a forked child."""
+
+    def _registered(self) -> None:
+        """There is something more to scan."""

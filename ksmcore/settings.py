@@ -5,7 +5,10 @@ Called by the engine. A `Settings` object is valid as a whole or does not come i
 
 from __future__ import annotations
 
+import contextlib
+import numbers
 import operator
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -19,6 +22,9 @@ DIRTY_TRACKERS = ("pagemap", "checksum")  # the fastest first
 
 _NO_WORD = object()
 
+# How a setting that is on or off is written in the environment.
+_YES_NO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+
 # Bound when the engine is made: trees and table are built with them.
 FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
 
@@ -27,6 +33,26 @@ FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
 class Settings:
     """How an engine works. Raises TypeError or ValueError naming what would be allowed."""
 
+    run: int = 0
+    """What the background scanner does, as in /sys/kernel/mm/ksm/run: 0 not running, what is merged
+    stays; 1 running; 2 not running, and everything becomes plain memory again, and stays
+    registered. `start` and `stop` set it to 1 and 0."""
+    pages_to_scan: int = 4096
+    """Pages that the scanner looks at in one batch, at most."""
+    sleep_millisecs: int = 20
+    """How long the scanner rests after a batch. After a pass in which nothing had to be read it
+    rests for so long that idling costs a third of a percent of a processor at most; a registration
+    wakes it."""
+    max_pages_to_merge: int = 0
+    """Most pages that one batch of the scanner merges; 0: no bound."""
+    target_scan_time: float | None = None
+    """Seconds that a pass of the scanner should take: batches and rests are then chosen to fit,
+    `sleep_millisecs` is not used, and `pages_to_scan` bounds a batch. None: by hand."""
+    max_cpu: float = 70.0
+    """Most that the scanner takes of one processor, in percent; this goes before the target."""
+    smart_scan: bool = False
+    """Look less often at pages that found no equal page again and again: down to every eighth pass,
+    until they change. Where the kernel tells what was written they are not read anyway."""
     use_zero_pages: bool = True
     """Give back pages that hold only zeros; they need no shared page."""
     max_shared_pages: int | None = None
@@ -52,8 +78,19 @@ class Settings:
     be had. Fixed."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.use_zero_pages, bool):
-            raise TypeError(f"use_zero_pages must be True or False, not {self.use_zero_pages!r}")
+        for name in ("use_zero_pages", "smart_scan"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._whole("run", 0)
+        if self.run > 2:
+            raise ValueError(f"run must be 0, 1 or 2, not {self.run}")
+        self._whole("pages_to_scan", 1)
+        self._whole("sleep_millisecs", 0)
+        self._whole("max_pages_to_merge", 0)
+        self._seconds("target_scan_time", "None")
+        self._seconds("max_cpu", "")
+        if not 0 < self.max_cpu <= 100:
+            raise ValueError(f"max_cpu must be above 0 and at most 100 percent, not {self.max_cpu}")
         self._whole("max_shared_pages", 0, "None (no limit)", None)
         self._whole("max_page_sharing", 2, '"auto"', "auto")
         self._whole("map_budget", 0, '"auto"', "auto")
@@ -89,6 +126,33 @@ class Settings:
             raise ValueError(f"{name} must be {allowed}, not {value!r}")
         object.__setattr__(self, name, number)
 
+    def _seconds(self, name: str, or_none: str) -> None:
+        """Check a field that is a number above 0, or None where that is allowed."""
+        value = getattr(self, name)
+        if value is None and or_none:
+            return
+        allowed = "a number above 0" + (f" or {or_none}" if or_none else "")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be {allowed}, not {value!r}")
+        if not 0 < float(value) < float("inf"):
+            raise ValueError(f"{name} must be {allowed}, not {value!r}")
+        object.__setattr__(self, name, float(value))
+
+    @classmethod
+    def made(cls, **given: Any) -> Settings:
+        """These settings; for the others what the environment says (KSMCORE_PAGES_TO_SCAN=100, with
+        numbers and words as in Python, and yes or no), or their defaults."""
+        check_names(given)
+        for field in fields(cls):
+            variable = f"KSMCORE_{field.name.upper()}"
+            if field.name not in given and os.environ.get(variable):
+                try:
+                    cls(**{field.name: (value := _from_text(field.type, os.environ[variable]))})
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{variable}={os.environ[variable]!r}: {error}") from None
+                given[field.name] = value
+        return cls(**given)
+
     def changed(self, **changes: Any) -> Settings:
         """These settings with `changes`; ValueError for a fixed one, TypeError for an unknown."""
         check_names(changes)
@@ -111,6 +175,19 @@ def check_names(given: dict[str, Any]) -> None:
     for name in given:
         if name not in known:
             raise TypeError(f"unknown setting {name!r}; the settings are {', '.join(known)}")
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """A value of this type of field, or the text itself, which the field then takes or refuses."""
+    word = text.strip()
+    if kind == "bool":
+        return _YES_NO.get(word.lower(), word)
+    if "None" in kind and word.lower() == "none":
+        return None
+    for number in (int, float) if "float" in kind else (int,) if "int" in kind else ():
+        with contextlib.suppress(ValueError):
+            return number(word)
+    return word
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

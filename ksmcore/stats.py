@@ -13,7 +13,7 @@ from typing import Any
 
 from ksmcore import vmas
 
-__all__ = ["Estimate", "MemoryInfo", "PassReport", "Stats", "memory_info"]
+__all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Stats", "memory_info"]
 
 
 def human_bytes(n_bytes: float) -> str:
@@ -96,7 +96,15 @@ class Stats(_Numbers):
     maps_allowed: int
     """Memory mappings that the engine may use."""
     skipped: Mapping[str, int]
-    """Pages that could have been merged and were not, by reason, over all passes."""
+    """Pages that could have been merged and were not, or were not looked at, by reason, over all
+    passes."""
+    seconds: Mapping[str, float]
+    """Time spent on each stage of a page's path, over all passes: "pagemap" (which pages need a
+    look), "checksum", "trees" (searching), "store" (new shared pages), "guard" (mapping)."""
+    run: int
+    """The setting of that name: 1 while the background scanner is wanted."""
+    scanner_error: str | None
+    """What the scanner ended by, until `stop` raises it."""
     guard: str
     """The guard in use."""
     dirty: str
@@ -134,6 +142,41 @@ class Stats(_Numbers):
 
 
 @dataclass(frozen=True, repr=False)
+class RegionStats(_Numbers):
+    """What the pages of a region, or of all regions of an area, are at one moment."""
+
+    pages: int = 0
+    """Registered pages."""
+    pages_merged: int = 0
+    """Those of them that map a shared page."""
+    ksm_zero_pages: int = 0
+    """Pages that were all zero and given back."""
+    pages_unshared: int = 0
+    """Pages that did not change and equal no other."""
+    pages_quiet: int = 0
+    """Those of them that are not read again until the kernel says that they were written."""
+    pages_volatile: int = 0
+    """Pages that changed since the last pass, or were not seen often enough to tell."""
+    pages_saved: float = 0.0
+    """Its share of what is saved: of n pages that map one shared page each saves (n - 1) / n."""
+    cow_breaks: int = 0
+    """Shared pages found copied by a write."""
+
+    @classmethod
+    def sum(cls, parts: Iterable[RegionStats]) -> RegionStats:
+        """All of them together."""
+        each = list(parts)
+        names = cls.__dataclass_fields__
+        return cls(**{name: sum(getattr(part, name) for part in each) for name in names})
+
+    def __repr__(self) -> str:
+        return (
+            f"<ksmcore.RegionStats: {self.pages_merged} merged, {self.ksm_zero_pages} zero, "
+            f"{self.pages_unshared} unshared, {self.pages_volatile} volatile of {self.pages} pages>"
+        )
+
+
+@dataclass(frozen=True, repr=False)
 class PassReport(_Numbers):
     """What one `scan` or `dedup` did."""
 
@@ -141,6 +184,8 @@ class PassReport(_Numbers):
     """By how much `Stats.bytes_saved` grew (negative when more sharing was broken than made)."""
     pages_scanned: int
     """Present pages passed."""
+    pages_hashed: int
+    """Pages that were read, for their checksum."""
     pages_merged: int
     """Pages mapped to a shared page."""
     pages_zeroed: int

@@ -23,7 +23,7 @@ from forks import (
 
 import ksmcore
 from ksmcore import _forks, _guard
-from ksmcore.engine import BATCH_PAGES
+from ksmcore.passes import BATCH_PAGES
 
 N_PAGES = 32
 

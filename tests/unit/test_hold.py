@@ -9,7 +9,7 @@ import pytest
 
 import ksmcore
 from ksmcore import vmas
-from ksmcore.engine import BATCH_PAGES
+from ksmcore.passes import BATCH_PAGES
 from ksmcore.stats import STORE_PATH
 
 PAGE = ksmcore.Engine.page_bytes

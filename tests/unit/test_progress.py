@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore.engine import BATCH_PAGES
+from ksmcore.passes import BATCH_PAGES
 from ksmcore.progress import reporting
 
 PAGE = ksmcore.Engine.page_bytes

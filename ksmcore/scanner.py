@@ -1,0 +1,164 @@
+"""The background scanner: a thread that makes passes, a batch and a rest at a time.
+
+Called by the engine. Calls the engine's passes, and the pacing between them.
+
+- It holds its engine only during a batch, so an engine that nobody else knows is collected.
+- Where nothing is registered it parks, and a registration wakes it.
+- A fork waits for the end of the batch (`_in_batch`), and no batch begins before it is over; in the
+  child there is no scanner.
+- What goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the core,
+  whatever happens here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+
+from ksmcore.pacing import Pacer
+from ksmcore.passes import END_OF_MEMORY, Begun, PassMaker
+
+__all__ = ["Scanner"]
+
+log = logging.getLogger("ksmcore")
+
+_scanners: weakref.WeakSet[Scanner] = weakref.WeakSet()
+_forking = threading.Lock()
+_held_for_fork: list[threading.Lock] = []
+
+
+class Scanner:
+    """The background scanner of one engine: started and stopped any number of times."""
+
+    def __init__(self, engine: PassMaker) -> None:
+        self._engine = weakref.ref(engine)
+        self._thread: threading.Thread | None = None
+        self._control = threading.RLock()
+        self._in_batch = threading.Lock()
+        self._wake = threading.Event()
+        self._is_stopping = False
+        # True whenever a registration should wake it: there may be nothing to do at present.
+        self._is_resting = False
+        self._error: BaseException | None = None
+        self._pacer = Pacer()
+        self._cursor: int | None = None
+        self._begun: Begun | None = None
+        _scanners.add(self)
+
+    @property
+    def is_running(self) -> bool:
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it died of, until `stop` has raised it."""
+        return self._error
+
+    def start(self) -> None:
+        """Begin with the next pass; nothing when it runs already."""
+        with self._control:
+            if self.is_running:
+                return
+            self._is_stopping = False
+            self._error = None
+            self._cursor = None
+            self._thread = threading.Thread(target=self._run, name="ksmcore scanner", daemon=True)
+            self._thread.start()
+        log.info("scanner started")
+
+    def stop(self) -> None:
+        """End after the present batch; raises what it died of, once. Nothing if it does not run."""
+        with self._control:
+            thread, self._thread = self._thread, None
+            self._is_stopping = True
+            self._wake.set()
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
+            error, self._error = self._error, None
+        if thread is not None:
+            log.info("scanner stopped")
+        if error is not None:
+            raise error
+
+    def wake(self, *, only_if_resting: bool = False) -> None:
+        """Something has changed that should not wait for the end of a rest."""
+        if self._is_resting or not only_if_resting:
+            self._wake.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                engine = self._engine()
+                if engine is None or engine._is_inherited():
+                    return
+                # In this order: what is registered from here on either is seen or wakes.
+                self._wake.clear()
+                self._is_resting = True
+                rest = self._step(engine)
+                del engine
+                if not self._is_stopping:
+                    self._wake.wait(rest)
+        except BaseException as error:
+            log.exception("the scanner has ended")
+            self._error = error
+
+    def _step(self, engine: PassMaker) -> float | None:
+        """One batch; returns for how long to rest then, None: until woken."""
+        _, n_pages = engine._core.pages_before(END_OF_MEMORY)
+        if n_pages == 0:
+            self._cursor = None
+            return None
+        if self._cursor is None or self._begun is None:
+            self._begun = engine._begin_batches(self._in_batch)
+            self._pacer.begin_pass(time.monotonic())
+            self._cursor = 0
+        self._is_resting = False
+        batch_pages = self._pacer.batch_pages(engine._settings, n_pages)
+        cpu_began = time.thread_time()
+        self._cursor = engine._make_batch(self._in_batch, self._cursor, batch_pages)
+        n_done, n_pages = engine._core.pages_before(self._cursor)
+        cpu_seconds = time.thread_time() - cpu_began
+        rest = self._pacer.rest(
+            engine._settings, time.monotonic(), cpu_seconds, n_done / max(n_pages, 1)
+        )
+        if self._cursor == END_OF_MEMORY:
+            report = engine._end_batches(self._begun)
+            self._cursor = None
+            log.debug("pass: %r", report)
+            if report.pages_hashed == 0:
+                self._is_resting = True
+                rest = max(rest, self._pacer.idle_rest(engine._settings))
+            engine._tell(report)
+        return rest
+
+
+def _stop_for_fork() -> None:
+    _forking.acquire()
+    for scanner in list(_scanners):
+        scanner._in_batch.acquire()
+        _held_for_fork.append(scanner._in_batch)
+
+
+def _go_on_after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+    _forking.release()
+
+
+def _begin_anew_in_child() -> None:
+    global _forking
+    _forking = threading.Lock()
+    # Its engine makes itself a new one (see Registrar._own); this one's thread does not exist here.
+    with contextlib.suppress(RuntimeError):
+        while _held_for_fork:
+            _held_for_fork.pop().release()
+
+
+os.register_at_fork(
+    before=_stop_for_fork, after_in_parent=_go_on_after_fork, after_in_child=_begin_anew_in_child
+)
