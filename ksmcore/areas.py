@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,9 @@ class Area:
 
     def __init__(self, engine: Registrar) -> None:
         self._engine = engine
-        self._regions: weakref.WeakSet[Region] = weakref.WeakSet()  # the engine holds them
+        # Not weak references: those of a cycle are cleared before its finalisers run.
+        self._regions: set[Region] = set()
+        self._most_kept = 16  # closed ones are dropped once there are so many
         self._lock = threading.RLock()  # a finaliser may run while its own thread holds it
         self._closed = False
 
@@ -45,6 +46,9 @@ class Area:
         with self._lock:
             if not self._closed:
                 self._regions.add(region)
+                if len(self._regions) > self._most_kept:
+                    self._regions = {one for one in self._regions if not one.closed}
+                    self._most_kept = 2 * len(self._regions) + 16
                 return region
         region.close()
         raise ValueError("this area was closed meanwhile")

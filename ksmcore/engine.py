@@ -84,6 +84,7 @@ class Engine(PassMaker):
     @property
     def settings(self) -> Settings:
         """The settings in force."""
+        self._own()
         return self._settings
 
     def configure(self, **changes: Any) -> Settings:
@@ -134,6 +135,7 @@ class Engine(PassMaker):
     @property
     def scanning(self) -> bool:
         """Is the background scanner running?"""
+        self._own()
         return self._scanner.is_running
 
     def area(self) -> Area:

@@ -26,7 +26,7 @@ LONGEST_REST_SECONDS = 60.0
 BATCH_SECONDS = 0.02
 LEAST_BATCH_PAGES = 64
 # Time that was left unused is spent later, up to so much.
-MOST_CREDIT_SECONDS = 0.1
+MOST_CREDIT_SECONDS = 0.01
 
 
 class Pacer:
@@ -41,8 +41,7 @@ class Pacer:
     def begin_pass(self, now: float) -> None:
         self._pass_began = now
         self._pass_cpu_seconds = 0.0
-        self._owed_seconds -= now - self._owed_at
-        self._owed_at = now
+        self._owe(0.0, now)
 
     def batch_pages(self, settings: Settings, n_pages: int) -> int:
         """Pages of the next batch, in a pass over n_pages."""
@@ -55,14 +54,18 @@ class Pacer:
         """Seconds to rest after a batch that took so much of a processor; `part_done` of the pass
         is behind it, 0 to 1."""
         self._pass_cpu_seconds += cpu_seconds
-        self._owed_seconds += cpu_seconds * 100 / settings.max_cpu - (now - self._owed_at)
-        self._owed_seconds = max(self._owed_seconds, -MOST_CREDIT_SECONDS)
-        self._owed_at = now
+        self._owe(cpu_seconds * 100 / settings.max_cpu, now)
         if settings.target_scan_time is None:
             wanted = settings.sleep_millisecs / 1000
         else:
             wanted = self._pass_began + part_done * settings.target_scan_time - now
         return max(wanted, self._owed_seconds, 0.0)
+
+    def _owe(self, seconds: float, now: float) -> None:
+        """So much time more must go by, counted from the last call on."""
+        self._owed_seconds += seconds - (now - self._owed_at)
+        self._owed_seconds = max(self._owed_seconds, -MOST_CREDIT_SECONDS)
+        self._owed_at = now
 
     def idle_rest(self, settings: Settings) -> float:
         """Seconds to rest at least after a pass in which no page had to be read."""

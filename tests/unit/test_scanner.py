@@ -1,0 +1,403 @@
+"""The background scanner: what it merges, when it rests, and how it ends, whatever happens."""
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+import ksmcore
+from ksmcore import _guard
+from ksmcore.scanner import _scanners
+
+PAGE = ksmcore.default_engine().page_bytes
+WAIT_SECONDS = 60
+
+
+def wait_until(condition, what="it"):
+    """Wait for the scanner; how long that takes is nobody's business here."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} has not happened"
+        time.sleep(0.002)
+
+
+def pass_over(engine, n=1):
+    """Wait until n passes have begun and ended."""
+    target = engine.stats().full_scans + n + 1
+    wait_until(lambda: engine.stats().full_scans >= target, f"pass {target}")
+
+
+def pages(engine, rng, n=64):
+    array = engine.empty((n, PAGE), np.uint8)
+    array[:] = rng.integers(1, 256, array.shape, dtype=np.uint8)
+    return array
+
+
+@pytest.fixture
+def quick(engine):
+    """An engine whose scanner does not rest for long."""
+    engine.configure(sleep_millisecs=0)
+    yield engine
+    if not engine.closed:
+        engine.stop()
+
+
+class TestLife:
+    def test_merges_in_the_background(self, quick, rng):
+        a, b = pages(quick, rng), quick.empty((64, PAGE), np.uint8)
+        b[:] = a
+        assert not quick.scanning
+        with quick.start() as engine:
+            assert engine is quick
+            assert quick.scanning
+            assert quick.settings.run == quick.stats().run == 1
+            wait_until(lambda: quick.stats().pages_sharing == 64)
+        assert not quick.scanning
+        assert quick.settings.run == 0
+        assert quick.stats().pages_sharing == 64
+        assert np.array_equal(a, b)
+
+    def test_start_and_stop_any_number_of_times(self, quick):
+        quick.stop()
+        for _ in range(20):
+            quick.start()
+            quick.start(pages_to_scan=7)
+            assert quick.settings.pages_to_scan == 7
+            quick.stop()
+            quick.stop()
+        assert not quick.scanning
+
+    def test_parks_while_nothing_is_registered_and_wakes(self, quick, rng):
+        with quick.start(sleep_millisecs=3_600_000):
+            wait_until(lambda: quick._scanner._is_resting)
+            assert quick.stats().full_scans == 0
+            array = pages(quick, rng)
+            wait_until(lambda: quick.stats().full_scans == 1)
+            del array
+
+    def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, rng, monkeypatch):
+        monkeypatch.setattr("ksmcore.pacing.IDLE_SHARE", 1e-9)  # for as long as ever
+        array = pages(quick, rng)
+        with quick.start():
+            # With tracking the fourth pass reads nothing; without, every pass reads.
+            if quick.stats().dirty == "pagemap":
+                wait_until(lambda: quick._scanner._is_resting)
+                scans = quick.stats().full_scans
+                other = quick.array(array)
+                wait_until(lambda: quick.stats().pages_sharing == 64)
+                assert quick.stats().full_scans > scans
+                assert np.array_equal(other, array)
+
+    def test_close_stops_it(self, rng):
+        engine = ksmcore.Engine(run=1, sleep_millisecs=0)
+        array = pages(engine, rng)
+        expected = array.copy()
+        wait_until(lambda: engine.stats().full_scans > 2)
+        engine.close()
+        assert not engine.scanning
+        assert np.array_equal(array, expected)
+
+    @pytest.mark.filterwarnings("ignore:.*was never closed")
+    def test_an_engine_that_nobody_knows_is_collected(self, private_buffer):
+        engine = ksmcore.Engine(run=1, sleep_millisecs=0)
+        region = engine.register(private_buffer(4))
+        wait_until(lambda: engine.stats().full_scans > 2)
+        thread = engine._scanner._thread
+        known = weakref.ref(engine)
+        del engine, region
+
+        def is_gone():
+            gc.collect()
+            return known() is None
+
+        wait_until(is_gone)
+        wait_until(lambda: not thread.is_alive())
+
+    @pytest.mark.parametrize("ending", ["", "import sys; sys.exit(3)", "raise KeyError(1)"])
+    def test_the_interpreter_ends(self, ending):
+        script = (
+            "import ksmcore, numpy as np\n"
+            "a = ksmcore.zeros(1 << 20); a[::512] = range(2048)\n"
+            "ksmcore.start(sleep_millisecs=0)\n"
+            "while ksmcore.stats().full_scans < 2: pass\n" + ending
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == {"": 0, "import sys; sys.exit(3)": 3}.get(ending, 1)
+        assert (done.stderr == "") == (not ending.startswith("raise"))
+        assert "KeyError: 1" in done.stderr or not ending.startswith("raise")
+
+
+class TestRun:
+    def test_2_unmerges_and_keeps_what_is_registered(self, quick, rng):
+        a = pages(quick, rng)
+        b = quick.array(a)
+        with quick.start():
+            wait_until(lambda: quick.stats().pages_sharing == 64)
+            quick.configure(run=2)
+            assert not quick.scanning
+            stats = quick.stats()
+            assert (stats.run, stats.pages_shared, stats.regions) == (2, 0, 2)
+            quick.configure(run=1)
+            wait_until(lambda: quick.stats().pages_sharing == 64)
+        assert np.array_equal(a, b)
+
+    def test_0_keeps_what_is_merged(self, quick, rng):
+        a = pages(quick, rng)
+        b = quick.array(a)
+        quick.configure(run=1)
+        wait_until(lambda: quick.stats().pages_sharing == 64)
+        quick.configure(run=0)
+        assert quick.stats().pages_sharing == 64
+        assert np.array_equal(a, b)
+
+    @pytest.mark.parametrize("run", [3, -1])
+    def test_others_are_refused(self, engine, run):
+        with pytest.raises(ValueError, match="run must be"):
+            engine.configure(run=run)
+
+
+class TestSettings:
+    @pytest.mark.parametrize("most", [1, 5, 100])
+    def test_max_pages_to_merge_bounds_every_batch(self, quick, rng, monkeypatch, most):
+        a = pages(quick, rng, 700)
+        b = quick.array(a)
+        zeros = quick.zeros((50, PAGE), np.uint8)
+        zeros[:] = 0
+        made = []
+
+        def make_batch(in_batch, cursor, n_pages):
+            before = quick._core.snapshot()
+            cursor = type(quick)._make_batch(quick, in_batch, cursor, n_pages)
+            after = quick._core.snapshot()
+            # A pair that becomes one shared page is one merge of two pages.
+            founded = after["store_pages"] - before["store_pages"]
+            grown = [after[name] - before[name] for name in ("pages_merged", "pages_zeroed")]
+            made.append(sum(grown) - founded)
+            return cursor
+
+        monkeypatch.setattr(quick, "_make_batch", make_batch)
+        with quick.start(max_pages_to_merge=most):
+            wait_until(lambda: quick.stats().bytes_saved == 750 * PAGE)
+        assert max(made) == most
+        assert sum(made) == 750
+        assert np.array_equal(a, b)
+        assert not zeros.any()
+
+    def test_pages_to_scan_bounds_every_batch(self, quick, rng):
+        array = pages(quick, rng, 2000)
+        cursor, begun = 0, quick._begin_batches(threading.Lock())
+        while cursor < 2**64 - 1:
+            before = quick.stats().pages_hashed
+            cursor = quick._make_batch(threading.Lock(), cursor, 100)
+            # A span of a block of pages is not cut.
+            assert quick.stats().pages_hashed - before <= 100 + 512
+        assert quick._end_batches(begun).pages_hashed == len(array)
+
+    def test_changes_hold_from_the_next_batch_on(self, quick, rng):
+        array = pages(quick, rng)
+        with quick.start(sleep_millisecs=3_600_000):
+            wait_until(lambda: quick.stats().full_scans == 1)
+            quick.configure(sleep_millisecs=0)
+            wait_until(lambda: quick.stats().full_scans > 5)
+        assert array.any()
+
+
+class TestOthersAtWork:
+    def test_scans_and_dedups_of_the_program(self, quick, rng):
+        a = pages(quick, rng)
+        with quick.start():
+            for n in range(30):
+                b = quick.array(a)
+                b[n] = n
+                quick.dedup()
+                quick.scan()
+                assert np.array_equal(np.delete(a, n, 0), np.delete(b, n, 0))
+                assert (b[n] == n).all()
+            assert quick.scanning
+        quick._core.check()
+
+    def test_writers_and_registrations(self, quick, rng, private_buffer):
+        """Values that change, each checked: a lost write would show."""
+        a = pages(quick, rng, 256)
+        failed = []
+        ending = threading.Event()
+
+        def write(rows):
+            count = 0
+            while not ending.is_set():
+                count += 1
+                rows[:, 0] = count & 0xFF
+                if not (rows[:, 0] == count & 0xFF).all():
+                    failed.append(count)
+                if count % 8 == 0:
+                    rows[:] = 5
+                time.sleep(0.001)
+
+        threads = [threading.Thread(target=write, args=(a[k::4],)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        with quick.start():
+            for _ in range(100):
+                memory = private_buffer(8)
+                view = np.frombuffer(memory, np.uint8)
+                view[:] = 5
+                with quick.register(memory):
+                    assert (view == 5).all()
+                assert (view == 5).all()
+                del view
+                memory.close()
+        ending.set()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        quick._core.check()
+
+    def test_stop_within_a_pass_of_the_same_thread_is_refused(self, quick, rng):
+        array = pages(quick, rng)
+        seen = []
+
+        def progress(done, in_all):
+            with pytest.raises(RuntimeError, match="in the middle of a pass"):
+                quick.stop()
+            seen.append(quick.scanning)
+
+        with quick.start():
+            quick.scan(progress=progress)
+            assert seen
+            assert all(seen)
+            assert quick.settings.run == 1
+        assert array.any()
+
+
+class TestErrors:
+    def test_what_it_ends_by_is_kept_and_raised_by_stop(self, quick, rng, caplog):
+        a = pages(quick, rng)
+        b = quick.array(a)
+
+        def fail(report):
+            raise LookupError("no more passes")
+
+        quick.on_pass = fail
+        with caplog.at_level(logging.ERROR, "ksmcore"):
+            quick.start()
+            wait_until(lambda: not quick.scanning)
+        assert "no more passes" in caplog.text
+        assert quick.stats().scanner_error == "LookupError('no more passes')"
+        with pytest.raises(LookupError, match="no more passes"):
+            quick.stop()
+        assert quick.stats().scanner_error is None
+        quick.stop()
+        assert not _guard.handler_installed()
+        quick.on_pass = None
+        with quick.start():
+            wait_until(lambda: quick.stats().pages_sharing == 64)
+        assert np.array_equal(a, b)
+
+    def test_an_engine_whose_scanner_died_can_be_closed(self, rng, caplog):
+        engine = ksmcore.Engine(sleep_millisecs=0)
+        array = pages(engine, rng)
+
+        def fail(report):
+            raise OSError(5, "as ordered")
+
+        engine.on_pass = fail
+        engine.start()
+        wait_until(lambda: not engine.scanning)
+        engine.close()
+        assert "as ordered" in caplog.text
+        assert array.any()
+
+    def test_the_callback_may_stop_the_scanner(self, quick, rng):
+        reports = []
+
+        def note(report):
+            reports.append(report)
+            if len(reports) == 3:
+                quick.stop()
+
+        quick.on_pass = note
+        array = pages(quick, rng)
+        quick.start()
+        wait_until(lambda: not quick.scanning)
+        time.sleep(0.05)
+        assert len(reports) == 3
+        assert reports[0].pages_hashed == len(array)
+        assert quick.scan() is reports[-1]
+
+
+class TestForks:
+    pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+    def test_parent_goes_on_and_child_does_not_scan(self, quick, rng):
+        a = pages(quick, rng)
+        b = quick.array(a)
+        with quick.start():
+            for n in range(40):
+                pid = os.fork()
+                if pid == 0:
+                    good = not quick.scanning and quick.settings.run == 0
+                    good = good and np.array_equal(a, b) and quick.stats().regions == 0
+                    if n % 2 and good:
+                        own = quick.array(a)
+                        quick.start(sleep_millisecs=0)
+                        while quick.stats().full_scans < 3:
+                            pass
+                        quick.stop()
+                        good = np.array_equal(own, a)
+                    os._exit(0 if good else 1)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                assert quick.scanning
+            pass_over(quick)
+            wait_until(lambda: quick.stats().pages_sharing == 64)
+        quick._core.check()
+
+    def test_no_batch_runs_during_a_fork(self, quick, rng):
+        """Between the fork hooks the scanner's lock is held: nothing of a batch is in progress."""
+        array = pages(quick, rng)
+        states = []
+        os.register_at_fork(
+            before=lambda: None,
+            after_in_parent=lambda: states.append(quick._scanner._in_batch.locked()),
+        )
+        with quick.start():
+            for _ in range(10):
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+            pass_over(quick)
+        assert states[:10]
+        assert array.any()
+
+    def test_two_threads_fork(self, quick, rng):
+        array = pages(quick, rng)
+        other = ksmcore.Engine(run=1, sleep_millisecs=0)
+        assert len(_scanners) >= 2
+        codes = []
+
+        def fork_often():
+            for _ in range(25):
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                codes.append(os.waitpid(pid, 0)[1])
+
+        threads = [threading.Thread(target=fork_often) for _ in range(2)]
+        with quick.start():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(WAIT_SECONDS)
+                assert not thread.is_alive()
+        other.close()
+        assert codes == [0] * 50
+        assert array.any()
