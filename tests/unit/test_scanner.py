@@ -106,12 +106,13 @@ class TestLife:
 
     @pytest.mark.filterwarnings("ignore:.*was never closed")
     def test_an_engine_that_nobody_knows_is_collected(self, private_buffer):
-        engine = ksmcore.Engine(run=1, sleep_millisecs=0)
-        region = engine.register(private_buffer(4))
-        wait_until(lambda: engine.stats().full_scans > 2)
-        thread = engine._scanner._thread
-        known = weakref.ref(engine)
-        del engine, region
+        def begin():
+            engine = ksmcore.Engine(run=1, sleep_millisecs=0)
+            engine.register(private_buffer(4))
+            wait_until(lambda: engine.stats().full_scans > 2)
+            return weakref.ref(engine), engine._scanner._thread
+
+        known, thread = begin()
 
         def is_gone():
             gc.collect()

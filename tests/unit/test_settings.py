@@ -44,6 +44,16 @@ class TestRefused:
             ("map_budget", 0.5),
             ("map_budget", "all"),
             ("map_budget", False),
+            ("smart_scan", "on"),
+            ("run", True),
+            ("run", "1"),
+            ("pages_to_scan", 0.5),
+            ("sleep_millisecs", None),
+            ("max_pages_to_merge", "none"),
+            ("target_scan_time", "soon"),
+            ("target_scan_time", True),
+            ("max_cpu", None),
+            ("max_cpu", "70"),
         ],
     )
     def test_wrong_type(self, give, name, value):
@@ -57,6 +67,23 @@ class TestRefused:
     )
     def test_out_of_range(self, give, name, value):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 0"):
+            give(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("name", "value", "allowed"),
+        [
+            ("pages_to_scan", 0, "a whole number of at least 1"),
+            ("sleep_millisecs", -1, "a whole number of at least 0"),
+            ("max_pages_to_merge", -1, "a whole number of at least 0"),
+            ("run", 3, "0, 1 or 2"),
+            ("target_scan_time", 0, "a number above 0 or None"),
+            ("target_scan_time", float("inf"), "a number above 0 or None"),
+            ("max_cpu", float("nan"), "a number above 0"),
+            ("max_cpu", 101, "above 0 and at most 100 percent"),
+        ],
+    )
+    def test_the_scanners_out_of_range(self, give, name, value, allowed):
+        with pytest.raises(ValueError, match=f"{name} must be {allowed}"):
             give(**{name: value})
 
     @pytest.mark.parametrize("value", [0, -1, 2**28 + 1])
