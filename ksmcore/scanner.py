@@ -45,6 +45,8 @@ class Scanner:
         self._is_resting = False
         self._error: BaseException | None = None
         self._pacer = Pacer()
+        self._cpu_at = 0.0
+        # Between two passes it is None; END_OF_MEMORY in the rest after the last batch.
         self._cursor: int | None = None
         self._begun: Begun | None = None
         _scanners.add(self)
@@ -92,6 +94,7 @@ class Scanner:
 
     def _run(self) -> None:
         try:
+            self._cpu_at = time.thread_time()
             while not self._is_stopping:
                 engine = self._engine()
                 if engine is None or engine._is_inherited():
@@ -113,28 +116,31 @@ class Scanner:
         if n_pages == 0:
             self._cursor = None
             return None
-        if self._cursor is None or self._begun is None:
+        if self._cursor == END_OF_MEMORY and self._end_pass(engine):
+            return self._pacer.idle_rest(engine._settings)
+        if self._cursor is None:
             self._begun = engine._begin_batches(self._in_batch)
             self._pacer.begin_pass(time.monotonic())
             self._cursor = 0
         self._is_resting = False
         batch_pages = self._pacer.batch_pages(engine._settings, n_pages)
-        cpu_began = time.thread_time()
         self._cursor = engine._make_batch(self._in_batch, self._cursor, batch_pages)
         n_done, n_pages = engine._core.pages_before(self._cursor)
-        cpu_seconds = time.thread_time() - cpu_began
-        rest = self._pacer.rest(
-            engine._settings, time.monotonic(), cpu_seconds, n_done / max(n_pages, 1)
-        )
-        if self._cursor == END_OF_MEMORY:
-            report = engine._end_batches(self._begun)
-            self._cursor = None
-            log.debug("pass: %r", report)
-            if report.pages_hashed == 0:
-                self._is_resting = True
-                rest = max(rest, self._pacer.idle_rest(engine._settings))
-            engine._tell(report)
-        return rest
+        # All that this thread has spent since the last batch, passes begun and ended included.
+        cpu_seconds, self._cpu_at = time.thread_time() - self._cpu_at, time.thread_time()
+        part_done = n_done / max(n_pages, 1)
+        return self._pacer.rest(engine._settings, time.monotonic(), cpu_seconds, part_done)
+
+    def _end_pass(self, engine: PassMaker) -> bool:
+        """The rest after its last batch is part of a pass. Was it an idle one, in which nothing was
+        read?"""
+        self._cursor = None
+        if self._begun is None:
+            return False
+        report = engine._end_batches(self._begun)
+        log.debug("pass: %r", report)
+        engine._tell(report)
+        return report.pages_hashed == 0 and not self._is_stopping
 
 
 def _stop_for_fork() -> None:

@@ -79,7 +79,7 @@ class TestLife:
             wait_until(lambda: quick._scanner._is_resting)
             assert quick.stats().full_scans == 0
             array = pages(quick, rng)
-            wait_until(lambda: quick.stats().full_scans == 1)
+            wait_until(lambda: quick.stats().pages_hashed == len(array))
             del array
 
     def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, rng, monkeypatch):
@@ -206,7 +206,8 @@ class TestSettings:
     def test_changes_hold_from_the_next_batch_on(self, quick, rng):
         array = pages(quick, rng)
         with quick.start(sleep_millisecs=3_600_000):
-            wait_until(lambda: quick.stats().full_scans == 1)
+            wait_until(lambda: quick.stats().pages_hashed == len(array))
+            assert quick.stats().full_scans == 0
             quick.configure(sleep_millisecs=0)
             wait_until(lambda: quick.stats().full_scans > 5)
         assert array.any()
