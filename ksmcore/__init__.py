@@ -70,6 +70,7 @@ __all__ = [
     "hold",
     "memory_info",
     "register",
+    "rows",
     "scan",
     "start",
     "stats",
@@ -179,6 +180,15 @@ def full(
 ) -> "NDArray[Any]":
     """`Engine.full` of the default engine: a page-aligned, registered array of one value."""
     return default_engine().full(shape, fill_value, dtype, order)
+
+
+def rows(
+    n: "SupportsIndex",
+    row_shape: "SupportsIndex | Sequence[SupportsIndex]",
+    dtype: "DTypeLike" = float,
+) -> "NDArray[Any]":
+    """`Engine.rows` of the default engine: an array whose rows each begin on a page."""
+    return default_engine().rows(n, row_shape, dtype)
 
 
 def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any]":

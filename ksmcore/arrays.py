@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ksmcore import _sys
 from ksmcore.errors import InternalError
 
 if TYPE_CHECKING:
@@ -40,8 +41,22 @@ def _check_order(order: str) -> None:
         raise ValueError(f'order must be "C" or "F", not {order!r}')
 
 
+def _plain(dtype: DTypeLike) -> np.dtype[Any]:
+    """A dtype whose bytes are all there is of a value; TypeError for others."""
+    kind = np.dtype(dtype)
+    if kind.itemsize == 0:
+        kind = np.empty(0, kind).dtype  # as NumPy completes it: "S" gets one character
+    if kind.hasobject:
+        raise TypeError(
+            f"an array of dtype {kind} holds references to objects, and cannot be merged"
+        )
+    return kind
+
+
 class ArrayMaker:
     """The part of an engine that makes arrays; the rest of it allocates their memory."""
+
+    page_bytes: int = _sys.page_bytes()
 
     def _allocate(self, n_bytes: int) -> PageMemory:
         """New registered memory; ValueError when the engine is closed."""
@@ -64,13 +79,7 @@ class ArrayMaker:
             MemoryError: no memory.
         """
         _check_order(order)
-        kind = np.dtype(dtype)
-        if kind.itemsize == 0:
-            kind = np.empty(0, kind).dtype  # as NumPy completes it: "S" gets one character
-        if kind.hasobject:
-            raise TypeError(
-                f"an array of dtype {kind} holds references to objects, and cannot be merged"
-            )
+        kind = _plain(dtype)
         sizes = _sizes(shape)
         n_bytes = math.prod(sizes) * kind.itemsize
         if n_bytes == 0:
@@ -101,6 +110,37 @@ class ArrayMaker:
         made = self.empty(shape, kind, order)
         made[...] = fill_value
         return made
+
+    def rows(
+        self,
+        n: SupportsIndex,
+        row_shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+    ) -> NDArray[Any]:
+        """An array of n rows, each of which begins on a page: equal rows can be merged, whatever
+        their size. For frames and records that are not a whole number of pages long.
+
+        The shape is (n, *row_shape). Between the rows are gaps of less than a page, which hold
+        zeros and cannot be reached; so the array is not contiguous as a whole, each row is, and
+        rows much shorter than a page waste most of their memory. All is zero, and takes no memory
+        until it is written. Other calls (`dedup`, `hold`, `unregister`) take such an array for all
+        the memory that it lies in.
+
+        Raises as `empty` does.
+        """
+        kind = _plain(dtype)
+        sizes = (operator.index(n), *_sizes(row_shape))
+        row_bytes = math.prod(sizes[1:]) * kind.itemsize
+        if sizes[0] < 0:
+            raise ValueError(f"negative dimensions are not allowed: {sizes}")
+        if sizes[0] * row_bytes == 0:
+            return np.empty(sizes, kind)
+        stride = -(-row_bytes // self.page_bytes) * self.page_bytes
+        if sizes[0] * stride > 2**63 - 1:
+            raise ValueError(f"array is too big: {sizes[0] * stride} bytes")
+        memory: Any = self._allocate(sizes[0] * stride)
+        within = [kind.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(1, len(sizes))]
+        return np.ndarray(sizes, kind, buffer=memory, strides=(stride, *within))
 
     def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """A page-aligned, registered copy of anything array-like; its axes keep their order in

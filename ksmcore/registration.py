@@ -18,7 +18,9 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from ksmcore import _forks, _sys, gate, headroom
+import numpy as np
+
+from ksmcore import _forks, gate, headroom
 from ksmcore._core import Core
 from ksmcore._memory import PageMemory
 from ksmcore.arrays import ArrayMaker
@@ -42,10 +44,18 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+def _with_gaps(buffer: object) -> object:
+    """Of an array with gaps in memory of our own (see `ArrayMaker.rows`): that memory."""
+    if not isinstance(buffer, np.ndarray) or buffer.flags.forc:
+        return buffer
+    base: object = buffer
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, PageMemory) else buffer
+
+
 class Registrar(ArrayMaker):
     """The part of an engine that buffers are registered with."""
-
-    page_bytes: int = _sys.page_bytes()
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -115,7 +125,7 @@ class Registrar(ArrayMaker):
     def _hold(self, buffer: object) -> AbstractContextManager[tuple[int, int]]:
         """(address, pages) of a buffer, held meanwhile. Of an array made by this engine all pages
         count, also a last one that is not full: nothing else is there."""
-        return gate.hold(buffer, page_bytes=self.page_bytes, known=self._known)
+        return gate.hold(_with_gaps(buffer), page_bytes=self.page_bytes, known=self._known)
 
     def _known(self, first_byte: int, len_bytes: int) -> tuple[int, int] | None:
         memory = self._memories.get(first_byte)
@@ -230,6 +240,7 @@ class Registrar(ArrayMaker):
             start = first_byte - first_byte % self.page_bytes
             return start, -(-(first_byte + len_bytes - start) // self.page_bytes)
 
+        buffer = _with_gaps(buffer)
         with gate.hold(buffer, page_bytes=self.page_bytes, known=touched) as (addr, n_pages):
             held = self._core.hold(addr, n_pages * self.page_bytes)
             if not held and not self._disabled:

@@ -1072,7 +1072,7 @@ def test_phase_advice_names_both_phases_and_the_way_out():
     assert "begins 16 bytes into a page" in text
     assert "1856 bytes" in text
     assert "ksmcore.empty" in text
-    assert "ksmcore.allocator()" in text
+    assert "ksmcore.rows(" in text
 
 
 def test_phase_warning_is_a_user_warning():
