@@ -26,7 +26,7 @@ from ksmcore.errors import InternalError  # noqa: E402
 from ksmcore.features import features  # noqa: E402
 from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
-from ksmcore.regions import Region  # noqa: E402
+from ksmcore.regions import PageState, Region  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402
 from ksmcore.stats import (  # noqa: E402
     Estimate,
@@ -51,6 +51,7 @@ __all__ = [
     "Estimate",
     "InternalError",
     "MemoryInfo",
+    "PageState",
     "PassReport",
     "PhaseWarning",
     "Region",

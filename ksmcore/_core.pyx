@@ -15,7 +15,7 @@ from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock,
     PyThread_type_lock, WAIT_LOCK,
 )
-from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._census cimport census_of_region, census_take
@@ -33,7 +33,8 @@ from ksmcore._store cimport MAX_SHARERS
 from ksmcore._sys cimport (
     CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes, sys_pause,
 )
-from ksmcore._tally cimport core_tally, region_tally, tally_as_dict
+from ksmcore._tally cimport core_page_map, core_tally, region_tally, tally_as_dict
+from ksmcore._tracker cimport tracker_close
 from ksmcore._unmerge cimport core_abandon, core_check, core_forget, core_restore
 from ksmcore._window cimport guard_kind
 
@@ -271,6 +272,26 @@ cdef class Core:
             self._unlock()
         return tally_as_dict(&tally)
 
+    def page_map(self, uint64_t region_id, uintptr_t addr, uint8_t[::1] states):
+        """Fill one byte for each page of the region (see ksmcore.PageState); False when there is no such region.
+        OSError when the kernel does not answer."""
+        cdef const region_t* region
+        cdef sys_error err
+        cdef bint found
+        cdef int rc = 0
+        error_clear(&err)
+        self._own()
+        with nogil:
+            self._lock()
+            region = self._region(region_id, addr)
+            found = region != NULL and region.n_pages == <size_t>states.shape[0]
+            if found:
+                rc = core_page_map(&self.c, region, &states[0], &err)
+            self._unlock()
+        if rc != 0:
+            error_raise(&err, "page map")
+        return found
+
     def find(self, uintptr_t addr, size_t len_bytes):
         """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
         None when nothing of that range is registered.
@@ -419,6 +440,16 @@ cdef class Core:
             self.c.counters.full_scans += full
             if spend_reserve and self.c.b.budget.reserve_shift < 16:
                 self.c.b.budget.reserve_shift += 1
+            self._unlock()
+
+    def stop_watching(self):
+        """Close the tracker's descriptor for good; no region is watched from here on."""
+        self._own()
+        with nogil:
+            self._lock()
+            self.c.may_watch = False
+            tracker_close(&self.c.tracker)
+            quiet_begin_pass(&self.c)
             self._unlock()
 
     def take_census(self, int64_t asked_maps, int64_t max_map_count):

@@ -213,6 +213,7 @@ class Engine(PassMaker):
                 region.close()
             for region_id, addr, _ in self._core.regions():
                 self._restore(region_id, addr)
+            self._core.stop_watching()
             self._closed = True
         _engines.discard(self)
 

@@ -6,19 +6,23 @@ Called by users and by the engine, which makes it. It owns the buffer export (th
 
 from __future__ import annotations
 
+import enum
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ksmcore.stats import RegionStats, human_bytes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from ksmcore.gate import Admission
     from ksmcore.registration import Registrar
 
-__all__ = ["Region", "disjoint"]
+__all__ = ["PageState", "Region", "disjoint"]
 
 
 def disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -31,6 +35,23 @@ def disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
             found.append((start, end))
             covered = end
     return found
+
+
+class PageState(enum.IntEnum):
+    """What a page of a region is (see `Region.page_map`)."""
+
+    NOT_PRESENT = 0
+    """Never touched, given up, or swapped out."""
+    VOLATILE = 1
+    """Changed since the last pass, or not seen often enough to tell."""
+    UNIQUE = 2
+    """Did not change, and equals no other."""
+    SHARED = 3
+    """Maps a shared page."""
+    ZERO = 4
+    """Was all zero and given back."""
+    BROKEN = 5
+    """Was shared or zero, and has been written since; the next pass will notice."""
 
 
 class Region:
@@ -93,6 +114,18 @@ class Region:
         if self.closed:
             return RegionStats()
         return RegionStats(**self._engine._core.tally(self._id, self._addr))
+
+    def page_map(self) -> NDArray[np.uint8]:
+        """What each of its pages is now: a `PageState` for each, in their order. Writes since the
+        last pass show at once. Faults nothing in.
+
+        Raises:
+            ValueError: the region is closed.
+        """
+        states = np.zeros(self._n_pages, np.uint8)
+        if self.closed or not self._engine._core.page_map(self._id, self._addr, states):
+            raise ValueError(f"{self!r} is not registered")
+        return states
 
     def close(self) -> None:
         """Make the pages plain private memory again, with the same bytes, and let the buffer go.

@@ -429,3 +429,18 @@ def test_small_regions_are_not_watched(engine, rng):
         assert unwritten(array) == engine.stats().pages_quiet == 0
     finally:
         _quiet.watch_from(before)
+
+
+def test_close_gives_the_descriptor_back(rng):
+    """At once, whoever still knows the engine."""
+    before = len(os.listdir("/proc/self/fd"))
+    engine = ksmcore.Engine(dirty="pagemap")
+    opened = len(os.listdir("/proc/self/fd")) - before
+    array = engine.empty((300, mmap.PAGESIZE), np.uint8)
+    array[:] = rng.integers(0, 256, array.shape, dtype=np.uint8)
+    for _ in range(3):
+        engine.scan()
+    assert engine.stats().pages_quiet == 300
+    assert len(os.listdir("/proc/self/fd")) == before + opened + 1
+    engine.close()
+    assert len(os.listdir("/proc/self/fd")) == before + opened
