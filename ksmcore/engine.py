@@ -150,9 +150,11 @@ class Engine(PassMaker):
             self._scanner.start()
             return
         self._check_outside()  # the scanner may be waiting for this thread's pass to end
-        self._scanner.stop()
-        if run == 2:
-            self.unmerge()
+        try:
+            self._scanner.stop()
+        finally:
+            if run == 2:
+                self.unmerge()
 
     def _registered(self) -> None:
         self._scanner.wake(only_if_resting=True)

@@ -40,7 +40,6 @@ class Scanner:
         self._control = threading.RLock()
         self._in_batch = threading.Lock()
         self._wake = threading.Event()
-        self._is_stopping = False
         # True whenever a registration should wake it: there may be nothing to do at present.
         self._is_resting = False
         self._error: BaseException | None = None
@@ -66,7 +65,6 @@ class Scanner:
         with self._control:
             if self.is_running:
                 return
-            self._is_stopping = False
             self._error = None
             self._cursor = None
             self._thread = threading.Thread(target=self._run, name="ksmcore scanner", daemon=True)
@@ -77,7 +75,6 @@ class Scanner:
         """End after the present batch; raises what it died of, once. Nothing if it does not run."""
         with self._control:
             thread, self._thread = self._thread, None
-            self._is_stopping = True
             self._wake.set()
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
@@ -92,10 +89,14 @@ class Scanner:
         if self._is_resting or not only_if_resting:
             self._wake.set()
 
+    def _is_wanted(self) -> bool:
+        """Is this thread still the scanner? Not after `stop`, even if another was started since."""
+        return self._thread is threading.current_thread()
+
     def _run(self) -> None:
         try:
             self._cpu_at = time.thread_time()
-            while not self._is_stopping:
+            while self._is_wanted():
                 engine = self._engine()
                 if engine is None or engine._is_inherited():
                     return
@@ -104,7 +105,7 @@ class Scanner:
                 self._is_resting = True
                 rest = self._step(engine)
                 del engine
-                if not self._is_stopping:
+                if self._is_wanted():
                     self._wake.wait(rest)
         except BaseException as error:
             log.exception("the scanner has ended")
@@ -116,8 +117,12 @@ class Scanner:
         if n_pages == 0:
             self._cursor = None
             return None
-        if self._cursor == END_OF_MEMORY and self._end_pass(engine):
-            return self._pacer.idle_rest(engine._settings)
+        if self._cursor == END_OF_MEMORY:
+            was_idle = self._end_pass(engine)
+            if not self._is_wanted():
+                return None
+            if was_idle:
+                return self._pacer.idle_rest(engine._settings)
         if self._cursor is None:
             self._begun = engine._begin_batches(self._in_batch)
             self._pacer.begin_pass(time.monotonic())
@@ -140,7 +145,7 @@ class Scanner:
         report = engine._end_batches(self._begun)
         log.debug("pass: %r", report)
         engine._tell(report)
-        return report.pages_hashed == 0 and not self._is_stopping
+        return report.pages_hashed == 0
 
 
 def _stop_for_fork() -> None:

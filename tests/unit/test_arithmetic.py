@@ -105,14 +105,15 @@ def test_four_buffers_join_one_after_the_other(rng, use_zero_pages, dirty):
 @pytest.mark.parametrize("most", [2, 5, 16])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("more", [-1, 0, 1])
-def test_a_full_shared_page_is_counted(rng, most, k, more):
+@pytest.mark.parametrize("value", [7, 0])
+def test_a_full_shared_page_is_counted(rng, most, k, more, value):
     """Of pages with others between them, each that finds its shared page full waits for a partner:
     the last one of k * M + 1 in vain. The others each waited within the pass, once per M pages."""
     n = k * most + more
-    with ksmcore.Engine(max_page_sharing=most) as engine:
+    with ksmcore.Engine(max_page_sharing=most, use_zero_pages=False) as engine:
         array = engine.empty((2 * n, PAGE // 8), np.int64)
-        array[:] = rng.integers(0, 2**62, array.shape, dtype=np.int64)
-        array[::2] = 7
+        array[:] = rng.integers(1, 2**62, array.shape, dtype=np.int64)
+        array[::2] = value
         report = engine.dedup()
         stats = engine.stats()
         n_merged = n - (n % most == 1)
@@ -121,7 +122,13 @@ def test_a_full_shared_page_is_counted(rng, most, k, more):
         assert stats.pages_unshared == n + (n - n_merged)
         n_met_full = (n - 1) // most
         assert report.skipped["max_page_sharing"] == n_met_full
-        assert (array[::2] == 7).all()
+        assert stats.ksm_zero_pages == 0
+        # Zero pages, once they may be given back, are no longer shared when they are merged anew.
+        engine.configure(use_zero_pages=True)
+        engine.unmerge()
+        engine.dedup()
+        assert engine.stats().ksm_zero_pages == (n if value == 0 else 0)
+        assert (array[::2] == value).all()
 
 
 def test_max_shared_pages_is_counted_and_can_be_raised(rng):

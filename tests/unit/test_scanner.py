@@ -49,6 +49,19 @@ def quick(engine):
         engine.stop()
 
 
+@pytest.fixture
+def full_buffer(private_buffer, rng):
+    """Makes buffers of 64 pages that are written before anybody registers them."""
+
+    def make():
+        memory = private_buffer(64)
+        rows = np.frombuffer(memory, np.uint8)
+        rows[:] = rng.integers(1, 256, rows.size, dtype=np.uint8)
+        return memory
+
+    return make
+
+
 class TestLife:
     def test_merges_in_the_background(self, quick, rng):
         a, b = pages(quick, rng), quick.empty((64, PAGE), np.uint8)
@@ -74,26 +87,26 @@ class TestLife:
             quick.stop()
         assert not quick.scanning
 
-    def test_parks_while_nothing_is_registered_and_wakes(self, quick, rng):
+    def test_parks_while_nothing_is_registered_and_wakes(self, quick, full_buffer):
+        buffer = full_buffer()
         with quick.start(sleep_millisecs=3_600_000):
             wait_until(lambda: quick._scanner._is_resting)
             assert quick.stats().full_scans == 0
-            array = pages(quick, rng)
+            quick.register(buffer)
             wait_until(lambda: quick.stats().pages_hashed == 64)
-            assert array.any()
 
-    def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, rng, monkeypatch):
+    def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, full_buffer, monkeypatch):
         monkeypatch.setattr("ksmcore.pacing.IDLE_SHARE", 1e-9)  # for as long as ever
-        array = pages(quick, rng)
+        first, second = full_buffer(), full_buffer()
+        quick.register(first)
         with quick.start():
             # With tracking the fourth pass reads nothing; without, every pass reads.
             if quick.stats().dirty == "pagemap":
                 wait_until(lambda: quick._scanner._is_resting)
                 scans = quick.stats().full_scans
-                other = quick.array(array)
-                wait_until(lambda: quick.stats().pages_sharing == 64)
+                quick.register(second)
+                wait_until(lambda: quick.stats().pages_hashed >= 4 * 64)
                 assert quick.stats().full_scans > scans
-                assert np.array_equal(other, array)
 
     def test_close_stops_it(self, rng):
         engine = ksmcore.Engine(run=1, sleep_millisecs=0)
@@ -334,6 +347,40 @@ class TestErrors:
         assert len(reports) == 3
         assert reports[0].pages_hashed == len(array)
         assert quick.scan() is reports[-1]
+
+    def test_the_callback_may_start_it_anew(self, quick, rng):
+        threads = set()
+
+        def note(report):
+            threads.add(threading.current_thread())
+            if len(threads) < 4:
+                quick.stop()
+                quick.start()
+
+        array = pages(quick, rng)
+        quick.on_pass = note
+        quick.start()
+        wait_until(lambda: len(threads) == 4)
+        wait_until(lambda: sum(thread.is_alive() for thread in threads) == 1)
+        quick.stop()
+        assert not any(thread.is_alive() for thread in threads)
+        assert array.any()
+
+    def test_run_2_unmerges_though_the_scanner_had_died(self, quick, rng):
+        a = pages(quick, rng)
+        b = quick.array(a)
+        quick.dedup()
+
+        def fail(report):
+            raise LookupError
+
+        quick.on_pass = fail
+        quick.start()
+        wait_until(lambda: not quick.scanning)
+        with pytest.raises(LookupError):
+            quick.configure(run=2)
+        assert quick.stats().pages_shared == 0
+        assert np.array_equal(a, b)
 
 
 class TestForks:
