@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ksmcore.closing import Closing
 from ksmcore.stats import RegionStats
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from ksmcore.regions import Region
     from ksmcore.registration import Registrar
 
@@ -24,7 +22,7 @@ __all__ = ["Area"]
 log = logging.getLogger("ksmcore")
 
 
-class Area:
+class Area(Closing):
     """A group of regions of one engine. Made by `Engine.area`; ended by `close`, `with`, or when it
     is collected: then its regions are plain private memory again. Any thread may use it."""
 
@@ -91,17 +89,6 @@ class Area:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this area is closed")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_closed", True):

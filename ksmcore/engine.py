@@ -12,21 +12,19 @@ import contextlib
 import logging
 import warnings
 import weakref
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 from ksmcore import estimates
 from ksmcore._core import Core
 from ksmcore.areas import Area
+from ksmcore.closing import Closing
 from ksmcore.features import check_tracker, choose_guard
 from ksmcore.passes import PassMaker
 from ksmcore.progress import Progress
 from ksmcore.scanner import Scanner
 from ksmcore.settings import Settings
 from ksmcore.stats import Estimate, MemoryInfo, Stats, frozen_counts, memory_info
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["Engine"]
 
@@ -48,7 +46,7 @@ class Scanning(contextlib.AbstractContextManager["Engine"]):
         self._engine.stop()
 
 
-class Engine(PassMaker):
+class Engine(PassMaker, Closing):
     """Finds equal pages in the buffers registered with it, and keeps each content once.
 
     Two engines share nothing: equal pages of different engines are not merged. Settings are keyword
@@ -222,17 +220,6 @@ class Engine(PassMaker):
     @property
     def closed(self) -> bool:
         return self._closed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and self._regions and not self._is_inherited():

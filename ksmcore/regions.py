@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import enum
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ksmcore.closing import Closing
 from ksmcore.stats import RegionStats, human_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Self
 
     from ksmcore.gate import Admission
     from ksmcore.registration import Registrar
@@ -54,7 +53,7 @@ class PageState(enum.IntEnum):
     """Was shared or zero, and has been written since; the next pass will notice."""
 
 
-class Region:
+class Region(Closing):
     """The whole pages inside one registered buffer. Made by `register`; ended by `close` or `with`.
 
     While it is open the buffer cannot be freed, resized or closed.
@@ -138,17 +137,6 @@ class Region:
             RuntimeError: it is held (see `hold`).
         """
         self._engine._close_region(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else human_bytes(self.nbytes)
