@@ -30,7 +30,7 @@ STUBBED := $(subst /,.,$(filter $(basename $(wildcard ksmcore/*.pyx)),$(basename
 # Only what really is a virtual environment, whatever VENV says.
 REMOVE_VENV = if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); \
     elif [ -e $(VENV) ]; then echo "$(VENV) is no virtual environment" >&2; exit 1; fi
-LINTED := $(wildcard setup.py ksmcore tests bench examples)
+LINTED := $(wildcard setup.py ksmcore ksmcore_pytest.py tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -51,6 +51,9 @@ class PassMaker(Registrar):
     """Called with the report of each full pass, `scan` and the background scanner's alike, by the
     thread that made it. What it raises ends the `scan`, or the scanner."""
 
+    peak_bytes_saved: int = 0
+    """Most that was saved at the end of a `scan`, a `dedup`, or a pass of the scanner."""
+
     def __init__(self, core: Core, settings: Settings) -> None:
         super().__init__(core)
         self._settings = settings
@@ -242,11 +245,13 @@ class PassMaker(Registrar):
             reason: count - last_round["skipped"][reason]
             for reason, count in after["skipped"].items()
         }
-        saved = (after["pages_sharing"] + after["ksm_zero_pages"]) - (
-            before["pages_sharing"] + before["ksm_zero_pages"]
+        saved_before, saved = (
+            (numbers["pages_sharing"] + numbers["ksm_zero_pages"]) * self.page_bytes
+            for numbers in (before, after)
         )
+        self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
         return PassReport(
-            bytes_saved=saved * self.page_bytes,
+            bytes_saved=saved - saved_before,
             pages_scanned=scanned,
             skipped=frozen_counts(skipped),
             seconds=time.perf_counter() - begun.seconds,

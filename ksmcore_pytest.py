@@ -1,0 +1,108 @@
+"""pytest plugin: the fixture `ksm`, the marker `min_saved`, and a summary of what was saved.
+
+    @pytest.mark.min_saved("50 MB")
+    def test_models(ksm):
+        models = [ksm.array(backbone) for _ in range(8)]
+        ksm.dedup()
+
+Loaded by pytest wherever ksmcore is installed; does nothing, and imports nothing, until one of the
+two is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ksmcore.engine import Engine
+
+SAVED = "ksmcore bytes saved"  # a property of a test's report
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS[f"{_prefix}b"] = 1000**_power
+    _UNITS[f"{_prefix}ib"] = 1024**_power
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes: 4096, "50 MB" (millions), "1.5 GiB". ValueError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if not isinstance(size, str) or found is None or found[2] not in _UNITS:
+        raise ValueError(
+            f"a size is a number of bytes, or text like '50 MB' or '1.5 GiB', not {size!r}"
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "min_saved(size): the test fails unless a pass of its fixture `ksm` leaves as much saved; "
+        "size is a number of bytes, or text like '50 MB'",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marker = item.get_closest_marker("min_saved")
+        if marker is None:
+            continue
+        try:
+            _asked(marker)
+        except (TypeError, ValueError) as error:
+            raise pytest.UsageError(f"{item.nodeid}: min_saved: {error}") from None
+        if "ksm" not in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid}: min_saved needs the fixture `ksm`")
+
+
+def _asked(marker: pytest.Mark) -> int:
+    if len(marker.args) != 1 or marker.kwargs:
+        raise TypeError("it takes one size")
+    return parse_bytes(marker.args[0])
+
+
+@pytest.fixture
+def ksm() -> Iterator[Engine]:
+    """A fresh ksmcore engine, closed after the test."""
+    import ksmcore
+
+    with ksmcore.Engine() as engine:
+        yield engine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    result = yield
+    engine: Any = pyfuncitem.funcargs.get("ksm")
+    if engine is not None:
+        # Not what is saved now: arrays of the test's own have gone by the time it returns.
+        saved = engine.peak_bytes_saved
+        pyfuncitem.user_properties.append((SAVED, saved))
+        marker = pyfuncitem.get_closest_marker("min_saved")
+        if marker is not None and saved < _asked(marker):
+            pytest.fail(
+                f"{saved:,} bytes saved at most, of {_asked(marker):,} asked for", pytrace=False
+            )
+    return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    saved = [
+        (report.nodeid, value)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == SAVED
+    ]
+    if saved:
+        from ksmcore.stats import human_bytes
+
+        terminalreporter.section("ksmcore: memory saved")
+        for test, n_bytes in saved:
+            terminalreporter.write_line(f"{human_bytes(n_bytes):>10}  {test}")

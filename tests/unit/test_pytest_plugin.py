@@ -1,0 +1,115 @@
+"""The pytest plugin, in runs of pytest of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ksmcore_pytest import parse_bytes
+
+HEAD = """
+import numpy as np
+import pytest
+
+def fill(ksm, n):
+    a = ksm.empty((n, 4096), np.uint8)
+    a[:] = (np.arange(n) % 250)[:, None] + 1
+    ksm.dedup(a, ksm.array(a))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a test module; gives (exit status, output)."""
+
+    def run_module(text, *options):
+        module = tmp_path / "test_it.py"
+        module.write_text(HEAD + text)
+        (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(module)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    return run_module
+
+
+def test_fixture_marker_and_summary(run):
+    code, output = run("""
+def test_plain():
+    pass
+
+@pytest.mark.min_saved("400 kB")
+def test_enough(ksm):
+    fill(ksm, 100)
+
+@pytest.mark.min_saved("1 GiB")
+def test_too_little(ksm):
+    fill(ksm, 100)
+
+def test_fresh(ksm):
+    assert ksm.stats().regions == 0
+    ksm.close()
+""")
+    assert code == 1
+    assert "1 failed, 3 passed" in output
+    assert "409,600 bytes saved at most, of 1,073,741,824 asked for" in output
+    summary = output.split("ksmcore: memory saved")[1]
+    assert "400.0 KiB  test_it.py::test_enough" in summary
+    assert "400.0 KiB  test_it.py::test_too_little" in summary
+    assert "test_plain" not in summary
+    assert "0 B  test_it.py::test_fresh" in summary
+
+
+def test_silent_and_not_imported_otherwise(run):
+    code, output = run("def test_plain(): pass\n")
+    assert code == 0
+    assert "memory saved" not in output
+    script = "import sys, ksmcore_pytest; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("marker", "parameter", "said"),
+    [
+        ('min_saved("much")', "ksm", "text like '50 MB'"),
+        ("min_saved()", "ksm", "it takes one size"),
+        ("min_saved(1)", "", "needs the fixture `ksm`"),
+    ],
+)
+def test_wrong_use(run, marker, parameter, said):
+    code, output = run(f"@pytest.mark.{marker}\ndef test_it({parameter}): pass\n")
+    assert code == 4
+    assert said in output
+
+
+def test_a_failing_test_fails_for_its_own_reason(run):
+    code, output = run("""
+@pytest.mark.min_saved("1 GiB")
+def test_it(ksm):
+    raise KeyError("mine")
+""")
+    assert code == 1
+    assert "KeyError: 'mine'" in output
+    assert "asked for" not in output
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("17", 17),
+        ("50 MB", 50_000_000),
+        ("1.5GiB", 3 << 29),
+        (" 2 kib ", 2048),
+        ("3 b", 3),
+    ],
+)
+def test_sizes(text, n_bytes):
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", [-1, True, 1.5, None, "", "MB", "1 XB", "-3 MB", "1 2 MB"])
+def test_wrong_sizes(text):
+    with pytest.raises(ValueError, match="a size is"):
+        parse_bytes(text)
