@@ -83,9 +83,10 @@ def test_four_buffers_join_one_after_the_other(rng, use_zero_pages, dirty):
             zero = n * ZERO if use_zero_pages else 0
             if not use_zero_pages:
                 # One repeated page. It lies over copies, so that it needs few mappings: each is
-                # a shared page, so what they are more is not saved.
+                # a shared page, so what they are more is not saved. Two for a stretch of a hundred,
+                # three where the span ends in it, and a larger block may come after a smaller.
                 n_copies = engine.stats().pages_shared - shared
-                assert 1 <= n_copies <= 2 * n * n
+                assert 1 <= n_copies <= 8
                 shared, sharing = shared + n_copies, sharing + n * ZERO - n_copies
             stats = engine.stats()
             assert stats.pages_shared == shared
