@@ -44,7 +44,7 @@ build: $(BUILD_STAMP) $(INSTALL_STAMP) ## Compile the present sources and instal
 dev: $(DEV_STAMP) ## Install the linters and the sdist builder into the venv too
 
 demo: build ## Run the demonstration
-	$(PY) examples/demo.py
+	$(PY) -m ksmcore demo
 
 test: build ## Run the tests, the stress tests in short form
 	$(PY) -m pytest tests $(ARGS)

@@ -10,12 +10,11 @@ Two pieces of ordinary numerical work fill some hundred megabytes:
 Then equal pages are merged. Every array is checked against a digest taken before, written to, and
 checked again: a write to one array must never be seen in another.
 
-    python examples/demo.py [--scale 1.0] [--no-progress]
+Called by `ksmcore demo`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
@@ -31,6 +30,7 @@ import ksmcore
 Floats = NDArray[np.float32]
 
 SEED = 2009
+MOST_SCALE = 64
 N_SNAPSHOTS = 40
 STEPS_PER_SNAPSHOT = 8
 N_MODELS = 12
@@ -302,17 +302,15 @@ def release(held: Holdings) -> None:
         raise DemoError(f"nothing is registered, and yet {left.pages_shared} pages are shared")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Merge equal pages of a program's arrays.")
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the work (default 1.0)")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
-    options = parser.parse_args(argv)
-    if not 0 < options.scale <= 64:
-        parser.error("--scale must be above 0 and at most 64")
+def demonstrate(scale: float = 1.0, *, progress: bool = True) -> int:
+    """Show all of it; returns the exit status, 1 if something that ksmcore promises did not hold.
+
+    `scale`: size of the work, above 0 and at most MOST_SCALE; 1.0 takes some hundred megabytes.
+    """
     started = time.perf_counter()
     try:
-        held = build(options.scale)
-        merge(held, progress=not options.no_progress)
+        held = build(scale)
+        merge(held, progress=progress)
         write(held)
         release(held)
     except DemoError as error:
@@ -320,7 +318,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     say("Done", f"in {time.perf_counter() - started:.1f} s")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The commands of `ksmcore`, their options and help; the work is done elsewhere.
+
+Called by `ksmcore.cli.main`. The commands that run a program only say how: it is run when click is
+done, so that nothing of click is between the program and the interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import ksmcore
+from ksmcore.cli.companion import Companion
+from ksmcore.cli.program import Program
+
+__all__ = ["Runner", "cli"]
+
+Runner = Callable[[], None]
+"""Runs a program, and raises what that raised."""
+
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+for _power, _letter in enumerate("kmg", start=1):
+    _UNITS[_letter] = _UNITS[f"{_letter}ib"] = 1024**_power
+
+
+if TYPE_CHECKING:
+    SizeBase = click.ParamType[int]
+else:
+    SizeBase = click.ParamType  # which has no type arguments in older releases
+
+
+class Size(SizeBase):
+    """Bytes: 65536, 64k or 64KiB (of 1,024 bytes), 64kB (of 1,000)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+        if found is None or found[2] not in _UNITS:
+            self.fail(f"{value!r} is no size: write 65536, 64k or 1.5M", param, ctx)
+        n_bytes = int(float(found[1]) * _UNITS[found[2]])
+        if not 1 <= n_bytes < 2**63:
+            self.fail(f"{value!r} is not between 1 byte and 8 EiB", param, ctx)
+        return n_bytes
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _program_arguments(command: Command) -> Command:
+    """-m, the script or module, and its arguments, which are none of ours."""
+    for decorate in (
+        click.argument("args", nargs=-1, type=click.UNPROCESSED),
+        click.argument("script"),
+        click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _accompanying(make: Callable[[], Companion], program: Program) -> Runner:
+    """What runs the program; everything that goes along with it is there from here on."""
+    try:
+        companion = make()
+    except (ImportError, TypeError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    return functools.partial(companion.accompany, program)
+
+
+threshold = click.option(
+    "--threshold",
+    type=Size(),
+    default="64k",
+    show_default=True,
+    metavar="SIZE",
+    help="Least size of the NumPy arrays that are merged, such as 16k or 1M.",
+)
+# Options of the program are not ours, wherever they look alike.
+PROGRAM_SETTINGS = {"allow_interspersed_args": False}
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`ksmcore COMMAND --help` tells more of each.",
+)
+@click.version_option(ksmcore.__version__, package_name="ksmcore", message="ksmcore %(version)s")
+def cli() -> None:
+    """Kernel Samepage Merging inside one Python process: equal memory pages of NumPy arrays are
+    found, kept once, and mapped copy-on-write.
+
+    \b
+      ksmcore doctor               does it work here, and how well?
+      ksmcore estimate train.py    what would my program save?
+      ksmcore run train.py         save it
+    """
+
+
+@cli.command(
+    context_settings=PROGRAM_SETTINGS,
+    short_help="Run a program, with its equal pages merged.",
+)
+@_program_arguments
+@click.option("--report", metavar="FILE", help="Write a report with pictures (HTML) at the end.")
+@click.option("--json", metavar="FILE", help="Write all numbers (JSON) at the end.")
+@click.option("--no-scan", is_flag=True, help="Do not scan: the program calls ksmcore itself.")
+@click.option(
+    "--interval",
+    type=click.IntRange(min=0),
+    metavar="MS",
+    help="Rest of the scanner between two batches, in milliseconds (default 20).",
+)
+@threshold
+@click.option(
+    "--live", is_flag=True, help="Show the numbers at the foot of the terminal meanwhile."
+)
+@click.option("--quiet", is_flag=True, help="No summary at the end.")
+def run(
+    script: str,
+    args: tuple[str, ...],
+    is_module: bool,
+    report: str | None,
+    json: str | None,
+    no_scan: bool,
+    interval: int | None,
+    threshold: int,
+    live: bool,
+    quiet: bool,
+) -> Runner:
+    """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
+
+    \b
+      ksmcore run train.py --epochs 3
+      ksmcore run --report out.html -m package.module --epochs 3
+
+    Options of ksmcore go before SCRIPT; what follows it is the program's. Its input, output, exit
+    status and tracebacks are its own. A summary of what was saved is written to stderr at the end;
+    there is none when the program is killed by a signal, or leaves by os._exit. Meanwhile `ksmcore
+    live PID` shows the numbers. Processes that it starts run without ksmcore, and those that it
+    forks begin anew.
+    """
+    from ksmcore.cli.run import RunOptions, Session
+
+    program = Program(script, args, is_module)
+    options = RunOptions(
+        threshold_bytes=threshold,
+        scans=not no_scan,
+        interval_ms=interval,
+        live=live,
+        quiet=quiet,
+        report=report,
+        json=json,
+    )
+    return _accompanying(lambda: Session(program, options), program)
+
+
+@cli.command(
+    context_settings=PROGRAM_SETTINGS,
+    short_help="Run a program, and tell what merging could save.",
+)
+@_program_arguments
+@threshold
+@click.option("--json", metavar="FILE", help="Write what was found (JSON) at the end.")
+def estimate(
+    script: str, args: tuple[str, ...], is_module: bool, threshold: int, json: str | None
+) -> Runner:
+    """Run a Python program and count what `ksmcore run` could save. Nothing is merged.
+
+    Its arrays are looked at now and then, for a twentieth of the time, and once at the end. What is
+    found is written to stderr. Pages that a real run would find changing all the time are counted
+    too, so a real run may save less.
+    """
+    from ksmcore.cli.estimate import Watch
+
+    program = Program(script, args, is_module)
+    return _accompanying(lambda: Watch(program, threshold, json), program)
+
+
+@cli.command(short_help="Does it work here, how well, and what would help?")
+@click.option("--json", "as_json", is_flag=True, help="Write it as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Look at the kernel, the limits and the settings here, merge a few pages, and tell what would
+    make it better.
+
+    Each line is "ok", "ok, but" (works, and could be better), WEAK (does not work as it should) or
+    BROKEN (nothing can be merged). The exit status is 0 if the worst of them is ok, with advice or
+    without, 1 if it is WEAK and 2 if it is BROKEN.
+
+    \b
+    JSON: {"schema": 1, "ksmcore": version, "health": "healthy" | "weak" | "broken",
+      "exit_status": 0 | 1 | 2,
+      "checks": [{"name", "level": "good" | "advice" | "weak" | "broken", "text",
+                  "remedy": text or null, "facts": {...}}, ...]}
+    Names, levels and facts keep their meaning while "schema" is 1; more may be added.
+    """
+    from ksmcore.cli.checkup import show
+    from ksmcore.doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_dict(), indent=1))
+    else:
+        show(diagnosis)
+    ctx.exit(diagnosis.exit_status)
+
+
+@cli.command(short_help="Watch a running process.")
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option("--once", is_flag=True, help="Show one picture and end.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time between two pictures.",
+)
+def live(pid: int, once: bool, interval: float) -> None:
+    """Watch a process that was started by `ksmcore run`: its memory, counters, regions and scanner.
+
+    Of any other process it shows what the kernel tells of its memory. Ctrl-C ends it. Where stdout
+    is no terminal there is one picture, as with --once.
+    """
+    from ksmcore.cli.live import follow
+    from ksmcore.cli.serving import NotAnsweringError
+
+    try:
+        follow(pid, interval, once=once)
+    except (ProcessLookupError, NotAnsweringError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@cli.command(short_help="See it work.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Size of the work.")
+@click.option("--no-progress", is_flag=True, help="Show no progress bar.")
+@click.pass_context
+def demo(ctx: click.Context, scale: float, no_progress: bool) -> None:
+    """See it work: the history of a simulation and a family of models, some hundred megabytes,
+    merged, written to, and verified to the last byte."""
+    from ksmcore.demo import MOST_SCALE, demonstrate
+
+    if not 0 < scale <= MOST_SCALE:
+        raise click.BadParameter(f"must be above 0 and at most {MOST_SCALE}", param_hint="--scale")
+    ctx.exit(demonstrate(scale, progress=not no_progress))

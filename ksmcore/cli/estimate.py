@@ -1,0 +1,141 @@
+"""`ksmcore estimate`: a program with its arrays looked at while it runs, and nothing merged.
+
+Called by the commands. The allocator is there, so that arrays lie as they would under `ksmcore
+run`, and no scanner; a thread counts equal pages now and then.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ksmcore
+from ksmcore.cli.background import no_signals
+from ksmcore.cli.companion import Companion
+from ksmcore.cli.output import OutputFile
+from ksmcore.cli.program import Program
+from ksmcore.stats import Estimate, human_bytes
+
+if TYPE_CHECKING:
+    from ksmcore.engine import Engine
+
+__all__ = ["Watch"]
+
+# A look is followed by a rest of so many times its length, and of so many seconds at least.
+REST_PER_LOOK = 20
+LEAST_REST_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look found."""
+
+    estimate: Estimate
+    seconds: float
+    """Since the program began."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, **self.estimate.as_dict()}
+
+
+class Looks:
+    """A thread that looks at an engine's memory now and then, until the last look."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._began = time.monotonic()
+        self._stop = threading.Event()
+        self._ended = threading.Event()
+        self.n_looks = 0
+        self.best: Look | None = None
+        self.last: Look | None = None
+        _thread.start_new_thread(self._run, ())
+
+    def finish(self) -> None:
+        """Look for the last time."""
+        self._stop.set()
+        self._ended.wait()
+        self._look()
+
+    def _run(self) -> None:
+        rest = LEAST_REST_SECONDS
+        try:
+            while not self._stop.wait(rest):
+                before = time.monotonic()
+                self._look()
+                rest = max((time.monotonic() - before) * REST_PER_LOOK, LEAST_REST_SECONDS)
+        except Exception:
+            pass  # the program has closed the engine, perhaps: the last look will tell
+        finally:
+            self._ended.set()
+
+    def _look(self) -> None:
+        at = time.monotonic() - self._began
+        self.last = Look(self._engine.estimate(), at)
+        self.n_looks += 1
+        if self.best is None or self.last.estimate.bytes_saved > self.best.estimate.bytes_saved:
+            self.best = self.last
+
+
+class Watch(Companion):
+    """The allocator and the looks, and what is told of them at the end."""
+
+    def __init__(self, program: Program, threshold_bytes: int, json_path: str | None) -> None:
+        """Raises ValueError for what the engine refuses."""
+        super().__init__("estimate")
+        self._command = ["python", *program.command]
+        self._threshold_bytes = threshold_bytes
+        self._json = None if json_path is None else OutputFile(json_path)
+        ksmcore.install_allocator(threshold_bytes=threshold_bytes)
+        with no_signals():
+            self._looks = Looks(ksmcore.default_engine())
+
+    def conclude(self, exit_status: int) -> list[str]:
+        try:
+            self._looks.finish()
+        except Exception as error:
+            return [f"ksmcore: no estimate of the end: {error}"]
+        best, last = self._looks.best, self._looks.last
+        if best is None or last is None:
+            return []
+        lines = self._text(best, last)
+        if self._json is not None:
+            found = {
+                "ksmcore": ksmcore.__version__,
+                "command": self._command,
+                "exit_status": exit_status,
+                "threshold_bytes": self._threshold_bytes,
+                "looks": self._looks.n_looks,
+                "best": best.as_dict(),
+                "end": last.as_dict(),
+            }
+            try:
+                self._json.write(json.dumps(found, indent=1) + "\n")
+            except OSError as error:
+                lines.append(f"ksmcore: {self._json.path} was not written: {error}")
+        return lines
+
+    def _text(self, best: Look, last: Look) -> list[str]:
+        most = best.estimate
+        if most.bytes_saved == 0:
+            least = human_bytes(self._threshold_bytes)
+            why = (
+                f"no NumPy array of {least} or more was seen"
+                if most.pages_present == 0 and last.estimate.pages_present == 0
+                else "no two pages of its arrays held the same bytes"
+            )
+            return [f"ksmcore: nothing could be saved: {why} ({self._looks.n_looks} looks)."]
+        present = last.estimate.pages_present * last.estimate.page_bytes
+        return [
+            f"ksmcore: {human_bytes(most.bytes_saved)} of "
+            f"{human_bytes(most.pages_present * most.page_bytes)} could be saved at the best "
+            f"moment, {best.seconds:.1f} s after the start",
+            f"  Pages    {most.pages_duplicate:,} equal to another, {most.pages_zero:,} of zeros, "
+            f"{most.pages_distinct:,} that would remain",
+            f"  End      {human_bytes(last.estimate.bytes_saved)} of {human_bytes(present)}",
+            f"  Looked   {self._looks.n_looks:,} times in {last.seconds:.1f} s; nothing was merged",
+        ]

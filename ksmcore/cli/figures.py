@@ -1,0 +1,142 @@
+"""The numbers of a process that runs under `ksmcore run`, as plain data and as a summary.
+
+Called by `run`, by the server that `ksmcore live` asks, and by the view of a process itself.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ksmcore
+from ksmcore.stats import RegionStats, human_bytes
+
+if TYPE_CHECKING:
+    from ksmcore.engine import Engine
+
+__all__ = ["Source", "summary"]
+
+# What the kernel or a limit kept from being merged, in the words of the summary.
+REASONS = {
+    "changed": "were written while they were looked at",
+    "refused": "could not be mapped: the kernel refused",
+    "map_budget": "lay too scattered for the memory mappings there are (vm.max_map_count)",
+    "store": "found no room in the store",
+    "max_shared_pages": "met the limit max_shared_pages",
+    "partner": "had a partner that could not be merged",
+    "away": "were swapped out, or on the move in the kernel",
+    "pinned": "were pinned for a device",
+    "altered": "lay in memory that the program has mapped otherwise",
+    "held": "were held",
+    "smart_scan": "were not looked at (smart_scan)",
+    "max_page_sharing": "met the limit max_page_sharing",
+}
+# The largest regions, in a snapshot.
+MOST_REGIONS = 16
+
+
+class Source:
+    """Where the numbers of this process come from: an engine, and what runs over it."""
+
+    def __init__(self, engine: Engine, command: Sequence[str], threshold_bytes: int) -> None:
+        self._engine = engine
+        self._command = list(command)
+        self._threshold_bytes = threshold_bytes
+        self._began = time.monotonic()
+
+    def snapshot(self) -> dict[str, Any]:
+        """All numbers of this moment, ready for json. Any thread may ask."""
+        engine = self._engine
+        stats = engine.stats()
+        return {
+            "ksmcore": ksmcore.__version__,
+            "python": platform.python_version(),
+            "pid": os.getpid(),
+            "command": self._command,
+            "seconds": time.monotonic() - self._began,
+            "threshold_bytes": self._threshold_bytes,
+            "scanning": engine.scanning,
+            "disabled": engine._disabled,
+            "bytes_saved": stats.bytes_saved,
+            "peak_bytes_saved": max(engine.peak_bytes_saved, stats.bytes_saved),
+            "memory": ksmcore.memory_info().as_dict(),
+            "stats": stats.as_dict(),
+            "settings": engine.settings.as_dict(),
+            "regions": self._largest_regions(),
+        }
+
+    def _largest_regions(self) -> list[dict[str, Any]]:
+        largest = sorted(self._engine._core.regions(), key=lambda region: -region[2])
+        found = []
+        for region_id, addr, _ in largest[:MOST_REGIONS]:
+            numbers = RegionStats(**self._engine._core.tally(region_id, addr)).as_dict()
+            found.append({"addr": addr, **numbers})
+        return found
+
+
+def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
+    """What a run has saved, in lines for a person."""
+    stats, memory = figures["stats"], figures["memory"]
+    peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
+    if peak > 0:
+        lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
+    else:
+        lines = [f"Nothing was saved: {_why_nothing(figures, scans)}"]
+    lines.append(
+        f"Memory   PSS {human_bytes(memory['pss'])}, RSS {human_bytes(memory['rss'])}"
+        + (" (RSS counts a shared page once for each place that maps it)" if saved > 0 else "")
+    )
+    lines.append(
+        f"Scanner  {_n(stats['full_scans'], 'pass', 'es')} in {figures['seconds']:.1f} s; "
+        f"{_n(stats['pages_merged'], 'page')} merged, {stats['pages_zeroed']:,} of zeros given "
+        f"back, {stats['cow_breaks']:,} copied again by writes"
+    )
+    lines += [f"Skipped  {text}" for text in _skipped(stats)]
+    if stats["scanner_error"] is not None and peak > 0:
+        lines.append(f"Scanner  ended early: {stats['scanner_error']}")
+    return [f"ksmcore: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def _skipped(stats: Mapping[str, Any]) -> list[str]:
+    """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made."""
+    counts = sorted(stats["skipped"].items(), key=lambda item: -item[1])
+    return [
+        f"{_n(count, 'time')} pages that {REASONS.get(reason, reason)}"
+        for reason, count in counts
+        if count > 0
+    ]
+
+
+def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
+    stats = figures["stats"]
+    least = human_bytes(figures["threshold_bytes"])
+    if figures["disabled"]:
+        return "KSMCORE_DISABLE is set, so no memory was touched."
+    if stats["scanner_error"] is not None:
+        return f"the scanner ended by an error: {stats['scanner_error']}."
+    if stats["full_scans"] == 0 and not scans:
+        return "with --no-scan nothing looks for equal pages unless the program itself does."
+    if stats["regions"] == 0 and stats["pages_scanned"] == 0:
+        return f"the program made no NumPy array of {least} or more (see --threshold)."
+    if stats["full_scans"] < 2:
+        return (
+            f"the program ended after {_n(stats['full_scans'], 'pass', 'es')}. Pages are merged "
+            "once they held still from one pass to the next, so it takes two (see --interval)."
+        )
+    if stats["pages_scanned"] == 0:
+        return "no page was in memory while the scanner looked."
+    if stats["pages_volatile"] > stats["pages_unshared"]:
+        return "most pages changed from pass to pass, and such pages are left alone."
+    if _skipped(stats):
+        return "what could have been merged had to be left, for the reasons below."
+    return (
+        f"no two pages of its arrays held the same bytes ({stats['pages_unshared']:,} different "
+        "ones at the end)."
+    )
+
+
+def _n(count: int, what: str, plural: str = "s") -> str:
+    return f"{count:,} {what}{'' if count == 1 else plural}"

@@ -1,0 +1,185 @@
+"""The user's program, run as Python itself would run it.
+
+Called by `run` and `estimate`. The program becomes the module `__main__` of this process, with its
+own arguments and path; how it ends is left to the interpreter, which then prints the traceback,
+ends by the right status, and runs the exit handlers as ever. Only the frames that lie above the
+program are taken off its traceback first.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pkgutil
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+__all__ = ["CannotStartError", "Program"]
+
+
+class CannotStartError(Exception):
+    """There is no such program; the text says why. The status is that of Python itself."""
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+@dataclass(frozen=True)
+class Program:
+    """A script (or a directory or archive with a `__main__.py`), or a module, and its arguments."""
+
+    target: str
+    args: Sequence[str] = ()
+    is_module: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """As it would be given to python."""
+        return [*(["-m"] if self.is_module else []), self.target, *self.args]
+
+    def run(self, ended: Callable[[int], object]) -> None:
+        """Run it to its end.
+
+        `ended` is called with the exit status when its main code is over, and what that holds still
+        lives; not if there is no such program.
+
+        Raises:
+            CannotStartError: nothing of it was run.
+            BaseException: what it raised. The interpreter, where this ends, shows it as the
+                program's own.
+        """
+        try:
+            code, main = self._load()
+            exec(code, main.__dict__)
+        except CannotStartError:
+            raise
+        except BaseException as error:
+            shown = error.__traceback__ = _without_ours(error.__traceback__)
+            ended(exit_status(error))
+            if not isinstance(error, SystemExit):
+                _have_shown(shown)
+            raise
+        ended(0)
+
+    def _load(self) -> tuple[CodeType, ModuleType]:
+        """Its code, and the module that it runs in, which is `__main__` from here on."""
+        if self.is_module:
+            _set_first_path(os.getcwd())
+            sys.argv = ["-m", *self.args]
+            # The function behind `python -m`; in the standard library, pdb and others call it too.
+            _, spec, code = _details("_get_module_details", self.target)
+            sys.argv[0] = spec.origin
+            return code, _become_main(spec=spec)
+        sys.argv = [self.target, *self.args]
+        if pkgutil.get_importer(self.target) is not None:
+            _set_first_path(self.target, always=True)
+            _, spec, code = _details("_get_main_module_details", self.target)
+            return code, _become_main(spec=spec)
+        path = self.target if os.path.isabs(self.target) else f"{os.getcwd()}/{self.target}"
+        try:
+            with open(path, "rb") as stream:
+                source = stream.read()
+        except OSError as error:
+            message = f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
+            raise CannotStartError(message, 2) from None
+        _set_first_path(os.path.dirname(os.path.realpath(path)))
+        main = _become_main(file=path)
+        return compile(source, path, "exec", dont_inherit=True), main
+
+
+def _details(function: str, target: str) -> tuple[str, Any, CodeType]:
+    find: Callable[..., tuple[str, Any, CodeType]] = getattr(runpy, function)
+    if function == "_get_module_details":
+        return find(target, CannotStartError)
+    return find(CannotStartError)
+
+
+def _become_main(*, spec: Any = None, file: str | None = None) -> ModuleType:
+    """A new module `__main__` with the attributes that the interpreter gives it."""
+    present = vars(sys.modules["__main__"])
+    main = ModuleType("__main__")
+    attributes: dict[str, Any]
+    if spec is None:
+        attributes = {
+            "__loader__": SourceFileLoader("__main__", file or ""),
+            "__file__": file,
+            "__cached__": None,
+        }
+    else:
+        attributes = {
+            "__package__": spec.parent,
+            "__loader__": spec.loader,
+            "__spec__": spec,
+            "__file__": spec.origin,
+            "__cached__": spec.cached,
+        }
+    # Some of them are gone in newer releases of Python.
+    attributes = {name: value for name, value in attributes.items() if name in present}
+    if "__annotations__" in present:
+        attributes["__annotations__"] = {}
+    vars(main).update(attributes, __builtins__=builtins)
+    sys.modules["__main__"] = main
+    return main
+
+
+def _set_first_path(path: str, *, always: bool = False) -> None:
+    """Put the program's directory where ours is, unless Python was told to put none there."""
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        sys.path[0] = path
+    elif always:
+        sys.path.insert(0, path)
+
+
+# ---- how it ends ---------------------------------------------------------------------------------
+
+
+def exit_status(error: BaseException) -> int:
+    """What the process will end with, if this is not caught."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if not isinstance(error, SystemExit):
+        return 1
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback from the program's first frame on."""
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in (
+        __name__,
+        "runpy",
+    ):
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _have_shown(traceback: TracebackType | None) -> None:
+    """Have the interpreter hand this traceback to the program's excepthook, without the frames that
+    are added until it gets there."""
+    hook = getattr(sys, "excepthook", None)
+    if hook is None:
+        return
+
+    def show(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        sys.excepthook = hook
+        sys.last_traceback = error.__traceback__ = traceback
+        try:
+            hook(kind, error, traceback)
+        except Exception as failure:
+            # As the interpreter has it, and without this frame.
+            own = failure.__traceback__
+            failure.__traceback__ = own and own.tb_next
+            print("Error in sys.excepthook:", file=sys.stderr)
+            sys.__excepthook__(type(failure), failure, failure.__traceback__)
+            print("\nOriginal exception was:", file=sys.stderr)
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = show

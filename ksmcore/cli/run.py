@@ -1,0 +1,123 @@
+"""`ksmcore run`: a program with its arrays merged while it runs.
+
+Called by the commands. The allocator and the scanner of the default engine run beside the program;
+when it ends its numbers are taken, while its arrays still live, and told at the exit of the
+interpreter, after all that the program has to say.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ksmcore
+from ksmcore.cli.background import no_signals
+from ksmcore.cli.companion import Companion
+from ksmcore.cli.figures import Source, summary
+from ksmcore.cli.output import OutputFile
+from ksmcore.cli.program import Program
+from ksmcore.cli.serving import Server
+
+if TYPE_CHECKING:
+    from ksmcore.cli.live import Footer
+
+__all__ = ["RunOptions", "Session"]
+
+FOOTER_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `ksmcore run` was asked for."""
+
+    threshold_bytes: int
+    scans: bool = True
+    interval_ms: int | None = None
+    live: bool = False
+    quiet: bool = False
+    report: str | None = None
+    json: str | None = None
+
+
+class Session(Companion):
+    """The allocator, the scanner and the views, and the reports at the end."""
+
+    def __init__(self, program: Program, options: RunOptions) -> None:
+        """Raises ValueError for what the engine refuses, an option or a setting of the environment,
+        and ImportError for an option that needs something which is not installed."""
+        super().__init__("run")
+        self._options = options
+        self._command = ["python", *program.command]
+        self._report = None if options.report is None else OutputFile(options.report)
+        self._json = None if options.json is None else OutputFile(options.json)
+        if options.report is not None:
+            # Now: what is missing shows before hours have gone by, and sys.path is still ours.
+            from ksmcore.report import html_report
+
+            self._html_report: Callable[..., str] = html_report
+        self._engine = ksmcore.default_engine()
+        self._source = Source(self._engine, self._command, options.threshold_bytes)
+        self._server: Server | None = None
+        self._footer: Footer | None = None
+        ksmcore.install_allocator(threshold_bytes=options.threshold_bytes)
+        with no_signals():
+            self._start()
+
+    def _start(self) -> None:
+        if self._options.scans:
+            interval_ms = self._options.interval_ms
+            asked = {} if interval_ms is None else {"sleep_millisecs": interval_ms}
+            self._engine.start(**asked)
+        try:
+            self._server = Server(self._source.snapshot)
+        except OSError as error:
+            if not self._options.quiet:
+                self.messages.say(f"ksmcore: `ksmcore live` will not see this process: {error}")
+        if self._options.live:
+            self._start_footer()
+
+    def _start_footer(self) -> None:
+        from ksmcore.cli.live import Footer
+
+        why_not = Footer.why_not()
+        if why_not is None:
+            self._footer = Footer(self._source.snapshot, FOOTER_SECONDS)
+        else:
+            self.messages.say(f"ksmcore: no live view: {why_not}")
+
+    def leave(self) -> None:
+        if self._footer is not None:
+            self._footer.stop()
+        if self._server is not None:
+            self._server.stop()
+
+    def conclude(self, exit_status: int) -> list[str]:
+        """Takes the numbers and writes the reports; what goes wrong with those is told too."""
+        try:
+            figures = {**self._source.snapshot(), "exit_status": exit_status}
+        except Exception as error:
+            return [f"ksmcore: no summary: {error!r}"]
+        lines = [] if self._options.quiet else summary(figures, scans=self._options.scans)
+        if self._json is not None:
+            lines += self._write(self._json, lambda: json.dumps(figures, indent=1) + "\n")
+        if self._report is not None:
+            lines += self._write(
+                self._report,
+                lambda: self._html_report(
+                    self._engine,
+                    title=shlex.join(self._command),
+                    command=self._command,
+                    exit_status=exit_status,
+                ),
+            )
+        return lines
+
+    def _write(self, file: OutputFile, make_text: Callable[[], str]) -> list[str]:
+        try:
+            file.write(make_text())
+        except Exception as error:
+            return [f"ksmcore: {file.path} was not written: {error}"]
+        return [] if self._options.quiet else [f"  Written  {file.path}"]

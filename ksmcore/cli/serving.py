@@ -1,0 +1,193 @@
+"""One process tells its numbers to another: snapshots as JSON over a Unix socket.
+
+`ksmcore run` has a server for its own process; `ksmcore live` is the client. The sockets lie in a
+directory of the user's own, `PID.sock` each. Whoever connects is sent one JSON document.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import json
+import os
+import socket
+import stat
+import struct
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NotAnsweringError", "Server", "ask"]
+
+# How long either side waits for the other, at most.
+PATIENCE_SECONDS = 5.0
+
+
+class NotAnsweringError(Exception):
+    """The process is there and serves, and does not answer; the text says why."""
+
+
+# ---- the directory -------------------------------------------------------------------------------
+
+
+def directories() -> list[Path]:
+    """Where the sockets of this user may lie, the best place first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    found = [Path(runtime, "ksmcore")] if os.path.isabs(runtime) else []
+    return [*found, Path(tempfile.gettempdir(), f"ksmcore-{os.geteuid()}")]
+
+
+def check_own(directory: Path) -> None:
+    """PermissionError unless nobody else can put anything there, or put another in its place."""
+    own, around = os.lstat(directory), os.stat(directory.parent)
+    if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.geteuid() or own.st_mode & 0o077:
+        raise PermissionError(f"{directory} is not a directory of this user's alone (0700)")
+    others_write = around.st_mode & 0o022 and not around.st_mode & stat.S_ISVTX
+    if around.st_uid not in (0, os.geteuid()) or others_write:
+        raise PermissionError(f"{directory.parent} is in the hands of others")
+
+
+def _made_directory() -> Path:
+    """The first of the directories that can be had."""
+    failed: OSError | None = None
+    for directory in directories():
+        try:
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            check_own(directory)
+        except OSError as error:
+            failed = error
+        else:
+            return directory
+    raise failed or FileNotFoundError("no directory for sockets")
+
+
+def _clear(directory: Path) -> None:
+    """Remove the sockets of processes that were killed before they could."""
+    for path in directory.glob("*.sock"):
+        if path.stem.isdigit() and not Path("/proc", path.stem).exists():
+            path.unlink(missing_ok=True)
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+class Server:
+    """Serves this process's snapshots until `stop`. A forked child has none, and leaves the
+    parent's alone."""
+
+    def __init__(self, snapshot: Callable[[], dict[str, Any]]) -> None:
+        """Raises OSError where there can be no socket."""
+        self._snapshot = snapshot
+        self._pid = os.getpid()
+        directory = _made_directory()
+        _clear(directory)
+        self.path = directory / f"{self._pid}.sock"
+        self.path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.bind(str(self.path))
+            self._socket.listen(8)
+        except OSError:
+            self._socket.close()
+            raise
+        self._stopping = False
+        self._ended = threading.Event()
+        _servers.add(self)
+        # Not a threading.Thread: programs that wait for all of those would wait for this one.
+        _thread.start_new_thread(self._serve, ())
+
+    def stop(self) -> None:
+        """Remove the socket, and end. Nothing in a forked child, and a second time."""
+        if self._stopping or self._pid != os.getpid():
+            return
+        self._stopping = True
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._ended.wait(1.0)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                if not self._stopping:
+                    time.sleep(1)  # the program has used up its file descriptors, perhaps
+                continue
+            # Whatever happens here, the program should not notice.
+            with connection, contextlib.suppress(Exception):
+                connection.settimeout(PATIENCE_SECONDS)
+                connection.sendall(json.dumps(self._snapshot()).encode())
+                # A close would not do: a child forked meanwhile has the connection too.
+                connection.shutdown(socket.SHUT_RDWR)
+        self._ended.set()
+
+    def _forget(self) -> None:
+        self._stopping = True
+        self._socket.close()
+
+
+def _forget_in_child() -> None:
+    for server in list(_servers):
+        server._forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+# ---- the client ----------------------------------------------------------------------------------
+
+
+def ask(pid: int) -> dict[str, Any] | None:
+    """The numbers of a process; None if it serves none to this user.
+
+    Raises:
+        NotAnsweringError: it does, and does not answer now.
+    """
+    for directory in directories():
+        path = directory / f"{pid}.sock"
+        try:
+            check_own(directory)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(PATIENCE_SECONDS)
+                connection.connect(str(path))
+                if _peer(connection) == pid:
+                    answer: dict[str, Any] = json.loads(_read_all(connection))
+                    return answer
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+            continue
+        except TimeoutError:
+            raise NotAnsweringError(
+                f"process {pid} has not answered for {PATIENCE_SECONDS:.0f} seconds: it is "
+                "stopped, or busy in code that does not let other threads run"
+            ) from None
+        except (OSError, ValueError) as error:
+            if not Path("/proc", str(pid)).exists():
+                return None
+            raise NotAnsweringError(f"process {pid} gave no answer: {error}") from None
+    return None
+
+
+def _peer(connection: socket.socket) -> int:
+    """The process at the other end."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, _, _ = struct.unpack("3i", raw)
+    return int(pid)
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    received = bytearray()
+    while some := connection.recv(1 << 16):
+        received += some
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(received)

@@ -1,0 +1,192 @@
+"""A process's numbers as a picture for a terminal, drawn with rich.
+
+Called by `ksmcore live` and `ksmcore run --live`. Takes the snapshots of `figures.Source`, or what
+`kernel_view` finds out about a process that serves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ksmcore.stats import human_bytes
+from ksmcore.vmas import sum_smaps
+
+__all__ = ["kernel_view", "picture"]
+
+BAR_CELLS = 24
+# Parts of a region's bar: (number, style), in this order.
+PARTS = (
+    ("pages_merged", "green"),
+    ("ksm_zero_pages", "cyan"),
+    ("pages_unshared", "blue"),
+    ("pages_volatile", "yellow"),
+)
+
+
+def picture(figures: Mapping[str, Any], *, max_regions: int = 8) -> RenderableType:
+    """All of it; with few regions it is about ten lines high."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column(overflow="ellipsis", no_wrap=True)
+    for name, value in _memory_rows(figures) + _engine_rows(figures):
+        rows.add_row(name, value)
+    parts: list[RenderableType] = [_title(figures), rows]
+    regions = figures.get("regions", [])
+    if max_regions > 0 and regions:
+        parts.append(_regions(regions[:max_regions], figures))
+    return Group(*parts)
+
+
+def _title(figures: Mapping[str, Any]) -> Text:
+    title = Text(f"ksmcore  pid {figures['pid']}", style="bold", no_wrap=True, overflow="ellipsis")
+    if "seconds" in figures:
+        title.append(f"  {_duration(figures['seconds'])}")
+    # The command is the program's: control characters in it are none of the terminal's.
+    command = shlex.join(figures["command"]).encode("unicode_escape").decode()
+    return title.append(f"  {command}", style="not bold")
+
+
+def _memory_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]:
+    memory = figures["memory"]
+    text = "  ".join(
+        f"{label} {human_bytes(memory[name])}"
+        for name, label in (("pss", "PSS"), ("rss", "RSS"), ("swap", "swap"))
+        if memory.get(name) is not None
+    )
+    rows: list[tuple[str, RenderableType]] = [("Memory", text)]
+    if "bytes_saved" in figures:
+        saved, peak = figures["bytes_saved"], figures["peak_bytes_saved"]
+        stats = figures["stats"]
+        tracked = (stats["pages_tracked"] + stats["ksm_zero_pages"]) * stats["page_bytes"]
+        bar = _bar([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
+        bar.append(
+            f"  {human_bytes(saved)} of {human_bytes(tracked)} looked at "
+            f"({saved / max(tracked, 1):.0%}), at most {human_bytes(peak)}"
+        )
+        rows.append(("Saved", bar))
+    return rows
+
+
+def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]:
+    if "stats" not in figures:
+        return [(name, text) for name, text in figures.get("notes", [])]
+    stats = figures["stats"]
+    pages = Text()
+    for name, label, style in (
+        ("pages_shared", "shared", "green"),
+        ("pages_sharing", "sharing", "green"),
+        ("ksm_zero_pages", "zero", "cyan"),
+        ("pages_unshared", "unshared", "blue"),
+        ("pages_volatile", "volatile", "yellow"),
+    ):
+        pages.append(f"{label} {stats[name]:,}  ", style=style)
+    state = "running" if figures["scanning"] else "not running"
+    if stats["scanner_error"] is not None:
+        state = f"ended: {stats['scanner_error']}"
+    scanner = (
+        f"{state}  passes {stats['full_scans']:,}  merged {stats['pages_merged']:,}  "
+        f"copied by writes {stats['cow_breaks']:,}"
+    )
+    limits = (
+        f"mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  own records "
+        f"{human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
+    )
+    rows: list[tuple[str, RenderableType]] = [
+        ("Pages", pages),
+        ("Scanner", Text(scanner)),
+        ("Limits", limits),
+    ]
+    skipped = sorted(stats["skipped"].items(), key=lambda item: -item[1])
+    text = "  ".join(f"{reason} {count:,}" for reason, count in skipped if count > 0)
+    rows.append(("Skipped", text or "-"))
+    return rows
+
+
+def _regions(regions: list[Mapping[str, Any]], figures: Mapping[str, Any]) -> RenderableType:
+    page_bytes = figures["stats"]["page_bytes"]
+    table = Table.grid(padding=(0, 2))
+    n_all = figures["stats"]["regions"]
+    table.add_row(
+        Text(f"Regions {n_all:,}", style="bold"), "size", "merged, zero, unshared, volatile"
+    )
+    for region in regions:
+        n_pages = max(region["pages"], 1)
+        bar = _bar([(region[name], style) for name, style in PARTS], n_pages)
+        merged = region["pages_merged"] + region["ksm_zero_pages"]
+        bar.append(f"  {merged / n_pages:.0%} merged or zero")
+        table.add_row(f"{region['addr']:#x}", human_bytes(n_pages * page_bytes), bar)
+    return table
+
+
+def _bar(parts: list[tuple[float, str]], whole: float) -> Text:
+    """So much of a bar in each colour; what is missing to the whole stays empty."""
+    bar = Text(no_wrap=True)
+    reached, drawn = 0.0, 0
+    for amount, style in parts:
+        reached += max(amount, 0)
+        n_cells = min(round(reached / whole * BAR_CELLS), BAR_CELLS) - drawn
+        bar.append("█" * n_cells, style=style)
+        drawn += n_cells
+    return bar.append("·" * (BAR_CELLS - drawn), style="bright_black")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ---- processes that serve nothing ----------------------------------------------------------------
+
+
+def kernel_view(pid: int, proc: Path = Path("/proc")) -> dict[str, Any]:
+    """What the kernel tells of a process, in the form of a snapshot.
+
+    Raises:
+        ProcessLookupError: there is none of that number.
+    """
+    here = proc / str(pid)
+    try:
+        raw = (here / "cmdline").read_bytes()
+        name = (here / "comm").read_text(errors="replace").strip()
+        status = _fields(here / "status")
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(f"there is no process {pid}") from None
+    command = raw.rstrip(b"\0").decode(errors="replace").split("\0") if raw else [f"[{name}]"]
+    notes = [("ksmcore", "this process does not serve its numbers (`ksmcore run` makes it)")]
+    memory: dict[str, int | None]
+    try:
+        with open(here / "smaps_rollup", encoding="utf-8", errors="replace") as lines:
+            totals = sum_smaps(lines)
+        memory = {"pss": totals["Pss"], "rss": totals["Rss"], "swap": totals.get("Swap")}
+    except (OSError, ValueError, KeyError):
+        memory = {"pss": None, "rss": _kib(status, "VmRSS"), "swap": _kib(status, "VmSwap")}
+        if memory["rss"] is None:
+            notes.append(("Memory", "none: a thread of the kernel, or a process that has ended"))
+        else:
+            notes.append(("PSS", "for the owner of the process and for root only"))
+    with contextlib.suppress(OSError):
+        n_maps = (here / "maps").read_bytes().count(b"\n")
+        notes.append(("Mappings", f"{n_maps:,}"))
+    with contextlib.suppress(OSError):
+        merging = (here / "ksm_merging_pages").read_text().strip()
+        notes.append(("Kernel's KSM", f"{merging} pages merged"))
+    return {"pid": pid, "command": command, "memory": memory, "notes": notes}
+
+
+def _fields(path: Path) -> dict[str, str]:
+    lines = path.read_text(errors="replace").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _kib(fields: Mapping[str, str], name: str) -> int | None:
+    words = fields.get(name, "").split()
+    return int(words[0]) * 1024 if words and words[0].isdigit() else None

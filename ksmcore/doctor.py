@@ -1,0 +1,168 @@
+"""Can ksmcore work here, how well, and what would make it better?
+
+    import ksmcore.doctor
+    diagnosis = ksmcore.doctor.examine()
+    print(diagnosis.health, [check.remedy for check in diagnosis.checks if check.remedy])
+
+Called by users and by `ksmcore doctor`. It looks at the kernel, at this process and at what limits
+it, and then really merges a few pages (in an engine of its own). Data only; `str(diagnosis)` is a
+plain text. The single checks are functions of what was read, see `ksmcore.surroundings`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+import ksmcore
+from ksmcore import surroundings, vmas
+from ksmcore.features import features
+from ksmcore.settings import GUARDS
+from ksmcore.stats import human_bytes
+from ksmcore.surroundings import Check
+
+__all__ = ["Check", "Diagnosis", "examine"]
+
+Health = Literal["healthy", "weak", "broken"]
+EXIT_STATUS: dict[Health, int] = {"healthy": 0, "weak": 1, "broken": 2}
+
+TEST_PAGES = 64
+
+SCHEMA = 1
+"""Of `Diagnosis.as_dict`: names and meanings stay, as long as this number does; checks and keys
+may be added."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, in the order of their importance for a reader."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def health(self) -> Health:
+        """The worst of the checks: "broken" when nothing can be merged; "weak" when something keeps
+        ksmcore from working as it should; else "healthy", advice or not."""
+        levels = {check.level for check in self.checks}
+        return "broken" if "broken" in levels else "weak" if "weak" in levels else "healthy"
+
+    @property
+    def exit_status(self) -> int:
+        """0 healthy, 1 weak, 2 broken."""
+        return EXIT_STATUS[self.health]
+
+    def __getitem__(self, name: str) -> Check:
+        """The check of that name; KeyError if there is none."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain Python values, ready for json."""
+        return {
+            "schema": SCHEMA,
+            "ksmcore": ksmcore.__version__,
+            "health": self.health,
+            "exit_status": self.exit_status,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{check.level:8}{check.name}: {check.text}" for check in self.checks)
+
+
+def examine() -> Diagnosis:
+    """Look at everything. Takes some tens of milliseconds, and half a MiB for that time."""
+    found = features()
+    return Diagnosis(
+        (
+            self_test(),
+            surroundings.kernel(),
+            surroundings.memory_file(found["memfd"]),
+            surroundings.page_map(found["pagemap"]),
+            surroundings.guard({name: found[name] for name in GUARDS}),
+            surroundings.tracking(found["tracking"]),
+            surroundings.map_limit(vmas.count_maps(), vmas.max_map_count()),
+            surroundings.memory_limit(),
+            surroundings.overcommit(),
+            surroundings.swap(),
+            surroundings.huge_pages(),
+            surroundings.kernel_ksm(),
+            surroundings.container(),
+            surroundings.privileges(),
+            surroundings.numpy_allocator(),
+            surroundings.environment(),
+        )
+    )
+
+
+# ---- the self-test -------------------------------------------------------------------------------
+
+
+class SelfTestError(Exception):
+    """Something that should not be; the text says what."""
+
+
+def self_test() -> Check:
+    """Merge a few pages, with the settings of the environment, and see by the bytes and by the
+    kernel's figures that it was right."""
+    name = "self-test"
+    try:
+        engine = ksmcore.Engine()
+        try:
+            before, after = _merge_and_write(engine)
+        finally:
+            engine.close()
+    except SelfTestError as error:
+        remedy = "see the other lines; if they are all good, please report this"
+        return Check(name, "broken", str(error), remedy, {"pss_before": None, "pss_after": None})
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
+        text = f"failed: {error}"
+        remedy = "see the other lines; if they are all good, please report this"
+        return Check(name, "broken", text, remedy, {"pss_before": None, "pss_after": None})
+    facts = {"pss_before": before, "pss_after": after}
+    text = (
+        f"{2 * TEST_PAGES} pages merged into {TEST_PAGES}, written and restored, all bytes right; "
+        f"PSS {human_bytes(before)}, then {human_bytes(after)}"
+    )
+    # Half of it is gone, unless something else in the kernel counts or holds these pages.
+    if before - after < 0.9 * TEST_PAGES * engine.page_bytes:
+        remedy = "the kernel does not show the pages as given back; please report this"
+        return Check(name, "weak", text, remedy, facts)
+    return Check(name, "good", text, None, facts)
+
+
+def _merge_and_write(engine: ksmcore.Engine) -> tuple[int, int]:
+    """PSS of some equal pages, before and after; raises SelfTestError."""
+    memory = mmap.mmap(
+        -1, 2 * TEST_PAGES * engine.page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    # Which keeps the kernel from counting neighbours of the same kind with it.
+    memory.madvise(mmap.MADV_DONTDUMP)
+    pages = np.frombuffer(memory, np.uint8).reshape(2, TEST_PAGES, engine.page_bytes)
+    expected = np.random.default_rng(2009).integers(0, 256, pages.shape[1:], np.uint8)
+    pages[:] = expected
+    before = _pss_of(pages)
+    report = engine.dedup(memory)
+    if not (pages == expected).all():
+        raise SelfTestError("merging changed bytes")
+    after = _pss_of(pages)
+    if report.bytes_saved <= 0:
+        reasons = ", ".join(reason for reason, count in report.skipped.items() if count)
+        raise SelfTestError(f"no page was merged ({reasons or 'none was looked at'})")
+    pages[0] += 1
+    if not (pages[0] == expected + np.uint8(1)).all() or not (pages[1] == expected).all():
+        raise SelfTestError("a write to a merged page went astray")
+    engine.unmerge()
+    if not (pages[0] == expected + np.uint8(1)).all() or not (pages[1] == expected).all():
+        raise SelfTestError("unmerging changed bytes")
+    return before, after
+
+
+def _pss_of(pages: np.ndarray[Any, Any]) -> int:
+    start = pages.ctypes.data
+    return sum(vma.pss for vma in vmas.vmas_in(start, start + pages.nbytes))
