@@ -121,6 +121,8 @@ def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
         return "with --no-scan nothing looks for equal pages unless the program itself does."
     if stats["regions"] == 0 and stats["pages_scanned"] == 0:
         return f"the program made no NumPy array of {least} or more (see --threshold)."
+    if stats["pages_merged"] + stats["pages_zeroed"] > 0:
+        return "what was merged was written or freed again before a pass had ended."
     if stats["full_scans"] < 2:
         return (
             f"the program ended after {_n(stats['full_scans'], 'pass', 'es')}. Pages are merged "

@@ -23,6 +23,13 @@ from typing import Any
 __all__ = ["CannotStartError", "Program"]
 
 
+# What is behind `python -m` and `python directory`; pdb and others of the library call it too. Each
+# gives a name, a spec and the code, or raises the exception that it is given.
+_Details = tuple[str, Any, CodeType]
+_details_of_module: Callable[..., _Details] = runpy._get_module_details  # type: ignore[attr-defined]
+_details_of_main: Callable[..., _Details] = runpy._get_main_module_details  # type: ignore[attr-defined]
+
+
 class CannotStartError(Exception):
     """There is no such program; the text says why. The status is that of Python itself."""
 
@@ -73,16 +80,16 @@ class Program:
         if self.is_module:
             _set_first_path(os.getcwd())
             sys.argv = ["-m", *self.args]
-            # The function behind `python -m`; in the standard library, pdb and others call it too.
-            _, spec, code = _details("_get_module_details", self.target)
+            _, spec, code = _details_of_module(self.target, CannotStartError)
             sys.argv[0] = spec.origin
             return code, _become_main(spec=spec)
         sys.argv = [self.target, *self.args]
-        if pkgutil.get_importer(self.target) is not None:
-            _set_first_path(self.target, always=True)
-            _, spec, code = _details("_get_main_module_details", self.target)
-            return code, _become_main(spec=spec)
+        # Absolute, and else as it was written.
         path = self.target if os.path.isabs(self.target) else f"{os.getcwd()}/{self.target}"
+        if pkgutil.get_importer(path) is not None:
+            _set_first_path(path, always=True)
+            _, spec, code = _details_of_main(CannotStartError)
+            return code, _become_main(spec=spec)
         try:
             with open(path, "rb") as stream:
                 source = stream.read()
@@ -94,37 +101,29 @@ class Program:
         return compile(source, path, "exec", dont_inherit=True), main
 
 
-def _details(function: str, target: str) -> tuple[str, Any, CodeType]:
-    find: Callable[..., tuple[str, Any, CodeType]] = getattr(runpy, function)
-    if function == "_get_module_details":
-        return find(target, CannotStartError)
-    return find(CannotStartError)
-
-
 def _become_main(*, spec: Any = None, file: str | None = None) -> ModuleType:
     """A new module `__main__` with the attributes that the interpreter gives it."""
     present = vars(sys.modules["__main__"])
     main = ModuleType("__main__")
-    attributes: dict[str, Any]
-    if spec is None:
-        attributes = {
-            "__loader__": SourceFileLoader("__main__", file or ""),
-            "__file__": file,
-            "__cached__": None,
-        }
-    else:
-        attributes = {
-            "__package__": spec.parent,
-            "__loader__": spec.loader,
-            "__spec__": spec,
-            "__file__": spec.origin,
-            "__cached__": spec.cached,
-        }
+    # In the interpreter's order.
+    attributes: dict[str, Any] = {
+        "__package__": None,
+        "__loader__": SourceFileLoader("__main__", file or ""),
+        "__spec__": spec,
+        "__annotations__": {},
+        "__builtins__": builtins,
+        "__file__": file,
+        "__cached__": None,
+    }
+    if spec is not None:
+        attributes.update(
+            __package__=spec.parent,
+            __loader__=spec.loader,
+            __file__=spec.origin,
+            __cached__=spec.cached,
+        )
     # Some of them are gone in newer releases of Python.
-    attributes = {name: value for name, value in attributes.items() if name in present}
-    if "__annotations__" in present:
-        attributes["__annotations__"] = {}
-    vars(main).update(attributes, __builtins__=builtins)
+    vars(main).update((name, value) for name, value in attributes.items() if name in present)
     sys.modules["__main__"] = main
     return main
 

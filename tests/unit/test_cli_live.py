@@ -1,0 +1,346 @@
+"""Numbers that one process shows another: the server, its directory, and `ksmcore live`."""
+
+import json
+import os
+import pty
+import signal
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli import KSMCORE, MERGED, is_alive, ksmcore, own_directories, running, wait_until, write
+
+from ksmcore.cli import serving, view
+
+__all__ = ["own_directories"]
+
+WAITING = "\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+
+
+@pytest.fixture
+def server():
+    made = serving.Server(lambda: {"number": 7})
+    yield made
+    made.stop()
+
+
+# ---- the directory -------------------------------------------------------------------------------
+
+
+def test_the_directory_is_the_users_alone(tmp_path, server):
+    found = server.path.parent.stat()
+    assert server.path.parent == tmp_path / f"ksmcore-{os.geteuid()}"
+    assert stat.S_IMODE(found.st_mode) == 0o700
+    assert stat.S_ISSOCK(server.path.stat().st_mode)
+
+
+def test_the_runtime_directory_goes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    server = serving.Server(lambda: {"number": 7})
+    assert server.path.parent == tmp_path / "runtime" / "ksmcore"
+    assert serving.ask(os.getpid()) == {"number": 7}
+    # A client that knows nothing of it does not find this one; a server without it has another.
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert serving.ask(os.getpid()) is None
+    server.stop()
+
+
+@pytest.mark.parametrize("runtime", ["missing", "relative"])
+def test_an_unusable_runtime_directory(tmp_path, monkeypatch, runtime):
+    monkeypatch.setenv(
+        "XDG_RUNTIME_DIR", runtime if runtime == "relative" else str(tmp_path / "no")
+    )
+    server = serving.Server(lambda: {"number": 7})
+    assert server.path.parent == tmp_path / f"ksmcore-{os.geteuid()}"
+    assert serving.ask(os.getpid()) == {"number": 7}
+    server.stop()
+
+
+def spoil_mode(directory):
+    directory.mkdir()
+    directory.chmod(0o755)
+
+
+def spoil_by_link(directory):
+    directory.with_name("elsewhere").mkdir(mode=0o700)
+    directory.symlink_to("elsewhere")
+
+
+def spoil_by_file(directory):
+    directory.write_text("")
+
+
+def spoil_parent(directory):
+    directory.mkdir(mode=0o700)
+    directory.parent.chmod(0o777)  # without the sticky bit
+
+
+def spoil_owner(directory):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    directory.mkdir(mode=0o700)
+    os.chown(directory, 65534, 65534)
+
+
+def spoil_owner_of_parent(directory):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    directory.mkdir(mode=0o700)
+    os.chown(directory.parent, 65534, 65534)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_mode, spoil_by_link, spoil_by_file, spoil_parent, spoil_owner, spoil_owner_of_parent],
+)
+def test_a_directory_of_others_is_not_trusted(tmp_path, monkeypatch, spoil):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    monkeypatch.setattr(serving, "directories", lambda: [home / "ksmcore"])
+    with_trust = serving.Server(lambda: {"number": 7})
+    path = with_trust.path
+    assert serving.ask(os.getpid()) == {"number": 7}
+    with_trust.stop()
+    path.parent.rmdir()
+    spoil(home / "ksmcore")
+    with pytest.raises(OSError, match=str(home)):
+        serving.Server(lambda: {"number": 7})
+    # Nor does a client believe what somebody else has put there.
+    if (home / "ksmcore").is_dir():
+        with socket.socket(socket.AF_UNIX) as fake:
+            fake.bind(str(path))
+            fake.listen()
+            assert serving.ask(os.getpid()) is None
+
+
+# ---- server and client ---------------------------------------------------------------------------
+
+
+def test_each_connection_gets_a_snapshot_of_its_moment():
+    numbers = iter(range(10))
+    server = serving.Server(lambda: {"number": next(numbers), "large": "x" * 2_000_000})
+    answers = [serving.ask(os.getpid()) for _ in range(5)]
+    server.stop()
+    assert [answer["number"] for answer in answers] == [0, 1, 2, 3, 4]
+    assert all(len(answer["large"]) == 2_000_000 for answer in answers)
+
+
+def test_a_snapshot_that_fails_is_no_end():
+    answers = [{"number": 1}, {}, {"number": 2}]
+
+    def snapshot():
+        return {"number": answers.pop(0)["number"]}
+
+    server = serving.Server(snapshot)
+    assert serving.ask(os.getpid()) == {"number": 1}
+    with pytest.raises(serving.NotAnsweringError):
+        serving.ask(os.getpid())
+    assert serving.ask(os.getpid()) == {"number": 2}
+    server.stop()
+
+
+def test_nothing_is_left(server):
+    fds = set(os.listdir("/proc/self/fd"))
+    another_path = server.path
+    server.stop()
+    server.stop()
+    assert not another_path.exists()
+    assert len(set(os.listdir("/proc/self/fd"))) == len(fds) - 1
+    assert serving.ask(os.getpid()) is None
+
+
+def test_sockets_of_the_dead_are_cleared(server):
+    directory = server.path.parent
+    dead, alive, other = (directory / name for name in ("4194999.sock", "1.sock", "notes.sock"))
+    for path in (dead, alive, other):
+        path.touch()
+    server.stop()
+    again = serving.Server(dict)
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()
+    again.stop()
+
+
+def test_another_process_behind_a_socket_is_not_believed(server):
+    """A socket that is named for a process is that process's."""
+    server.path.rename(server.path.with_name("1.sock"))
+    assert serving.ask(1) is None
+
+
+def test_a_forked_child_has_no_server_and_leaves_the_parents(server):
+    fd = server._socket.fileno()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            server.stop()
+            try:
+                os.fstat(fd)
+            except OSError:
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert server.path.exists()
+    assert serving.ask(os.getpid()) == {"number": 7}
+
+
+# ---- `ksmcore live` ------------------------------------------------------------------------------
+
+
+def ready(process):
+    line = process.stdout.readline()
+    assert line == b"ready\n", process.stderr.read()
+
+
+def sockets(tmp_path):
+    return sorted(tmp_path.glob("ksmcore-*/*.sock"))
+
+
+def test_a_run_is_shown_and_then_gone(tmp_path):
+    write(tmp_path, MERGED + WAITING)
+    with running(*KSMCORE, "run", "program.py", cwd=tmp_path) as process:
+        ready(process)
+        assert [path.stem for path in sockets(tmp_path)] == [str(process.pid)]
+        done = ksmcore("live", "--once", process.pid, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0
+        for text in (f"pid {process.pid}", "python program.py", "PSS", "running  passes"):
+            assert text in done.stdout
+        figures = serving.ask(process.pid)
+        assert figures["bytes_saved"] >= 10 * 800_000
+        assert figures["scanning"]
+        assert json.dumps(figures)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    assert sockets(tmp_path) == []
+
+
+@pytest.mark.parametrize("end", ["1/0", "sys.exit(3)", "import os; os.kill(os.getpid(), 2)"])
+def test_the_socket_goes_with_the_process(tmp_path, end):
+    write(tmp_path, f"import sys, pathlib; print(*pathlib.Path(sys.argv[1]).glob('k*/*')); {end}")
+    done = ksmcore("run", "program.py", tmp_path, cwd=tmp_path)
+    assert ".sock" in done.stdout
+    assert sockets(tmp_path) == []
+
+
+def test_forks_of_a_run(tmp_path):
+    """Children serve nothing, take nothing of the parent's away, and keep no client waiting."""
+    script = """
+        import os, sys, time
+        import numpy as np
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            sys.exit(0)
+        other = os.fork()
+        if other == 0:
+            sys.exit(0)
+        os.waitpid(other, 0)
+        print("ready", flush=True)
+        print(child, flush=True)
+        sys.stdin.read()
+        os.kill(child, 9)
+        os.wait()
+    """
+    write(tmp_path, script)
+    with running(*KSMCORE, "run", "--quiet", "program.py", cwd=tmp_path) as process:
+        ready(process)
+        child = int(process.stdout.readline())
+        assert [path.stem for path in sockets(tmp_path)] == [str(process.pid)]
+        assert serving.ask(process.pid)["pid"] == process.pid
+        assert serving.ask(child) is None
+        done = ksmcore("live", "--once", child)
+        assert "does not serve its numbers" in done.stdout
+        assert process.communicate(timeout=30)[1] == b""
+    assert not is_alive(child)
+
+
+def test_a_process_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "PATIENCE_SECONDS", 0.3)
+    write(tmp_path, f"import sys{WAITING.replace(chr(10) + '    ', chr(10))}")
+    with running(*KSMCORE, "run", "program.py", cwd=tmp_path) as process:
+        ready(process)
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: ") T " in Path(f"/proc/{process.pid}/stat").read_text())
+        with pytest.raises(serving.NotAnsweringError, match="has not answered"):
+            serving.ask(process.pid)
+        process.send_signal(signal.SIGCONT)
+        assert serving.ask(process.pid)["pid"] == process.pid
+
+
+def test_no_such_process():
+    done = ksmcore("live", "4194999")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: there is no process 4194999\n"
+    assert ksmcore("live", "0").returncode == 2
+
+
+def test_what_the_kernel_tells(tmp_path):
+    figures = view.kernel_view(os.getpid())
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    assert abs(figures["memory"]["rss"] - rss) < rss // 10
+    assert figures["memory"]["pss"] <= figures["memory"]["rss"]
+    with pytest.raises(ProcessLookupError):
+        view.kernel_view(4194999)
+
+
+def test_what_the_kernel_tells_of_a_process_of_others(tmp_path):
+    """PSS is not for everybody; RSS is."""
+    here = tmp_path / "7"
+    here.mkdir()
+    (here / "cmdline").write_bytes(b"program\0a b\0")
+    (here / "comm").write_text("program\n")
+    (here / "status").write_text("Name:\tprogram\nVmRSS:\t    12 kB\nVmSwap:\t 4 kB\n")
+    figures = view.kernel_view(7, tmp_path)
+    assert figures["command"] == ["program", "a b"]
+    assert figures["memory"] == {"pss": None, "rss": 12288, "swap": 4096}
+    assert ("PSS", "for the owner of the process and for root only") in figures["notes"]
+    (here / "status").write_text("Name:\tkthread\n")
+    (here / "cmdline").write_bytes(b"")
+    assert view.kernel_view(7, tmp_path)["command"] == ["[program]"]
+
+
+def test_escape_sequences_of_a_command_are_shown_not_obeyed(capsys):
+    from rich.console import Console
+
+    figures = {"pid": 1, "command": ["a\x1b[31m", "b\n"], "memory": {"rss": 1}, "notes": []}
+    Console(width=100).print(view.picture(figures))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\\x1b[31m" in shown
+
+
+def test_time_goes_on_in_a_terminal(tmp_path):
+    """Frames follow each other until the process ends; then the last one stays, and says so."""
+    write(tmp_path, f"import sys{WAITING.replace(chr(10) + '    ', chr(10))}")
+    with running(*KSMCORE, "run", "program.py", cwd=tmp_path) as process:
+        ready(process)
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.environ.update(TERM="xterm", COLUMNS="100", LINES="30")
+            command = [sys.executable, *KSMCORE, "live", "--interval", "0.1", str(process.pid)]
+            os.execv(sys.executable, command)
+        shown = bytearray()
+
+        def read():
+            try:
+                shown.extend(os.read(terminal, 65536))
+            except OSError:
+                return None
+            return True
+
+        deadline = time.monotonic() + 20
+        while shown.count(b"Scanner") < 3 and time.monotonic() < deadline:
+            read()
+        process.communicate(timeout=30)
+        while read():
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    left_alternate_screen = shown.rindex(b"\x1b[?1049l")
+    assert b"has ended" in shown[left_alternate_screen:]
+    assert b"Scanner" in shown[left_alternate_screen:]

@@ -1,0 +1,307 @@
+"""`ksmcore run` around the program: the summary, the reports, and why nothing was saved."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, own_directories, python, write
+
+import ksmcore as library
+
+__all__ = ["own_directories"]
+
+# Stands in for the HTML report, and sees whether the arrays are there when it is made.
+REPORT = """
+    import sys, types
+    def html_report(engine, *, title, command, exit_status):
+        return f"{title}|{command}|{exit_status}|{engine.stats().bytes_saved}"
+    sys.modules["ksmcore.report"] = types.ModuleType("ksmcore.report")
+    sys.modules["ksmcore.report"].html_report = html_report
+    sys.argv[0] = "ksmcore"
+    from ksmcore.cli import main
+    main()
+"""
+
+
+def with_report(tmp_path, *arguments, **options):
+    start = write(tmp_path, REPORT, "start.py")
+    return python(start, "run", *arguments, cwd=tmp_path, text=True, **options)
+
+
+# ---- what it saves -------------------------------------------------------------------------------
+
+
+def test_memory_is_saved_by_the_kernels_figures(tmp_path):
+    """The same program takes less; the summary says how much, and the program's output is alone."""
+    script = """
+        import sys, time
+        import numpy as np
+        base = np.random.default_rng(1).random(250_000)
+        models = [base.copy() for _ in range(30)]
+        def pss():
+            with open("/proc/self/smaps_rollup") as lines:
+                return next(int(line.split()[1]) * 1024 for line in lines if line[:4] == "Pss:")
+        deadline = time.monotonic() + (20 if "wait" in sys.argv else 0)
+        before = pss()
+        while (after := pss()) > before - 25 * base.nbytes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all((model == base).all() for model in models)
+        print(before - pss() > 25 * base.nbytes)
+    """
+    write(tmp_path, script)
+    plain = python("program.py", cwd=tmp_path, text=True)
+    assert (plain.stdout, plain.stderr) == ("False\n", "")
+    ours = ksmcore("run", "program.py", "wait", cwd=tmp_path)
+    assert ours.stdout == "True\n"
+    assert ours.returncode == 0
+    assert ours.stderr.startswith("ksmcore: ")
+    assert "MiB saved at most" in ours.stderr
+    assert "PSS" in ours.stderr
+    assert "passes in" in ours.stderr
+
+
+@pytest.mark.parametrize("leave", ["pass", "sys.exit(3)", "1/0", "raise KeyboardInterrupt"])
+def test_figures_are_those_of_the_end_while_arrays_live(tmp_path, leave):
+    """Also those that only a function knows, when it is left by an error."""
+    local = "def main():\n" + MERGED.replace("\n    ", "\n        ") + f"        {leave}\n"
+    script = f"{MERGED}\n    {leave}\n" if leave == "pass" else f"    {local}\n    main()\n"
+    write(tmp_path, script)
+    done = ksmcore("run", "--json", "out.json", "program.py", cwd=tmp_path)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["bytes_saved"] > SAVED_BYTES
+    assert found["peak_bytes_saved"] >= found["bytes_saved"]
+    assert found["memory"]["saved"] > SAVED_BYTES
+    assert found["stats"]["full_scans"] >= 2
+    assert found["exit_status"] == done.returncode % 256 or leave == "raise KeyboardInterrupt"
+    assert found["command"] == ["python", "program.py"]
+    assert sum(region["pages_merged"] for region in found["regions"]) > 0
+
+
+def test_threads_that_go_on_after_the_end(tmp_path):
+    """The figures are taken when they are done too."""
+    script = f"""
+    import threading
+    def work():
+        global models
+        {MERGED.replace(chr(10) + "    ", chr(10) + "        ")}
+        print("done")
+    threading.Thread(target=work).start()
+    """
+    write(tmp_path, script)
+    done = ksmcore("run", "--json", "out.json", "program.py", cwd=tmp_path)
+    assert done.stdout == "done\n", done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["bytes_saved"] > SAVED_BYTES
+
+
+# ---- reports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("leave", "status"), [("pass", 0), ("sys.exit(3)", 3), ("1/0", 1)])
+def test_reports_are_written_whatever_happens(tmp_path, leave, status):
+    """Where they were asked for, though the program goes elsewhere."""
+    write(tmp_path, f"{MERGED}\n    import os\n    os.chdir('/')\n    {leave}\n")
+    done = with_report(tmp_path, "--report", "out.html", "--json", "out.json", "program.py", "a b")
+    assert done.returncode == status
+    assert done.stderr.count("Written") == 2
+    title, command, exit_status, saved = (tmp_path / "out.html").read_text().split("|")
+    assert title == "python program.py 'a b'"
+    assert command == "['python', 'program.py', 'a b']"
+    assert int(exit_status) == status
+    assert int(saved) > SAVED_BYTES
+    assert json.loads((tmp_path / "out.json").read_text())["exit_status"] == status
+    assert sorted(path.suffix for path in tmp_path.glob("*out*")) == [".html", ".json"]
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_report_that_cannot_be_written(tmp_path, quiet):
+    write(tmp_path, "print('output')\nraise SystemExit(3)")
+    (tmp_path / "directory").mkdir()
+    done = with_report(
+        tmp_path, *quiet, "--report", "no/out.html", "--json", "directory", "program.py"
+    )
+    assert done.returncode == 3
+    assert done.stdout == "output\n"
+    assert "ksmcore: no/out.html was not written: " in done.stderr
+    assert "ksmcore: directory was not written: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_that_fails(tmp_path):
+    write(tmp_path, "print('output')")
+    write(tmp_path, REPORT.replace("return f", "1/0; f"), "start.py")
+    done = python("start.py", "run", "--report", "o", "program.py", cwd=tmp_path, text=True)
+    assert (done.returncode, done.stdout) == (0, "output\n")
+    assert "ksmcore: o was not written: division by zero" in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_report_that_nothing_can_make_is_refused_before_the_program_begins(tmp_path):
+    write(tmp_path, "print('output')")
+    write(tmp_path, REPORT.replace(".html_report = html_report", ".other = 1"), "start.py")
+    done = python("start.py", "run", "--report", "o", "program.py", cwd=tmp_path, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "html_report" in done.stderr
+
+
+# ---- the summary ---------------------------------------------------------------------------------
+
+
+def test_quiet(tmp_path):
+    write(tmp_path, "import sys; print(1); print(2, file=sys.stderr)")
+    done = ksmcore("run", "--quiet", "program.py", cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("1\n", "2\n")
+
+
+HELD = """
+    import time
+    import numpy as np
+    import ksmcore
+    rng = np.random.default_rng(1)
+    def passes(n):
+        deadline = time.monotonic() + 30
+        while ksmcore.stats().full_scans < n:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+"""
+UNIQUE = "\n    kept = [rng.random(50_000) for _ in range(4)]; passes(3)"
+EQUAL = """
+    import time
+    import numpy as np
+    kept = [np.arange(100_000) for _ in range(12)]
+    time.sleep({seconds})
+"""
+WRITTEN = """
+    kept = np.zeros((64, 4096), np.uint8)
+    for n in range(400):
+        kept[:, :8] = rng.integers(1, 255, (64, 8))
+        time.sleep(0.002)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "environ", "reason"),
+    [
+        ("", (), {}, "the program made no NumPy array of 64.0 KiB or more"),
+        ("import numpy; numpy.ones(100)", ("--threshold", "1M"), {}, "array of 1.0 MiB or more"),
+        (HELD + UNIQUE, (), {}, "no two pages of its arrays held the same bytes"),
+        (HELD + WRITTEN, ("--interval", "0"), {}, "most pages changed from pass to pass"),
+        (EQUAL.format(seconds=0), ("--no-scan",), {}, "with --no-scan nothing looks for equal"),
+        (EQUAL.format(seconds=0.5), ("--interval", "60000"), {}, "so it takes two"),
+        (EQUAL.format(seconds=0), (), {"KSMCORE_DISABLE": "1"}, "KSMCORE_DISABLE is set"),
+        (EQUAL.format(seconds=2), (), {"KSMCORE_MAP_BUDGET": "0"}, "for the reasons below"),
+    ],
+)
+def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
+    write(tmp_path, script)
+    done = ksmcore("run", *options, "program.py", cwd=tmp_path, env={**os.environ, **environ})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("ksmcore: Nothing was saved: ")
+    assert reason in done.stderr
+
+
+def test_what_was_skipped_is_told(tmp_path):
+    environ = {**os.environ, "KSMCORE_MAX_SHARED_PAGES": "60"}
+    script = MERGED.replace("10 * base.nbytes", "1")
+    write(tmp_path, f"{script}\n    time.sleep(0.5)")
+    done = ksmcore("run", "program.py", cwd=tmp_path, env=environ)
+    assert "pages that met the limit max_shared_pages" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        "os.close(2); open('data', 'w')",
+        "os.dup2(os.open('data', os.O_WRONLY | os.O_CREAT), 2)",
+        "sys.stderr.close()",
+        "sys.stderr = sys.stdout = None",
+        "os.closerange(0, 1024)",
+    ],
+)
+def test_what_the_program_does_to_stderr(tmp_path, do):
+    """The summary goes to the stderr that the process began with, or nowhere."""
+    write(tmp_path, f"import os, sys; {do}")
+    done = ksmcore("run", "program.py", cwd=tmp_path)
+    plain = python("program.py", cwd=tmp_path, text=True)
+    assert done.returncode == plain.returncode == 0
+    assert done.stdout == plain.stdout == ""
+    if (tmp_path / "data").exists():
+        assert (tmp_path / "data").read_bytes() == b""
+    if "None" in do or "stderr.close" in do:
+        assert done.stderr.startswith("ksmcore: ")
+    else:
+        assert done.stderr == ""
+
+
+def test_output_of_the_program_comes_first(tmp_path):
+    write(tmp_path, "import sys; sys.stdout.write('output without an end'); 1/0")
+    with open(tmp_path / "both", "wb") as both:
+        command = [sys.executable, *KSMCORE, "run", "program.py"]
+        subprocess.run(command, cwd=tmp_path, stdout=both, stderr=both, check=False, timeout=60)
+    text = (tmp_path / "both").read_text()
+    assert text.index("ZeroDivisionError") < text.index("ksmcore: ")
+    assert text.index("output without an end") < text.index("ksmcore: ")
+
+
+def test_the_engine_is_closed_by_the_program(tmp_path):
+    write(
+        tmp_path,
+        f"{MERGED}\n    ksmcore.default_engine().close(); print((models[3] == base).all())",
+    )
+    done = ksmcore("run", "program.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+    assert "saved at most, 0 B at the end" in done.stderr
+
+
+def test_settings(tmp_path):
+    script = """
+        import ksmcore, numpy as np
+        from ksmcore import vmas
+        print(ksmcore.default_engine().scanning, ksmcore.default_engine().settings.sleep_millisecs)
+        for n in (1000, 5000):
+            array = np.ones(n, np.uint8)
+            print(array.ctypes.data % 4096 == 0)
+    """
+    write(tmp_path, script)
+    told = {
+        (): "True 20\nFalse\nFalse\n",
+        ("--interval", "7", "--threshold", "4k"): "True 7\nFalse\nTrue\n",
+        ("--no-scan", "--threshold", "4096"): "False 20\nFalse\nTrue\n",
+    }
+    for options, output in told.items():
+        assert ksmcore("run", *options, "program.py", cwd=tmp_path).stdout == output
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--threshold", "much"], "'much' is no size"),
+        (["--threshold", "0"], "not between 1 byte"),
+        (["--interval", "-1"], "-1"),
+        (["--unknown"], "--unknown"),
+        ([], "SCRIPT"),
+        (["-m"], "SCRIPT"),
+    ],
+)
+def test_wrong_options(tmp_path, options, told):
+    done = ksmcore("run", *options, *(["program.py"] if told != "SCRIPT" else []), cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wrong_setting_in_the_environment(tmp_path):
+    write(tmp_path, "print(1)")
+    environ = {**os.environ, "KSMCORE_MAX_CPU": "200"}
+    done = ksmcore("run", "program.py", cwd=tmp_path, env=environ)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: KSMCORE_MAX_CPU='200'")
+
+
+def test_every_reason_has_words():
+    from ksmcore.cli.figures import REASONS
+
+    with library.Engine() as engine:
+        assert set(engine.stats().skipped) == set(REASONS)
