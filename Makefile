@@ -117,9 +117,9 @@ $(BUILD_STAMP): $(TOOLS_STAMP) $(SOURCES) setup.py ksmcore/_platform.py
 
 # A whole package of its own beside the sources, so that `build` and `test` never meet it. Its Python
 # files are removed first, or one that is gone from the sources would live on here.
-$(SANITIZE_STAMP): $(TOOLS_STAMP) $(SOURCES) $(wildcard ksmcore/*.py) setup.py
+$(SANITIZE_STAMP): $(TOOLS_STAMP) $(SOURCES) $(wildcard ksmcore/*.py ksmcore/*/*.py) setup.py
 	@mkdir -p $(@D)
-	@rm -f build/sanitize/lib/ksmcore/*.py
+	@rm -f build/sanitize/lib/ksmcore/*.py build/sanitize/lib/ksmcore/*/*.py
 	KSMCORE_SANITIZE=1 $(PY) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	@touch $@
 

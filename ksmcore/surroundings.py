@@ -188,9 +188,7 @@ def huge_pages(root: Path = ROOT) -> Check:
     if shmem in ("always", "within_size", "advise", "force"):
         return Check("huge pages", "good", f"{text}: merged ones can stay huge", None, facts)
     text += ": memory that is merged leaves its huge pages, the rest keeps them"
-    remedy = (
-        f"if reading gets slower: echo advise | sudo tee /{here.relative_to(root)}/shmem_enabled"
-    )
+    remedy = f"if reading gets slower: write advise to /{here.relative_to(root)}/shmem_enabled"
     return Check("huge pages", "advice", text, remedy, facts)
 
 
@@ -229,10 +227,11 @@ def memory_limit(root: Path = ROOT) -> Check:
         "cgroup": whose,
         "machine_bytes": total,
     }
-    of = f"control group's limit of {human_bytes(limit)}" if limit else "machine's"
-    text = f"{human_bytes(available)} to be had, under the {of}"
-    if not limit:
-        text = f"{human_bytes(available)} to be had; no control group limits it"
+    text = f"{human_bytes(available)} can be had"
+    if limit:
+        text += f", under a control group's limit of {human_bytes(limit)}"
+    else:
+        text += "; no control group limits it"
     least = LITTLE_MEMORY_BYTES if limit is None else max(LITTLE_MEMORY_BYTES, limit // 20)
     if available < least:
         remedy = (
@@ -265,7 +264,7 @@ def overcommit(root: Path = ROOT) -> Check:
         "committed_bytes": promised,
     }
     if mode != "2":
-        words = {"0": "as far as it seems sensible", "1": "always"}
+        words = {"0": "memory is promised as far as it seems sensible", "1": "always promised"}
         return Check("overcommit", "good", words.get(mode, "not known"), None, facts)
     remedy = "sudo sysctl vm.overcommit_memory=0, or a larger vm.overcommit_ratio"
     if limit is None or promised is None:
@@ -315,7 +314,7 @@ def privileges(root: Path = ROOT) -> Check:
     }
     who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
     with_ptrace = "with" if facts["cap_sys_ptrace"] else "without"
-    text = f"{who}, {with_ptrace} CAP_SYS_PTRACE; seccomp: {mode or 'unknown'}; none are needed"
+    text = f"{who}, {with_ptrace} CAP_SYS_PTRACE, which is not needed; seccomp: {mode or 'unknown'}"
     return Check("privileges", "good", text, None, facts)
 
 

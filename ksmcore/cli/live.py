@@ -26,7 +26,7 @@ __all__ = ["Footer", "follow", "frame"]
 
 STDERR = 2
 # A footer takes so many rows at most, and leaves the program so many at least.
-FOOTER_ROWS = 9
+FOOTER_ROWS = 8
 PROGRAM_ROWS = 6
 
 
@@ -150,7 +150,7 @@ class Footer:
         )
         with console.capture() as captured:
             console.rule(style="bright_black")
-            console.print(picture(self._snapshot(), max_regions=1), crop=True)
+            console.print(picture(self._snapshot(), max_regions=0), crop=True)
         return captured.get().splitlines()
 
     @staticmethod

@@ -95,14 +95,14 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
         f"{state}  passes {stats['full_scans']:,}  merged {stats['pages_merged']:,}  "
         f"copied by writes {stats['cow_breaks']:,}"
     )
-    limits = (
-        f"mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  own records "
+    engine = (
+        f"regions {stats['regions']:,}  mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  own records "
         f"{human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
     )
     rows: list[tuple[str, RenderableType]] = [
         ("Pages", pages),
         ("Scanner", Text(scanner)),
-        ("Limits", limits),
+        ("Engine", engine),
     ]
     skipped = sorted(stats["skipped"].items(), key=lambda item: -item[1])
     text = "  ".join(f"{reason} {count:,}" for reason, count in skipped if count > 0)

@@ -12,8 +12,11 @@ from fcntl import ioctl
 
 import pytest
 from cli import KSMCORE, ksmcore, own_directories, python, write
+from forks import THREADS_RUN
 
 __all__ = ["own_directories"]
+
+pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
 # What we write is between these two: the cursor is saved before, and put back after.
 OURS = re.compile(rb"(?:\x1bD)*(?:\x1b\[\d+A)?\x1b7.*?\x1b8", re.DOTALL)
@@ -77,7 +80,7 @@ def test_everything_that_the_program_writes_is_as_without(tmp_path):
     assert len(frames) >= 4
     assert b"Scanner" in frames[0]
     # The program is left the upper rows, and all of them in the end.
-    assert b"\x1b[1;21r" in frames[0]
+    assert b"\x1b[1;22r" in frames[0]
     assert b"\x1b[r" in frames[-1]
     assert b"\x1b[r" not in b"".join(frames[:-1])
 
@@ -87,9 +90,9 @@ def test_a_terminal_that_changes_its_size(tmp_path):
     run = (*KSMCORE, "run", "--quiet", "--live", "program.py")
     ours, status = in_terminal(*run, cwd=tmp_path, resize=(40, 80))
     assert status == 0
-    assert b"\x1b[1;31r" in ours
+    assert b"\x1b[1;32r" in ours
     last = OURS.findall(ours)[-1]
-    assert b"\x1b[32;1H\x1b[J" in last
+    assert b"\x1b[33;1H\x1b[J" in last
     # Less room than is needed for both: all of it is the program's.
     ours, status = in_terminal(*run, cwd=tmp_path, resize=(10, 80))
     assert status == 0
@@ -105,7 +108,7 @@ def test_the_summary_comes_after_the_view(tmp_path):
 
 @pytest.mark.parametrize(
     ("term", "rows", "told"),
-    [("dumb", 30, b"cannot move its cursor"), ("xterm", 10, b"has less than 15 lines")],
+    [("dumb", 30, b"cannot move its cursor"), ("xterm", 10, b"has less than 14 lines")],
 )
 def test_terminals_that_cannot(tmp_path, term, rows, told):
     write(tmp_path, "print('output')")

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from cli import KSMCORE, MERGED, is_alive, ksmcore, own_directories, running, wait_until, write
+from forks import THREADS_RUN
 
 from ksmcore.cli import serving, view
 
 __all__ = ["own_directories"]
+
+pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
 WAITING = "\n    print('ready', flush=True)\n    sys.stdin.read()\n"
 

@@ -13,6 +13,10 @@ from cli import QUIETLY, own_directories, python, write
 __all__ = ["own_directories"]
 
 
+# Python warns of forks where there are threads; there are more of those under ksmcore.
+FORKS_AMONG_THREADS = ("-W", "ignore::DeprecationWarning")
+
+
 def both(tmp_path, script, *arguments, cwd=None, flags=(), **options):
     """A script run by Python and by ksmcore; the first, which the second must equal."""
     write(tmp_path, script)
@@ -367,7 +371,7 @@ MULTIPROCESSING = """
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_multiprocessing(tmp_path, method):
-    done = both(tmp_path, MULTIPROCESSING, method, "5")
+    done = both(tmp_path, MULTIPROCESSING, method, "5", flags=FORKS_AMONG_THREADS)
     assert done.returncode == 0
     assert b"True" in done.stdout
 
@@ -406,4 +410,4 @@ def test_forked_children_exit_by_themselves(tmp_path):
             1/0
         os.wait()
     """
-    assert both(tmp_path, script).returncode == 0
+    assert both(tmp_path, script, flags=FORKS_AMONG_THREADS).returncode == 0

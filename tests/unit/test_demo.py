@@ -1,40 +1,28 @@
-"""examples/demo.py at a tiny scale: it ends well, says what it saved, and notices what is wrong."""
+"""The demonstration at a tiny scale: it ends well, says what it saved, notices what is wrong."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from cli import ksmcore as command_line
 
 import ksmcore
+import ksmcore.demo
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
-TINY = ("--scale", "0.01")
-
-pytestmark = pytest.mark.skipif(not DEMO.exists(), reason="no examples beside these tests")
+TINY = 0.01
 
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module of this process, with a default engine of its own."""
-    spec = importlib.util.spec_from_file_location("ksmcore_demo", DEMO)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look up the types of the fields.
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    """The demonstration, with a default engine of its own."""
     with ksmcore.Engine() as engine:
         monkeypatch.setattr(ksmcore, "default_engine", lambda: engine)
-        yield module
+        yield ksmcore.demo
 
 
 def saved_mib(output: str) -> float:
@@ -44,26 +32,21 @@ def saved_mib(output: str) -> float:
     return float(found[1].replace(",", ""))
 
 
-def test_as_a_script_with_a_progress_bar() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(DEMO), *TINY],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_from_the_command_line_with_a_progress_bar() -> None:
+    done = command_line("demo", "--scale", TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     assert saved_mib(done.stdout) > 5
     assert "PSS" in done.stdout
     assert "Done" in done.stdout
     assert "ksmcore dedup" in done.stderr
+    assert command_line("demo", "--scale", TINY, "--no-progress").stderr == ""
 
 
 def test_twice_in_one_process_leaves_nothing_registered(
     demo: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        assert demo.main([*TINY, "--no-progress"]) == 0
+        assert demo.demonstrate(TINY, progress=False) == 0
         shown = capsys.readouterr()
         assert saved_mib(shown.out) > 5
         assert shown.err == ""
@@ -92,7 +75,7 @@ def test_a_changed_array_is_noticed(
 
     monkeypatch.setattr(demo, "hold", keep)
     monkeypatch.setattr(ksmcore, broken, corrupt)
-    assert demo.main([*TINY, "--no-progress"]) == 1
+    assert demo.demonstrate(TINY, progress=False) == 1
     wrong = capsys.readouterr().err
     assert wrong.startswith("demo: WRONG: ")
     assert "model3.block2.down has other bytes" in wrong
@@ -108,11 +91,12 @@ def test_nothing_saved_is_a_failure(
 
     monkeypatch.setattr(ksmcore, "dedup", dedup_nothing)
     monkeypatch.setattr(ksmcore, "empty", np.empty)
-    assert demo.main([*TINY, "--no-progress"]) == 1
+    assert demo.demonstrate(TINY, progress=False) == 1
     assert "WRONG: nothing was saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "1e9", "much"])
-def test_a_scale_out_of_range_is_refused(demo: ModuleType, scale: str) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        demo.main([f"--scale={scale}"])
+def test_a_scale_out_of_range_is_refused(scale: str) -> None:
+    done = command_line("demo", f"--scale={scale}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--scale" in done.stderr

@@ -1,0 +1,558 @@
+"""What is wrong here: the checks by themselves, and whole examinations of ailing processes."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import ksmcore
+from ksmcore import _guard, _sys, doctor, surroundings, vmas
+from ksmcore.doctor import Diagnosis
+from ksmcore.settings import GUARDS
+from ksmcore.surroundings import Check
+
+NAMES = (
+    "self-test",
+    "kernel",
+    "memfd",
+    "pagemap",
+    "guard",
+    "tracking",
+    "mappings",
+    "memory",
+    "overcommit",
+    "swap",
+    "huge pages",
+    "kernel's KSM",
+    "container",
+    "privileges",
+    "numpy",
+    "environment",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("KSMCORE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Files of a kernel: `root({"proc/sys/vm/overcommit_memory": "2"})`."""
+
+    def make(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return make
+
+
+def assert_sound(check):
+    """What holds of every check."""
+    assert check.text
+    assert "\n" not in check.text + (check.remedy or "")
+    assert (check.remedy is None) == (check.level == "good")
+    json.dumps(check.facts)
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+def test_a_machine_where_these_tests_run():
+    diagnosis = doctor.examine()
+    assert tuple(check.name for check in diagnosis.checks) == NAMES
+    for check in diagnosis.checks:
+        assert_sound(check)
+    assert diagnosis["self-test"].level == "good"
+    assert diagnosis["self-test"].facts["pss_fallen_bytes"] > 32 * _sys.page_bytes()
+    assert diagnosis.exit_status in (0, 1)
+    with ksmcore.Engine() as engine:
+        assert diagnosis["guard"].facts["in_use"] == engine.stats().guard
+    assert diagnosis["mappings"].facts["limit"] == vmas.max_map_count()
+    found = json.loads(json.dumps(diagnosis.as_dict()))
+    assert set(found) == {"schema", "ksmcore", "health", "exit_status", "checks"}
+    assert found["schema"] == 1
+    assert set(found["checks"][0]) == {"name", "level", "text", "remedy", "facts"}
+    assert str(diagnosis).count("\n") == len(NAMES) - 1
+
+
+def test_nothing_is_left():
+    before = vmas.count_maps(), len(os.listdir("/proc/self/fd"))
+    doctor.examine()
+    after = vmas.count_maps(), len(os.listdir("/proc/self/fd"))
+    assert after[1] == before[1]
+    assert after[0] <= before[0] + 8
+
+
+@pytest.mark.parametrize(
+    ("levels", "health", "status"),
+    [
+        (["good", "good"], "healthy", 0),
+        (["good", "advice"], "healthy", 0),
+        (["advice", "weak", "good"], "weak", 1),
+        (["weak", "broken", "advice"], "broken", 2),
+    ],
+)
+def test_health_is_that_of_the_worst(levels, health, status):
+    diagnosis = Diagnosis(tuple(Check(level, level, "text") for level in levels))
+    assert (diagnosis.health, diagnosis.exit_status) == (health, status)
+    assert diagnosis[levels[0]].level == levels[0]
+    with pytest.raises(KeyError):
+        diagnosis["nothing"]
+
+
+# ---- the self-test -------------------------------------------------------------------------------
+
+
+def test_bytes_that_change_are_noticed(monkeypatch):
+    real = ksmcore.Engine.dedup
+
+    def corrupt(self, memory):
+        report = real(self, memory)
+        memory[5] ^= 1
+        return report
+
+    monkeypatch.setattr(ksmcore.Engine, "dedup", corrupt)
+    check = doctor.self_test()
+    assert (check.level, check.text) == ("broken", "failed: merging changed bytes")
+    assert_sound(check)
+
+
+def test_a_write_that_shows_through_is_noticed(monkeypatch):
+    real = ksmcore.Engine.unmerge
+
+    def corrupt(self):
+        real(self)
+        (region,) = self.regions
+        region._view()[-1] ^= 1
+
+    monkeypatch.setattr(ksmcore.Engine, "unmerge", corrupt)
+    assert doctor.self_test().text == "failed: unmerging changed bytes"
+
+
+def test_merging_that_does_nothing_is_noticed(monkeypatch):
+    monkeypatch.setenv("KSMCORE_MAP_BUDGET", "0")
+    check = doctor.self_test()
+    assert check.level == "broken"
+    assert "no page was merged (map_budget)" in check.text
+
+
+def test_memory_that_does_not_go_back_is_noticed(monkeypatch):
+    monkeypatch.setattr(doctor, "_pss_of", lambda pages: 100)
+    check = doctor.self_test()
+    assert check.level == "weak"
+    assert_sound(check)
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "mmap"])
+def test_calls_that_the_kernel_refuses(call):
+    _sys.inject(call, errno.ENOMEM, count=1000)
+    check = doctor.self_test()
+    _sys.inject_clear()
+    assert check.level == "broken"
+    assert_sound(check)
+    assert doctor.self_test().level == "good"
+
+
+# ---- guards and trackers -------------------------------------------------------------------------
+
+HERE = dict.fromkeys(GUARDS)
+REFUSED = {**HERE, "userfaultfd": "Operation not permitted", "userfaultfd-user": "no"}
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "level", "in_use", "remedy"),
+    [
+        (HERE, "", "good", "userfaultfd", None),
+        (REFUSED, "Seccomp:\t2\n", "advice", "mprotect", "--device /dev/userfaultfd"),
+        (REFUSED, "Seccomp:\t0\n", "advice", "mprotect", "vm.unprivileged_userfaultfd=1"),
+        ({**HERE, "userfaultfd": "Function not implemented"}, "", "advice", GUARDS[1], "Linux 6.4"),
+        (dict.fromkeys(GUARDS, "no"), "", "broken", None, "report"),
+    ],
+)
+def test_guard(root, found, status, level, in_use, remedy):
+    check = surroundings.guard(found, root({"proc/self/status": status}))
+    assert (check.level, check.facts["in_use"]) == (level, in_use)
+    assert remedy is None or remedy in check.remedy
+    assert_sound(check)
+
+
+def test_what_the_kernel_can(root):
+    for judge, bad in (
+        (surroundings.memory_file, "broken"),
+        (surroundings.page_map, "weak"),
+        (surroundings.tracking, "advice"),
+    ):
+        assert judge(None).level == "good"
+        check = judge("Operation not permitted")
+        assert check.level == bad
+        assert_sound(check)
+    filtered = root({"proc/self/status": "Seccomp:\t2\n"})
+    assert "seccomp" in surroundings.tracking("no", filtered).remedy
+
+
+@pytest.mark.parametrize(
+    ("release", "level"),
+    [
+        ("6.8.0-31-generic", "good"),
+        ("6.18.44", "good"),
+        ("7.0", "good"),
+        ("6.7.9", "advice"),
+        ("5.15.0-1-amd64", "advice"),
+        ("strange", "good"),
+    ],
+)
+def test_kernel(release, level):
+    check = surroundings.kernel(release)
+    assert (check.level, check.facts["release"]) == (level, release)
+    assert_sound(check)
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("used", "limit", "level"),
+    [
+        (500, 1_048_576, "good"),
+        (500, 65_530, "advice"),
+        (59_000, 65_530, "weak"),
+        (65_530, 65_530, "weak"),
+        (70_000, 65_530, "weak"),
+        (950_000, 1_048_576, "weak"),
+    ],
+)
+def test_map_limit(used, limit, level):
+    check = surroundings.map_limit(used, limit)
+    assert check.level == level
+    assert check.facts == {"used": used, "limit": limit, "free": max(limit - used, 0)}
+    assert_sound(check)
+
+
+MEMINFO = "MemTotal: 8000000 kB\nMemAvailable: {} kB\nSwapFree: 0 kB\n"
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("files", "level", "limit"),
+    [
+        ({}, "good", None),
+        ({"memory.max": "max", "memory.current": "5"}, "good", None),
+        ({"memory.max": str(1024 * MIB), "memory.current": str(100 * MIB)}, "good", 1024 * MIB),
+        ({"memory.max": str(1024 * MIB), "memory.current": str(980 * MIB)}, "weak", 1024 * MIB),
+    ],
+)
+def test_memory_limit_of_version_2(root, files, level, limit):
+    made = root(
+        {
+            "proc/meminfo": MEMINFO.format(4_000_000),
+            "proc/self/cgroup": "0::/box\n",
+            **{f"sys/fs/cgroup/box/{name}": text for name, text in files.items()},
+        }
+    )
+    check = surroundings.memory_limit(made)
+    assert (check.level, check.facts["limit_bytes"]) == (level, limit)
+    assert_sound(check)
+
+
+def test_memory_limit_of_version_1_is_the_least(root):
+    files = {"proc/meminfo": MEMINFO.format(4_000_000), "proc/self/cgroup": "4:memory:/a/b\n0::/\n"}
+    for group, limit in (("", 2**63 - 4096), ("a", 512 * MIB), ("a/b", 2048 * MIB)):
+        files[f"sys/fs/cgroup/memory/{group}/memory.limit_in_bytes"] = f"{limit}\n"
+        files[f"sys/fs/cgroup/memory/{group}/memory.usage_in_bytes"] = "1\n"
+    check = surroundings.memory_limit(root(files))
+    assert check.facts["limit_bytes"] == 512 * MIB
+    assert check.facts["cgroup"].endswith("/memory/a")
+    assert check.level == "good"
+
+
+def test_a_machine_with_little_memory(root):
+    check = surroundings.memory_limit(root({"proc/meminfo": MEMINFO.format(30_000)}))
+    assert check.level == "weak"
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("mode", "promised", "level"),
+    [("0", 90, "good"), ("1", 99, "good"), ("2", 10, "advice"), ("2", 99, "weak")],
+)
+def test_overcommit(root, mode, promised, level):
+    meminfo = f"CommitLimit: 100 kB\nCommitted_AS: {promised} kB\n"
+    check = surroundings.overcommit(
+        root({"proc/sys/vm/overcommit_memory": mode, "proc/meminfo": meminfo})
+    )
+    assert (check.level, check.facts["mode"]) == (level, int(mode))
+    assert_sound(check)
+
+
+def test_swap(root):
+    made = root({"proc/meminfo": "SwapTotal: 2048 kB\nSwapFree: 1024 kB\n"})
+    check = surroundings.swap(made)
+    assert check.facts == {"total_bytes": 2 * MIB, "free_bytes": MIB}
+    assert "1.0 MiB of 2.0 MiB free" in check.text
+
+
+@pytest.mark.parametrize(
+    ("enabled", "shmem", "level"),
+    [
+        ("always madvise [never]", "always [never]", "good"),
+        ("always [madvise] never", "always within_size advise [never] deny force", "advice"),
+        ("[always] madvise never", "always within_size [advise] never deny force", "good"),
+        ("[always] madvise never", "", "advice"),
+        ("", "", "good"),
+    ],
+)
+def test_huge_pages(root, enabled, shmem, level):
+    here = "sys/kernel/mm/transparent_hugepage"
+    made = root({f"{here}/enabled": enabled, f"{here}/shmem_enabled": shmem})
+    check = surroundings.huge_pages(made)
+    assert check.level == level
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("run", "joined", "level"),
+    [("0", "no", "good"), ("1", "no", "good"), ("0", "yes", "good"), ("1", "yes", "advice")],
+)
+def test_kernels_own_ksm(root, run, joined, level):
+    files = {
+        "sys/kernel/mm/ksm/run": f"{run}\n",
+        "proc/self/ksm_stat": f"ksm_rmap_items 0\nksm_merge_any: {joined}\n",
+    }
+    check = surroundings.kernel_ksm(root(files))
+    assert (check.level, check.facts) == (
+        level,
+        {"run": int(run), "whole_process": joined == "yes"},
+    )
+    assert_sound(check)
+
+
+def test_a_kernel_that_shows_nothing(tmp_path):
+    """A sandbox without /proc and /sys: no check fails, and none warns of what it does not know."""
+    for judge in (
+        surroundings.memory_limit,
+        surroundings.overcommit,
+        surroundings.swap,
+        surroundings.huge_pages,
+        surroundings.kernel_ksm,
+        surroundings.privileges,
+    ):
+        check = judge(tmp_path)
+        assert check.level == "good"
+        assert_sound(check)
+    assert surroundings.container(tmp_path, {}).facts == {"kind": None}
+
+
+@pytest.mark.parametrize(
+    ("files", "environ", "kind"),
+    [
+        ({".dockerenv": ""}, {}, "docker"),
+        ({".dockerenv": ""}, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "kubernetes"),
+        ({"proc/self/cgroup": "0::/kubepods/burstable/pod1\n"}, {}, "kubernetes"),
+        ({"proc/1/cgroup": "4:memory:/docker/0123\n"}, {}, "docker"),
+        ({"run/.containerenv": ""}, {}, "podman"),
+        ({}, {"container": "podman"}, "podman"),
+        ({}, {"container": "systemd-nspawn"}, "systemd-nspawn"),
+        ({"proc/self/cgroup": "0::/user.slice\n"}, {}, None),
+    ],
+)
+def test_container(root, files, environ, kind):
+    check = surroundings.container(root(files), environ)
+    assert check.facts == {"kind": kind}
+    assert_sound(check)
+
+
+# ---- Python --------------------------------------------------------------------------------------
+
+
+def test_numpy_allocator():
+    assert surroundings.numpy_allocator().facts["allocator"] == "default_allocator"
+    check = surroundings.numpy_allocator("another")
+    assert check.level == "advice"
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "level", "told"),
+    [
+        ("PAGES_TO_SCAN", "100", "good", "KSMCORE_PAGES_TO_SCAN=100"),
+        ("MAX_CPU", "200", "broken", "max_cpu must be"),
+        ("DISABLE", "1", "broken", "unset KSMCORE_DISABLE"),
+        ("DISABLE", "0", "good", "KSMCORE_DISABLE=0"),
+        ("SLEEP_MILLISEC", "5", "advice", "no such setting: KSMCORE_SLEEP_MILLISEC"),
+    ],
+)
+def test_environment(monkeypatch, name, value, level, told):
+    monkeypatch.setenv(f"KSMCORE_{name}", value)
+    check = surroundings.environment()
+    assert check.level == level
+    assert told in check.text + (check.remedy or "")
+    assert_sound(check)
+    # The merge itself tells the same.
+    assert (doctor.self_test().level == "broken") == (level == "broken")
+
+
+# ---- processes in worse places -------------------------------------------------------------------
+
+UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+USERFAULTFD = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+
+EXAMINE = """
+    import json
+    from ksmcore.doctor import examine
+    diagnosis = examine()
+    print(json.dumps(diagnosis.as_dict()))
+    raise SystemExit(diagnosis.exit_status)
+"""
+
+
+def examined(*, before="", prefix=()):
+    """The checks, by name, of a process that did something first; and its exit status."""
+    program = textwrap.dedent(before) + textwrap.dedent(EXAMINE)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+    )
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["exit_status"] == done.returncode
+    return {check["name"]: Check(**check) for check in found["checks"]}, done.returncode
+
+
+def can_run(*prefix):
+    if os.geteuid() != 0 or shutil.which(prefix[0]) is None:
+        return False
+    command = [*prefix, sys.executable, "-c", "import ksmcore"]
+    return subprocess.run(command, capture_output=True, check=False, cwd="/").returncode == 0
+
+
+@pytest.mark.skipif(not can_run(*UNPRIVILEGED), reason="takes root, and a Python for all users")
+def test_an_unprivileged_user_is_healthy():
+    checks, status = examined(prefix=UNPRIVILEGED)
+    assert checks["self-test"].level == "good"
+    assert checks["privileges"].facts["uid"] == 65534
+    assert not checks["privileges"].facts["cap_sys_ptrace"]
+    assert checks["guard"].facts["in_use"] != "userfaultfd"
+    assert checks["guard"].level == "advice"
+    assert "vm.unprivileged_userfaultfd=1" in checks["guard"].remedy
+    assert {check.level for check in checks.values()} <= {"good", "advice"}
+    assert status == 0
+
+
+def filter_program():
+    """A seccomp filter: userfaultfd(2) is not permitted, everything else is."""
+    load_number, jump_if_equal, answer = 0x20, 0x15, 0x06
+    steps = [
+        (load_number, 0, 0, 0),
+        (jump_if_equal, 0, 1, USERFAULTFD),
+        (answer, 0, 0, 0x00050000 | errno.EPERM),
+        (answer, 0, 0, 0x7FFF0000),
+    ]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+# As an ordinary user if it can be, or the device would be a way around.
+REFUSE = f"""
+    import ctypes
+    filter = {filter_program()!r}
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    program = Program(len(filter) // 8, filter)
+    assert libc.prctl(22, 2, ctypes.byref(program)) == 0, ctypes.get_errno()
+"""
+
+
+def test_a_container_that_refuses_userfaultfd_is_healthy():
+    prefix = UNPRIVILEGED if can_run(*UNPRIVILEGED) else ()
+    if not prefix and os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+        pytest.skip("the device is a way around the filter")
+    checks, status = examined(before=REFUSE, prefix=prefix)
+    assert checks["privileges"].facts["seccomp"] == "filter"
+    assert checks["guard"].facts["in_use"] == "mprotect"
+    assert checks["guard"].level == checks["tracking"].level == "advice"
+    assert "/dev/userfaultfd" in checks["guard"].remedy
+    assert "seccomp" in checks["tracking"].remedy
+    assert checks["self-test"].level == "good"
+    assert {check.level for check in checks.values()} <= {"good", "advice"}
+    assert status == 0
+
+
+TAKE_MAPPINGS = """
+    import ctypes, mmap
+    from ksmcore import vmas
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page, n = mmap.PAGESIZE, vmas.max_map_count() - vmas.count_maps() - {room}
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    addr = libc.mmap(None, (n + 1) * page, 0, flags, -1, 0)
+    for number in range(1, n - 1, 2):
+        assert libc.mprotect(addr + number * page, page, mmap.PROT_READ) == 0
+"""
+
+
+@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+def test_few_mappings_left_are_a_weakness():
+    checks, status = examined(before=TAKE_MAPPINGS.format(room=2000))
+    assert checks["mappings"].level == "weak"
+    assert checks["mappings"].facts["free"] < 2100
+    assert "vm.max_map_count" in checks["mappings"].remedy
+    assert checks["self-test"].level == "good"
+    assert status == 1
+
+
+@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+def test_no_mappings_left_to_speak_of():
+    """Whatever comes of it, it is told, and not raised."""
+    checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")
+    assert checks["mappings"].level == "weak"
+    assert status in (1, 2)
+
+
+def test_a_process_without_a_way_to_make_memory_files():
+    before = """
+        import errno
+        from ksmcore import _sys
+        _sys.inject("memfd_create", errno.EPERM, count=1000)
+    """
+    checks, status = examined(before=before)
+    assert checks["memfd"].level == checks["self-test"].level == "broken"
+    assert status == 2
+
+
+def test_guards_that_are_refused_by_injection():
+    """All of them but the last, in this process."""
+    _sys.inject("userfaultfd", errno.EPERM, count=1000)
+    diagnosis = doctor.examine()
+    _sys.inject_clear()
+    assert diagnosis["guard"].facts["in_use"] == "mprotect"
+    assert diagnosis["self-test"].level == "good"
+    assert _guard.probe("userfaultfd-user") is None or diagnosis["guard"].level == "advice"
+
+
+def test_neither_click_nor_rich_is_needed():
+    before = """
+        import sys
+        sys.modules["click"] = sys.modules["rich"] = None
+    """
+    checks, _ = examined(before=before)
+    assert checks["self-test"].level == "good"
