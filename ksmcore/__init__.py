@@ -19,6 +19,8 @@ import functools  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from ksmcore import allocators as _allocating  # noqa: E402
+from ksmcore.allocators import THRESHOLD_BYTES, Allocator  # noqa: E402
 from ksmcore.areas import Area  # noqa: E402
 from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
@@ -58,6 +60,7 @@ __all__ = [
     "RegionStats",
     "Settings",
     "Stats",
+    "allocator",
     "area",
     "array",
     "configure",
@@ -69,6 +72,7 @@ __all__ = [
     "features",
     "full",
     "hold",
+    "install_allocator",
     "memory_info",
     "register",
     "rows",
@@ -76,6 +80,7 @@ __all__ = [
     "start",
     "stats",
     "stop",
+    "uninstall_allocator",
     "unmerge",
     "unregister",
     "zeros",
@@ -200,3 +205,38 @@ def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any
 def copy(source: "NDArray[Any]") -> "NDArray[Any]":
     """`Engine.copy` of the default engine: a page-aligned, registered copy of an array."""
     return default_engine().copy(source)
+
+
+def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator":
+    """Have large NumPy arrays be page-aligned and registered with the default engine, while in the block:
+
+        with ksmcore.allocator():
+            model = load()               # every array of 64 KiB and more, whoever makes it
+
+    It holds for this thread, or asynchronous task (for this context, as NEP 49 has it); a thread begins with a
+    context of its own (before Python 3.14), so have it enter the block itself, or use `install_allocator`. Arrays
+    stay what they are when the block is left, and give their memory back when they are collected.
+
+    Raises:
+        TypeError, ValueError: threshold_bytes is no positive integer.
+    """
+    return Allocator(default_engine(), threshold_bytes)
+
+
+def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> None:
+    """Have all large NumPy arrays of the process be page-aligned and registered with the default engine from now
+    on, in all threads, those that run already among them. Again: with another threshold.
+
+    Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with another
+    allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
+
+    Raises:
+        TypeError, ValueError: threshold_bytes is no positive integer.
+    """
+    _allocating.install(default_engine(), threshold_bytes)
+
+
+def uninstall_allocator() -> None:
+    """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they are
+    collected. Nothing happens when it is not installed."""
+    _allocating.uninstall()

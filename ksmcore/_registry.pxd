@@ -27,3 +27,10 @@ cdef class Registry:
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
+
+    # For _arena, which has memory of its own and no Python objects.
+    cdef int enlist(
+        self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
+    ) noexcept nogil
+    cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil
