@@ -93,8 +93,10 @@ cdef PyDataMem_Handler* _new_handler(size_t threshold_bytes) except NULL:
     if handler == NULL:
         raise MemoryError("no memory for an allocator")
     memset(handler, 0, sizeof(PyDataMem_Handler))
-    # One that takes nothing from the arena is as good as NumPy's own.
-    strcpy(handler.name, _numpys.name if threshold_bytes == <size_t>-1 else <const char*>b"ksmcore")
+    if threshold_bytes == <size_t>-1:
+        strcpy(handler.name, _numpys.name)     # it takes nothing from the arena
+    else:
+        strcpy(handler.name, b"ksmcore")
     handler.version = 1
     handler.allocator.ctx = <void*>threshold_bytes
     handler.allocator.malloc = _take

@@ -91,6 +91,10 @@ class PassMaker(Registrar):
         """
         self._check_open()
         pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
+        return self._merge_now(pages, progress)
+
+    def _merge_now(self, pages: list[tuple[int, int]], progress: Progress = None) -> PassReport:
+        """Merge what is equal in these address ranges."""
         with self._passing() as begun:
             before = after = first = begun.numbers
             # Pages that the map budget left out get another chance with a smaller reserve.
@@ -173,6 +177,19 @@ class PassMaker(Registrar):
                     done = min(done + BATCH_PAGES, n_pages)
                     tell(done)
             tell(n_pages)
+
+    def _copy_memory(self, source: int, target: int, n_bytes: int) -> None:
+        """What the source did not share yet is merged with its copy, if it is registered here."""
+        if self._core.copy_memory(source, target, n_bytes) == 0 or self._disabled:
+            return
+        ranges = sorted((addr, addr + n_bytes) for addr in (source, target))
+        try:
+            is_registered = self._core.find(source, n_bytes) is not None
+        except ValueError:
+            is_registered = True  # in part
+        # In a callback of a pass there can be no other: then a later one merges them.
+        if is_registered and self._pass_owner != threading.get_ident():
+            self._merge_now(ranges)
 
     # ---- batch by batch, for the scanner --------------------------------------------------------
 

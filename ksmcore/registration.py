@@ -29,7 +29,7 @@ from ksmcore.regions import Region, disjoint
 
 __all__ = ["Registrar"]
 
-_Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address
+_Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address of the first byte
 
 _registrars: weakref.WeakSet[Registrar] = weakref.WeakSet()
 _registering = threading.RLock()
@@ -324,11 +324,11 @@ class Registrar(ArrayMaker):
             held.callback(admission.release)
         return ranges
 
-    def _allocate(self, n_bytes: int) -> PageMemory:
+    def _allocate(self, n_bytes: int, offset: int = 0) -> PageMemory:
         self._check_open()
         core = None if self._disabled else self._core
-        memory = PageMemory(core, next(_region_ids), n_bytes, self)
-        self._memories[memory.addr] = memory
+        memory = PageMemory(core, next(_region_ids), n_bytes, self, offset)
+        self._memories[memory.addr + offset] = memory
         self._registered()
         return memory
 
