@@ -180,9 +180,10 @@ class Registrar(ArrayMaker):
                 return
             found = self._find(addr, n_pages)
             if found is None or found[1:] != (addr, n_pages):
-                raise ValueError(
-                    f"this buffer ({n_pages} pages at {addr:#x}) is not registered with this engine"
-                )
+                what = "not registered with this engine"
+                if found is not None:
+                    what = "part of memory that is registered as a whole (the allocator's, say)"
+                raise ValueError(f"this buffer ({n_pages} pages at {addr:#x}) is {what}")
             region = self._regions.get(found[0])
             if region is None:
                 self._restore(found[0], addr)
