@@ -208,14 +208,16 @@ def copy(source: "NDArray[Any]") -> "NDArray[Any]":
 
 
 def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator":
-    """Have large NumPy arrays be page-aligned and registered with the default engine, while in the block:
+    """Have large NumPy arrays be page-aligned and registered with the default engine, while in the
+    block:
 
         with ksmcore.allocator():
             model = load()               # every array of 64 KiB and more, whoever makes it
 
-    It holds for this thread, or asynchronous task (for this context, as NEP 49 has it); a thread begins with a
-    context of its own (before Python 3.14), so have it enter the block itself, or use `install_allocator`. Arrays
-    stay what they are when the block is left, and give their memory back when they are collected.
+    It holds for this thread, or asynchronous task (for this context, as NEP 49 has it); a thread
+    begins with a context of its own (before Python 3.14), so have it enter the block itself, or use
+    `install_allocator`. Arrays stay what they are when the block is left, and give their memory
+    back when they are collected.
 
     Raises:
         TypeError, ValueError: threshold_bytes is no positive integer.
@@ -224,11 +226,12 @@ def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator"
 
 
 def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> None:
-    """Have all large NumPy arrays of the process be page-aligned and registered with the default engine from now
-    on, in all threads, those that run already among them. Again: with another threshold.
+    """Have all large NumPy arrays of the process be page-aligned and registered with the default
+    engine from now on, in all threads, those that run already among them. Again: with another
+    threshold.
 
-    Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with another
-    allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
+    Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with
+    another allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
 
     Raises:
         TypeError, ValueError: threshold_bytes is no positive integer.
@@ -237,6 +240,6 @@ def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> Non
 
 
 def uninstall_allocator() -> None:
-    """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they are
-    collected. Nothing happens when it is not installed."""
+    """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they
+    are collected. Nothing happens when it is not installed."""
     _allocating.uninstall()

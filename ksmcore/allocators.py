@@ -1,4 +1,5 @@
-"""NumPy's arrays, made page-aligned and registered with the default engine, without a change of the program.
+"""NumPy's arrays, made page-aligned and registered with the default engine, without a change of the
+program.
 
 Called by users. Calls _allocator, which NumPy then calls for the memory of every array (NEP 49).
 """
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
 
 THRESHOLD_BYTES = 64 * 1024
-"""Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is merged."""
+"""Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
+merged."""
 
 _beginning = threading.Lock()
 _begun = False
@@ -44,7 +46,8 @@ def _begin(engine: Registrar) -> None:
 
 
 def _numpy_wants_huge() -> bool:
-    """Does NumPy ask for huge pages for its large arrays? (NUMPY_MADVISE_HUGEPAGE=0 keeps it from that.)"""
+    """Does NumPy ask for huge pages for its large arrays? (NUMPY_MADVISE_HUGEPAGE=0 keeps it from
+    that.)"""
     try:
         from numpy._core import multiarray
     except ImportError:  # NumPy 1

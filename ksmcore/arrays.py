@@ -57,8 +57,8 @@ def _plain(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def _extent(source: NDArray[Any]) -> tuple[int, int] | None:
-    """First byte and end of an array's elements; None where they do not fill at least half of what lies
-    between, or share bytes with each other."""
+    """First byte and end of an array's elements; None where they do not fill at least half of what
+    lies between, or share bytes with each other."""
     if source.size == 0 or isinstance(source, np.ma.MaskedArray):
         return None
     reach = source.itemsize
@@ -187,14 +187,15 @@ class ArrayMaker:
     def copy(self, source: NDArray[Any]) -> NDArray[Any]:
         """A registered copy of an array that shares its pages with the source, copy-on-write.
 
-        Pages of the source that are shared already are mapped once more: no byte is copied, so it takes
-        a small part of the time of `numpy.copy`, and no memory. Others are copied, and then merged with
-        their copies, so the next copy shares them from the start. Writes to either side stay there.
+        Pages of the source that are shared already are mapped once more: no byte is copied, so it
+        takes a small part of the time of `numpy.copy`, and no memory. Others are copied, and then
+        merged with their copies, so the next copy shares them from the start. Writes to either side
+        stay there.
 
-        Shape, dtype and strides are kept, and the offset within a page; an array whose elements leave
-        large gaps, or lie over each other, is copied as `array` does. A source that is not registered
-        with this engine (an array of NumPy's own) is copied only: make it with `array`, or under the
-        allocator, to have its copies share.
+        Shape, dtype and strides are kept, and the offset within a page; an array whose elements
+        leave large gaps, or lie over each other, is copied as `array` does. A source that is not
+        registered with this engine (an array of NumPy's own) is copied only: make it with `array`,
+        or under the allocator, to have its copies share.
 
         Raises:
             TypeError: no array; or one that holds references to objects.

@@ -68,7 +68,7 @@ def test_writes_to_either_side_stay_there(engine):
 def test_a_copy_shows_what_was_written_since_the_source_was_merged(engine):
     source = engine.array(noise(MIB))
     first = engine.copy(source)
-    source[::PAGE * 3] += 1
+    source[:: PAGE * 3] += 1
     now = np.array(source)
     again = engine.copy(source)
     assert np.array_equal(again, now)
@@ -235,8 +235,8 @@ def test_a_masked_array_is_refused(engine):
 
 
 def test_copies_beside_a_writer_hold_one_value_for_each_page(engine):
-    """A page of the copy is the source's page at some moment: never a mixture with older or later content of the
-    copy's other owners, and later writes to the source never show."""
+    """A page of the copy is the source's page at some moment, and later writes to the source never
+    show."""
     source = engine.array(np.zeros((64, PAGE // 8), np.int64))
     over = threading.Event()
 
