@@ -87,6 +87,10 @@ class ArrayMaker:
         is closed."""
         raise InternalError("an engine must know how to allocate")
 
+    def _is_registered(self, addr: int, end: int) -> bool:
+        """Is any of this memory registered with this engine?"""
+        raise InternalError("an engine must know what is registered")
+
     def _copy_memory(self, source: int, target: int, n_bytes: int) -> None:
         """Copy to fresh registered memory at the same offset in a page; both share whole pages."""
         raise InternalError("an engine must know how to copy memory")
@@ -190,12 +194,12 @@ class ArrayMaker:
         Pages of the source that are shared already are mapped once more: no byte is copied, so it
         takes a small part of the time of `numpy.copy`, and no memory. Others are copied, and then
         merged with their copies, so the next copy shares them from the start. Writes to either side
-        stay there.
+        stay there. Shape, dtype and strides are kept.
 
-        Shape, dtype and strides are kept, and the offset within a page; an array whose elements
-        leave large gaps, or lie over each other, is copied as `array` does. A source that is not
-        registered with this engine (an array of NumPy's own) is copied only: make it with `array`,
-        or under the allocator, to have its copies share.
+        For that the source has to lie in memory that is registered with this engine: made by it, or
+        under the allocator, or registered. Others, arrays of fewer than 16 pages, and views whose
+        elements leave large gaps or lie over each other are copied as by `array`: page-aligned,
+        their axes in the same order.
 
         Raises:
             TypeError: no array; or one that holds references to objects.
@@ -205,7 +209,11 @@ class ArrayMaker:
         if not isinstance(source, np.ndarray):
             raise TypeError(f"copy takes an array, not {type(source).__name__}; see array")
         extent = _extent(source)
-        if extent is None or extent[1] - extent[0] < MIN_SHARED_PAGES * self.page_bytes:
+        if (
+            extent is None
+            or extent[1] - extent[0] < MIN_SHARED_PAGES * self.page_bytes
+            or not self._is_registered(*extent)
+        ):
             return self.array(source)
         _plain(source.dtype)
         start, end = extent

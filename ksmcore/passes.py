@@ -179,17 +179,12 @@ class PassMaker(Registrar):
             tell(n_pages)
 
     def _copy_memory(self, source: int, target: int, n_bytes: int) -> None:
-        """What the source did not share yet is merged with its copy, if it is registered here."""
-        if self._core.copy_memory(source, target, n_bytes) == 0 or self._disabled:
-            return
-        ranges = sorted(self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
-        try:
-            is_registered = self._core.find(source, n_bytes) is not None
-        except ValueError:
-            is_registered = True  # in part
+        """What the source did not share yet is merged with its copy."""
+        n_copied = self._core.copy_memory(source, target, n_bytes)
         # In a callback of a pass there can be no other: then a later one merges them.
-        if is_registered and self._pass_owner != threading.get_ident():
-            self._merge_now(ranges)
+        if n_copied != 0 and self._pass_owner != threading.get_ident():
+            ranges = (self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
+            self._merge_now(sorted(ranges))
 
     def _whole_pages(self, addr: int, end: int) -> tuple[int, int]:
         return -(-addr // self.page_bytes) * self.page_bytes, end - end % self.page_bytes

@@ -182,7 +182,7 @@ class Registrar(ArrayMaker):
             if found is None or found[1:] != (addr, n_pages):
                 what = "not registered with this engine"
                 if found is not None:
-                    what = "part of memory that is registered as a whole (the allocator's, say)"
+                    what += ", but lies in memory that is, as a whole (the allocator's, say)"
                 raise ValueError(f"this buffer ({n_pages} pages at {addr:#x}) is {what}")
             region = self._regions.get(found[0])
             if region is None:
@@ -332,6 +332,13 @@ class Registrar(ArrayMaker):
         self._memories[memory.addr + offset] = memory
         self._registered()
         return memory
+
+    def _is_registered(self, addr: int, end: int) -> bool:
+        self._check_open()
+        try:
+            return self._core.find(addr, end - addr) is not None
+        except ValueError:
+            return True  # in part
 
     # ---- whose it is --------------------------------------------------------------------------
 
