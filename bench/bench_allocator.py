@@ -59,7 +59,7 @@ def one_by_one(n_arrays: int = N_ARRAYS, n_bytes: int = ARRAY_BYTES) -> None:
         ),
     ],
 )
-def bench_arrays(benchmark: BenchmarkFixture, is_on: bool, work: Callable[[], None]) -> None:
+def test_arrays(benchmark: BenchmarkFixture, is_on: bool, work: Callable[[], None]) -> None:
     probe = make(ARRAY_BYTES, 1)
     assert is_here(probe) == is_on
     benchmark.pedantic(work, rounds=7, warmup_rounds=1)
@@ -68,7 +68,7 @@ def bench_arrays(benchmark: BenchmarkFixture, is_on: bool, work: Callable[[], No
 @pytest.mark.benchmark(group="copy")
 @pytest.mark.parametrize("written", ["unwritten", "written"])
 @pytest.mark.parametrize("how", ["off", "on"])
-def bench_copy(benchmark: BenchmarkFixture, how: str, written: str) -> None:
+def test_copy(benchmark: BenchmarkFixture, how: str, written: str) -> None:
     with ksmcore.Engine() as engine:
         source = engine.array(np.random.default_rng(5).integers(0, 256, COPY_BYTES, np.uint8))
         first = engine.copy(source)
@@ -85,4 +85,5 @@ def bench_copy(benchmark: BenchmarkFixture, how: str, written: str) -> None:
         benchmark.pedantic(copy, setup=begin, rounds=7, warmup_rounds=1)
         assert np.array_equal(made[0], source)
         assert np.array_equal(first[1:PAGE], source[1:PAGE])
-        del made[:], first, source
+        made.clear()
+        del first
