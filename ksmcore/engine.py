@@ -233,9 +233,9 @@ class Engine(PassMaker, Closing):
                     self.close()
 
     def _repr_html_(self) -> str:
-        from ksmcore import html
+        from ksmcore import notebook
 
-        return html.shown_engine(self)
+        return notebook.shown_engine(self)
 
     def __repr__(self) -> str:
         if self._closed:

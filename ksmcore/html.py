@@ -1,28 +1,38 @@
-"""Pieces of HTML: sizes, bars, legends and page maps; and with them what a notebook shows.
+"""Pieces of HTML: sizes, bars, legends, page maps, a chart, and a table of numbers.
 
-Called by the `_repr_html_` methods and by the report. Styles are inline, so that a piece stands
-alone; text has the colour of its surroundings, light or dark. Whatever comes from outside is
-escaped. Nothing is loaded and nothing is run.
+Called by notebook and report. Styles are inline, so that a piece stands alone; text has the colour
+of its surroundings, light or dark. Whatever comes from outside is escaped. Nothing is loaded and
+nothing is run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ksmcore._sys import page_bytes
-from ksmcore.charts import SAVED_COLOUR, USED_COLOUR, Point, savings_points, savings_svg
+from ksmcore.charts import SAVED_COLOUR, USED_COLOUR, Point, savings_svg
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, PageMap, png_uri, reduced
-from ksmcore.regions import PageState, Region
-from ksmcore.stats import Estimate, MemoryInfo, PassReport, RegionStats, Stats, human_bytes
+from ksmcore.regions import PageState
+from ksmcore.stats import MemoryInfo, Stats, human_bytes
 
-if TYPE_CHECKING:
-    from ksmcore.engine import Engine
+__all__ = [
+    "ABSENT",
+    "QUIET",
+    "Part",
+    "bar",
+    "legend",
+    "memory_parts",
+    "page_map_figure",
+    "plural",
+    "savings_figure",
+    "size",
+    "state_parts",
+    "stats_parts",
+    "swatch",
+    "table",
+]
 
-__all__ = ["Part", "bar", "legend", "page_map_figure", "plural", "shown", "size", "state_parts"]
-
-BOX = "font:13px/1.5 system-ui,sans-serif;max-width:46em;margin:.3em 0"
 QUIET = "opacity:.75"
 # What is not present: a faint grey on any background, as in the page maps.
 ABSENT = "rgba(128,128,128,.22)"
@@ -67,6 +77,35 @@ def state_parts(counts: Mapping[PageState, int], page_bytes: int) -> list[Part]:
             counts.get(state, 0),
         )
         for state, look in LOOKS.items()
+    ]
+
+
+def stats_parts(stats: Stats) -> list[Part]:
+    """The pages that an engine has records of, by state."""
+    counts = {
+        PageState.SHARED: stats.pages_shared + stats.pages_sharing,
+        PageState.ZERO: stats.ksm_zero_pages,
+        PageState.UNIQUE: stats.pages_unshared,
+        PageState.VOLATILE: stats.pages_volatile,
+    }
+    return state_parts(counts, stats.page_bytes)
+
+
+def memory_parts(info: MemoryInfo) -> list[Part]:
+    """What the process takes, and what it would take beyond that."""
+    return [
+        Part(
+            "in use (PSS)",
+            info.pss,
+            LOOKS[PageState.UNIQUE].colour,
+            "Memory that this process takes",
+        ),
+        Part(
+            "saved",
+            max(info.saved, 0),
+            LOOKS[PageState.SHARED].colour,
+            "Memory that shared pages would take more if each had its own",
+        ),
     ]
 
 
@@ -164,152 +203,3 @@ def _said(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-# ---- what a notebook shows --------------------------------------------------------------------
-
-
-def shown(what: object) -> str:
-    """The HTML of a snapshot, a report, a region or an engine."""
-    if isinstance(what, Stats):
-        head, rest = _stats(what)
-    elif isinstance(what, RegionStats):
-        head, rest = _region_stats(what)
-    elif isinstance(what, PassReport):
-        head, rest = _pass_report(what)
-    elif isinstance(what, Estimate):
-        head, rest = _estimate(what)
-    elif isinstance(what, MemoryInfo):
-        head, rest = _memory_info(what)
-    elif isinstance(what, Region):
-        head, rest = _region(what)
-    else:
-        raise TypeError(f"there is no picture of {type(what).__name__}")
-    return _box(type(what).__name__, head, rest)
-
-
-def shown_engine(engine: Engine) -> str:
-    """The HTML of an engine."""
-    if engine.closed:
-        return _box("Engine", "closed", "")
-    stats = engine.stats()
-    head, rest = _stats(stats, with_table=False)
-    scanner = "scanner running" if engine.scanning else "scanner not running"
-    chart = savings_figure(savings_points(engine))
-    head = f"{head}; {plural(stats.regions, 'region')}, {scanner}"
-    return _box("Engine", head, rest + chart + table(engine.settings.as_dict(), "settings"))
-
-
-def _box(name: str, head: str, rest: str) -> str:
-    return f'<div style="{BOX}"><div><b>ksmcore.{escape(name)}</b> &nbsp;{head}</div>{rest}</div>'
-
-
-def stats_parts(stats: Stats) -> list[Part]:
-    """The pages that an engine has records of, by state."""
-    counts = {
-        PageState.SHARED: stats.pages_shared + stats.pages_sharing,
-        PageState.ZERO: stats.ksm_zero_pages,
-        PageState.UNIQUE: stats.pages_unshared,
-        PageState.VOLATILE: stats.pages_volatile,
-    }
-    return state_parts(counts, stats.page_bytes)
-
-
-def _stats(stats: Stats, with_table: bool = True) -> tuple[str, str]:
-    parts = stats_parts(stats)
-    head = f"<b>{size(stats.bytes_saved)}</b> saved"
-    if stats.scanner_error is not None:
-        head += f"; the scanner ended by {escape(stats.scanner_error)}"
-    numbers = table(stats.as_dict(), "all numbers") if with_table else ""
-    return head, bar(parts) + legend(parts) + numbers
-
-
-def _region_stats(stats: RegionStats) -> tuple[str, str]:
-    counts = {
-        PageState.SHARED: stats.pages_merged,
-        PageState.ZERO: stats.ksm_zero_pages,
-        PageState.UNIQUE: stats.pages_unshared,
-        PageState.VOLATILE: stats.pages_volatile,
-    }
-    counts[PageState.NOT_PRESENT] = max(stats.pages - sum(counts.values()), 0)
-    parts = state_parts(counts, page_bytes())
-    named = [
-        part._replace(label="no record") if part.label == "not present" else part for part in parts
-    ]
-    saved, registered = round(stats.pages_saved * page_bytes()), stats.pages * page_bytes()
-    head = f"its share of what is saved: <b>{size(saved)}</b> of {size(registered)}"
-    return head, bar(named) + legend(named) + table(stats.as_dict(), "all numbers")
-
-
-def _pass_report(report: PassReport) -> tuple[str, str]:
-    verb = "saved" if report.bytes_saved >= 0 else "more in use than before"
-    head = f"<b>{size(abs(report.bytes_saved))}</b> {verb}, in {report.seconds:.3f} s"
-    facts = (
-        ("passed", report.pages_scanned),
-        ("read", report.pages_hashed),
-        ("merged", report.pages_merged),
-        ("zero, given back", report.pages_zeroed),
-        ("written since they were shared", report.cow_breaks),
-        ("left out", report.pages_skipped),
-    )
-    told = ", ".join(f"<b>{count:,}</b> {what}" for what, count in facts if count)
-    skipped = {reason: count for reason, count in report.skipped.items() if count}
-    left_out = table(skipped, "left out, by reason") if skipped else ""
-    return head, f"<div>Pages: {told or 'none'}</div>{left_out}"
-
-
-def _estimate(estimate: Estimate) -> tuple[str, str]:
-    counts = {
-        PageState.SHARED: estimate.pages_duplicate,
-        PageState.ZERO: estimate.pages_zero,
-        PageState.UNIQUE: estimate.pages_distinct,
-        PageState.NOT_PRESENT: estimate.pages - estimate.pages_present,
-    }
-    names = {
-        "shared": ("duplicate", "Its bytes were met before: could be given back"),
-        "zero": ("zero", "Holds only zeros: could be given back"),
-        "unique": ("distinct", "The first page with its bytes: would remain"),
-    }
-    parts = []
-    for part in state_parts(counts, estimate.page_bytes):
-        label, meaning = names.get(part.label, (part.label, part.meaning))
-        parts.append(part._replace(label=label, meaning=meaning))
-    present = estimate.pages_present * estimate.page_bytes
-    head = f"<b>{size(estimate.bytes_saved)}</b> of {size(present)} could be saved"
-    return head, bar(parts) + legend(parts)
-
-
-def memory_parts(info: MemoryInfo) -> list[Part]:
-    """What the process takes, and what it would take beyond that."""
-    return [
-        Part(
-            "in use (PSS)",
-            info.pss,
-            LOOKS[PageState.UNIQUE].colour,
-            "Memory that this process takes",
-        ),
-        Part(
-            "saved",
-            max(info.saved, 0),
-            LOOKS[PageState.SHARED].colour,
-            "Memory that shared pages would take more if each had its own",
-        ),
-    ]
-
-
-def _memory_info(info: MemoryInfo) -> tuple[str, str]:
-    parts = memory_parts(info)
-    head = f"PSS <b>{size(info.pss)}</b>, RSS {size(info.rss)}, saved <b>{size(info.saved)}</b>"
-    note = "RSS counts a shared page once for each mapping: merging lowers PSS, not RSS."
-    return head, bar(parts) + legend(parts) + f'<div style="{QUIET};font-size:.9em">{note}</div>'
-
-
-def _region(region: Region) -> tuple[str, str]:
-    head = f"{plural(region.n_pages, 'page')} at <code>{region.addr:#x}</code>, "
-    try:
-        states = region.page_map()
-    except ValueError:
-        return f"{head}not registered", ""
-    the_map = PageMap("", states, region._engine.page_bytes)
-    parts = state_parts(the_map.counts(), the_map.page_bytes)
-    return head + size(the_map.nbytes), page_map_figure(the_map) + legend(parts)

@@ -139,9 +139,9 @@ class Region(Closing):
         self._engine._close_region(self)
 
     def _repr_html_(self) -> str:
-        from ksmcore import html
+        from ksmcore import notebook
 
-        return html.shown(self)
+        return notebook.shown(self)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else human_bytes(self.nbytes)

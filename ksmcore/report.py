@@ -48,6 +48,11 @@ __all__ = ["html_report"]
 # Regions whose page maps are shown one by one.
 MOST_REGIONS = 12
 
+# Of the counters those that are bytes.
+SIZES = ("bytes_saved", "general_profit", "metadata_bytes", "page_bytes")
+# Longer values may be broken into lines.
+LONGEST_NUMBER = 24
+
 RSS_NOTE = (
     "RSS counts a shared page once for every place that maps it, so merging does not lower it; PSS "
     "counts it once in all, which is what the process really takes and a container is charged for."
@@ -71,9 +76,9 @@ def html_report(
     `command`: the program that was run, as text or as a list of arguments; `exit_status`: what it
     ended with. Both are shown at the top.
     """
+    points = savings_points(engine)
     stats = engine.stats()
     peak = max(engine.peak_bytes_saved, stats.bytes_saved)
-    points = savings_points(engine)
     maps = [] if engine.closed else page_maps(engine, MOST_REGIONS)
     sections = (
         ("Memory", _memory(stats, process_memory_info(), peak)),
@@ -81,7 +86,7 @@ def html_report(
         ("Page maps", _page_maps(maps)),
         ("Left out", _left_out(stats)),
         ("Counters", _counters(stats)),
-        ("Settings and environment", _around(engine.settings.as_dict(), _environment(stats))),
+        ("Settings and environment", _around(stats, engine.settings.as_dict())),
     )
     body = "".join(
         f'<section aria-labelledby="s{number}"><h2 id="s{number}">{name}</h2>{text}</section>\n'
@@ -140,14 +145,16 @@ def _memory(stats: Stats, info: MemoryInfo, peak: int) -> str:
         for name, n_bytes, note, kind in figures
     )
     seen, states = memory_parts(info), stats_parts(stats)
+    without = (
+        '<p class="note">With memory of its own for each shared page it would take '
+        f"{size(info.pss + info.saved)}; zero pages that were given back are not in this.</p>"
+    )
     return (
         f'<dl class="cards">{cards}</dl><p class="note">{RSS_NOTE}</p>'
         f"<h3>The whole process, as the kernel accounts it</h3>{bar(seen)}{legend(seen)}"
-        f'<p class="note">With memory of its own for each shared page it would take '
-        f"{size(info.pss + max(info.saved, 0))}; zero pages that were given back are not in this."
-        "</p>"
+        f"{without if info.saved > 0 else ''}"
         "<h3>Registered pages, by the records of the engine</h3>"
-        f"{bar(states) + legend(states) if stats.pages_tracked + stats.ksm_zero_pages else ''}"
+        f"{bar(states)}{legend(states)}"
         '<p class="note">Of all shared pages with the same bytes one is kept, of zero pages none. '
         "Pages that no pass has met yet are missing here.</p>"
     )
@@ -197,16 +204,7 @@ def _left_out(stats: Stats) -> str:
 def _counters(stats: Stats) -> str:
     numbers = stats.as_dict()
     tables = [
-        _table(
-            group,
-            "Counter",
-            {
-                name: size(numbers[name]) if "bytes" in name or "profit" in name else numbers[name]
-                for name in names
-            },
-            names,
-            ready=True,
-        )
+        _table(group, "Counter", {name: numbers[name] for name in names}, names)
         for group, names in COUNTERS.items()
     ]
     seconds = {stage: f"{spent:.3f} s" for stage, spent in stats.seconds.items()}
@@ -214,10 +212,10 @@ def _counters(stats: Stats) -> str:
     return f'<div class="tables">{"".join(tables)}</div>'
 
 
-def _around(settings: dict[str, Any], environment: dict[str, Any]) -> str:
+def _around(stats: Stats, settings: Mapping[str, Any]) -> str:
     return (
         f'<div class="tables">{_table("Settings of the engine", "Setting", settings)}'
-        f"{_table('Machine and software', 'What', environment)}</div>"
+        f"{_table('Machine and software', 'What', _environment(stats), as_code=False)}</div>"
     )
 
 
@@ -225,7 +223,6 @@ def _environment(stats: Stats) -> dict[str, Any]:
     found = {
         "kernel": f"{platform.system()} {platform.release()}",
         "processor": f"{platform.machine()}, {len(os.sched_getaffinity(0))} usable",
-        "page": human_bytes(stats.page_bytes),
         "vm.max_map_count": vmas.max_map_count(),
         "guard": stats.guard,
         "written pages told by": stats.dirty,
@@ -245,19 +242,23 @@ def _table(
     values: Mapping[str, Any],
     meanings: Mapping[str, str] | None = None,
     *,
-    ready: bool = False,
+    as_code: bool = True,
 ) -> str:
-    """Names, with their meanings below, and values; `ready` where those are HTML already."""
-    rows = []
+    """Names, with their meanings below, and values."""
+    lines = []
     for name, value in values.items():
         said = f"{value:,}" if type(value) is int else str(value)
+        text = escape(said)
+        if name in SIZES:
+            text = f"{human_bytes(value)}<small>{said} bytes</small>"
+        kind = "number" if len(said) <= LONGEST_NUMBER else "text"
+        shown_name = f"<code>{escape(name)}</code>" if as_code else escape(name)
         meaning = f"<small>{escape(meanings[name])}</small>" if meanings else ""
-        rows.append(
-            f'<tr><th scope="row"><code>{escape(name)}</code>{meaning}</th>'
-            f'<td class="number">{said if ready else escape(said)}</td></tr>'
+        lines.append(
+            f'<tr><th scope="row">{shown_name}{meaning}</th><td class="{kind}">{text}</td></tr>'
         )
-    second = '<th scope="col" class="number">Value</th>'
     return (
         f'<table><caption>{escape(caption)}</caption><thead><tr><th scope="col">{head}</th>'
-        f"{second}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<th scope="col" class="number">Value</th></tr></thead><tbody>{"".join(lines)}</tbody>'
+        "</table>"
     )

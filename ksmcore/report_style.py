@@ -51,10 +51,13 @@ figcaption { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; font-weight: 600; padding: .8rem 0 .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
-  border-top: 1px solid var(--line); font-weight: 400; overflow-wrap: anywhere; }
+  border-top: 1px solid var(--line); font-weight: 400; overflow-wrap: break-word; }
+thead th, th code { white-space: nowrap; }
 thead th { font-size: .85rem; color: var(--quiet); border-top: 0; }
 th small, td small { display: block; color: var(--quiet); font-size: .86rem; line-height: 1.45; }
-td.number, th.number { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
+td.number, th.number, td.text { text-align: right; padding-right: 0; }
+td.text { overflow-wrap: anywhere; }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .wide .number { padding-right: 1.2rem; }
 tr { break-inside: avoid; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line);
@@ -66,7 +69,8 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
     overflow: hidden; }
   .wide tr { display: block; padding: .4rem 0; border-top: 1px solid var(--line); }
   .wide th, .wide td, .wide .number { display: block; border: 0; padding: 0;
-    text-align: left; } }
+    text-align: left; }
+  .wide td.number::after { content: " times"; } }
 @media print {
   :root { --ground: #ffffff; --card: #ffffff; --text: #000000; --quiet: #3c3c3c;
     --line: #bbbbbb; --accent: #0b4a80; --good: #14532d; --bad: #7f1d1d; }

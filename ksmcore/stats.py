@@ -40,9 +40,9 @@ class _Numbers:
         }
 
     def _repr_html_(self) -> str:
-        from ksmcore import html
+        from ksmcore import notebook
 
-        return html.shown(self)
+        return notebook.shown(self)
 
     @classmethod
     def _names(cls) -> list[str]:
