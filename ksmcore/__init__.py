@@ -26,9 +26,11 @@ from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
 from ksmcore.features import features  # noqa: E402
+from ksmcore.history import History, Sample  # noqa: E402
 from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import PageState, Region  # noqa: E402
+from ksmcore.report import html_report  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402
 from ksmcore.stats import (  # noqa: E402
     Estimate,
@@ -46,11 +48,13 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from ksmcore.arrays import Order
+    from ksmcore.plotting import Picture
 
 __all__ = [
     "Area",
     "Engine",
     "Estimate",
+    "History",
     "InternalError",
     "MemoryInfo",
     "PageState",
@@ -58,6 +62,7 @@ __all__ = [
     "PhaseWarning",
     "Region",
     "RegionStats",
+    "Sample",
     "Settings",
     "Stats",
     "allocator",
@@ -72,8 +77,10 @@ __all__ = [
     "features",
     "full",
     "hold",
+    "html_report",
     "install_allocator",
     "memory_info",
+    "plot",
     "register",
     "rows",
     "scan",
@@ -243,3 +250,27 @@ def uninstall_allocator() -> None:
     """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they
     are collected. Nothing happens when it is not installed."""
     _allocating.uninstall()
+
+
+def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "Picture":
+    """Draw page maps, and of an engine what was saved over time (extra `plot`: matplotlib).
+
+    `target`: a region, an engine with all its memory, or None for the default engine. The largest
+    `most_regions` regions have a map each, all others one together. A map is made to fit: its
+    caption says how many pages one cell stands for.
+
+    Returns a `matplotlib.figure.Figure`; a notebook shows it, `savefig` keeps it. Pyplot is not
+    used, and no window opens.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: something else was given.
+        ValueError: `most_regions` is below 0, or the region or engine is closed.
+    """
+    if target is not None and not isinstance(target, Engine | Region):
+        raise TypeError(f"plot draws an Engine or a Region, not {type(target).__name__}")
+    if most_regions < 0:
+        raise ValueError(f"most_regions must be at least 0, not {most_regions}")
+    from ksmcore import plotting
+
+    return plotting.plot(default_engine() if target is None else target, most_regions)

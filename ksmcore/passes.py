@@ -19,6 +19,7 @@ from typing import Any
 
 from ksmcore import vmas
 from ksmcore._core import Core
+from ksmcore.history import History, Sample, sample
 from ksmcore.progress import Progress, reporting
 from ksmcore.registration import Registrar
 from ksmcore.settings import Settings
@@ -61,6 +62,21 @@ class PassMaker(Registrar):
     def _renew(self) -> None:
         self._pass_lock = threading.Lock()
         self._pass_owner = 0
+        self._history = History()
+        self._made_at = time.monotonic()
+        self.peak_bytes_saved = 0
+
+    @property
+    def history(self) -> History:
+        """What each `scan`, `dedup` and pass of the scanner left behind; thinned out when there are
+        thousands. A forked child begins a new one."""
+        self._own()
+        return self._history
+
+    def _sample(self, numbers: dict[str, Any] | None = None) -> Sample:
+        """These numbers, or those of this moment."""
+        seconds = time.monotonic() - self._made_at
+        return sample(seconds, numbers or self._core.snapshot(), self.page_bytes)
 
     # ---- at once --------------------------------------------------------------------------------
 
@@ -265,6 +281,7 @@ class PassMaker(Registrar):
             for numbers in (before, after)
         )
         self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
+        self._history.add(self._sample(after))
         return PassReport(
             bytes_saved=saved - saved_before,
             pages_scanned=scanned,
