@@ -17,14 +17,6 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))] if DOCS.exists() else []
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="only in the repository")
 
-# Told in docs/api.md already, and not there yet.
-ANNOUNCED = {
-    *("allocator", "install_allocator", "uninstall_allocator"),
-    *("History", "Sample", "html_report", "plot"),
-    "Engine.history",
-    *("_allocator", "_arena", "_copy", "allocators.py"),
-}
-
 
 def section(page, heading):
     """The text under a heading of any level, up to the next one of that level or above."""
@@ -103,12 +95,9 @@ def members(cls):
 
 
 def check_signatures(owner, told):
-    """Each "name(...)" or "name" is of `owner`, and called like that; or announced."""
+    """Each "name(...)" or "name" is of `owner`, and called like that."""
     for entry in told:
         name = entry.split("(")[0]
-        whole = name if owner is ksmcore else f"{owner.__name__}.{name}"
-        if whole in ANNOUNCED and not hasattr(owner, name):
-            continue
         member = getattr(owner, name)
         if "(" in entry:
             assert entry == name + parameters(member)
@@ -124,7 +113,7 @@ def test_api_names_everything_public():
     }
     check_signatures(ksmcore, functions)
     called = {entry.split("(")[0] for entry in functions}
-    assert called <= set(ksmcore.__all__) | ANNOUNCED
+    assert called <= set(ksmcore.__all__)
     text = (DOCS / "api.md").read_text()
     explained = called | set(re.findall(r"^##+ (\w+)$", text, re.MULTILINE))
     explained |= {name for row in rows("api.md", "Errors") for name in codes(row[0])}
@@ -143,9 +132,7 @@ def test_api_names_every_member(cls):
         for name in same:
             assert parameters(getattr(cls, name)) == parameters(getattr(ksmcore, name))
         names |= same
-    announced = {name for name in names if f"{cls.__name__}.{name}" in ANNOUNCED}
-    assert names - announced <= members(cls)
-    assert members(cls) <= names
+    assert names == members(cls)
 
 
 @pytest.mark.parametrize("cls", [ksmcore.PassReport, ksmcore.Estimate, ksmcore.MemoryInfo])
@@ -199,14 +186,13 @@ def test_names_in_it_exist(page):
     owners |= {name.lower(): cls for name, cls in owners.items()} | {"ksmcore": ksmcore}
     for owner, name in re.findall(r"\b([A-Za-z]+)\.([A-Za-z]\w*)", page.read_text()):
         if owner in owners and name not in ("md", "py", "prometheus"):
-            whole = name if owner == "ksmcore" else f"{owner.capitalize()}.{name}"
-            assert whole in ANNOUNCED or hasattr(owners[owner], name), f"{owner}.{name}"
+            assert hasattr(owners[owner], name), f"{owner}.{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_in_it_exist(page):
     """Paths, and compiled modules by their bare names: `_scan`."""
-    names = ANNOUNCED | {"script.py", "train.py"}
+    names = {"script.py", "train.py"}
     for name in codes(outside_blocks(page)):
         if name in names:
             continue
@@ -275,17 +261,11 @@ def blocks(page, kind):
     ]
 
 
-def can_run(code):
-    missing = ANNOUNCED - set(ksmcore.__all__)
-    return not any(f"ksmcore.{name}(" in code for name in missing)
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=page_id)
 def test_code_does_what_it_says(page, tmp_path):
     source = ""
     for n_lines, code in blocks(page, "python"):
-        if can_run(code):
-            source += "\n" * (n_lines - source.count("\n")) + code
+        source += "\n" * (n_lines - source.count("\n")) + code
     assert source.count("# -> ") >= 3
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUNNER, page.name],
