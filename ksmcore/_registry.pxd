@@ -13,6 +13,7 @@ cdef class Registry:
     cdef engine_core c
     cdef PyThread_type_lock lock
     cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
+    cdef readonly uint64_t n_enlisted    # how often memory was registered so far
     cdef uint32_t generation
     cdef guard_kind guard            # asked for
     cdef bint any_guard              # or a weaker one

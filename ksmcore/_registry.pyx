@@ -152,6 +152,7 @@ cdef class Registry:
             regions_drop(&self.c.regions, after)
         if not overlaps:
             added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
+        self.n_enlisted += added
         self._unlock()
         return EEXIST if overlaps else 0 if added else ENOMEM
 

@@ -539,3 +539,21 @@ def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
         assert all((array == i).all() for i, array in enumerate(more)) and (kept == 1).all()
     """)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_scanner_that_ran_before_the_first_array_merges():
+    done = run_python("""
+        import time
+        import numpy as np
+        import ksmcore
+        ksmcore.start(sleep_millisecs=0)
+        time.sleep(0.1)
+        ksmcore.install_allocator()
+        arrays = [np.full(1 << 20, 3, np.uint8) for _ in range(50)]
+        end = time.monotonic() + 60
+        while ksmcore.stats().pages_sharing < 49 * 256 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert ksmcore.stats().pages_sharing >= 49 * 256, ksmcore.stats()
+        assert all((array == 3).all() for array in arrays)
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
