@@ -43,7 +43,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef const char* CAPSULE_NAME = b"mem_handler"    # NEP 49 fixes it
 cdef PyDataMem_Handler* _numpys = NULL            # NumPy's own
-cdef dict _capsules = {}                          # by threshold
+cdef dict _capsules = {}                          # by threshold, and whether in the place of NumPy's own
 
 
 cdef void* _take(void* ctx, size_t size) noexcept nogil:
@@ -87,14 +87,15 @@ cdef void* _grow(void* ctx, void* memory, size_t new_size) noexcept nogil:
     return grown
 
 
-cdef PyDataMem_Handler* _new_handler(size_t threshold_bytes) except NULL:
-    """The threshold is all the context that it needs."""
+cdef PyDataMem_Handler* _new_handler(size_t threshold_bytes, bint as_default) except NULL:
+    """The threshold is all the context that it needs. In the place of NumPy's own it has the name of that: programs
+    tell by the name whether a context has the default."""
     cdef PyDataMem_Handler* handler = <PyDataMem_Handler*>malloc(sizeof(PyDataMem_Handler))
     if handler == NULL:
         raise MemoryError("no memory for an allocator")
     memset(handler, 0, sizeof(PyDataMem_Handler))
-    if threshold_bytes == <size_t>-1:
-        strcpy(handler.name, _numpys.name)     # it takes nothing from the arena
+    if as_default:
+        strcpy(handler.name, _numpys.name)
     else:
         strcpy(handler.name, b"ksmcore")
     handler.version = 1
@@ -106,10 +107,11 @@ cdef PyDataMem_Handler* _new_handler(size_t threshold_bytes) except NULL:
     return handler
 
 
-cdef object _capsule(size_t threshold_bytes):
-    if threshold_bytes not in _capsules:
-        _capsules[threshold_bytes] = PyCapsule_New(_new_handler(threshold_bytes), CAPSULE_NAME, NULL)
-    return _capsules[threshold_bytes]
+cdef object _capsule(size_t threshold_bytes, bint as_default):
+    key = (threshold_bytes, as_default)
+    if key not in _capsules:
+        _capsules[key] = PyCapsule_New(_new_handler(threshold_bytes, as_default), CAPSULE_NAME, NULL)
+    return _capsules[key]
 
 
 def begin(core, bint wants_huge):
@@ -120,7 +122,7 @@ def begin(core, bint wants_huge):
 def use_here(size_t threshold_bytes):
     """Have the arrays of this context come from the arena, from this size on; returns what was there before, for
     `use_again`."""
-    return PyDataMem_SetHandler(_capsule(threshold_bytes))
+    return PyDataMem_SetHandler(_capsule(threshold_bytes, False))
 
 
 def use_again(before):
@@ -130,7 +132,7 @@ def use_again(before):
 
 def use_everywhere(size_t threshold_bytes):
     """Have the arrays of all contexts that use NumPy's default come from the arena."""
-    cdef void* handler = PyCapsule_GetPointer(_capsule(threshold_bytes), CAPSULE_NAME)
+    cdef void* handler = PyCapsule_GetPointer(_capsule(threshold_bytes, True), CAPSULE_NAME)
     PyCapsule_SetPointer(<object>PyDataMem_DefaultHandler, handler)
 
 

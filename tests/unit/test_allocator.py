@@ -144,12 +144,17 @@ def test_installed_it_holds_for_running_and_new_threads_alike():
     assert not is_here(np.ones(MIB, np.uint8))
 
 
-def test_the_handler_tells_its_name():
-    ksmcore.install_allocator()
-    array = np.ones(MIB, np.uint8)
+def test_the_handler_tells_its_name_and_the_default_stays_the_default():
+    with ksmcore.allocator():
+        assert handler_name() == "ksmcore"
+        array = np.ones(MIB, np.uint8)
     assert handler_name(array) == "ksmcore"
-    ksmcore.uninstall_allocator()
+    ksmcore.install_allocator()
     assert handler_name() == "default_allocator"
+    array = np.ones(MIB, np.uint8)
+    assert is_here(array)
+    ksmcore.uninstall_allocator()
+    assert handler_name(array) == "default_allocator"
     assert (array == 1).all()
 
 
