@@ -108,10 +108,19 @@ class BuildExt(build_ext):
             SETTINGS_FILE.parent.mkdir(parents=True, exist_ok=True)
             SETTINGS_FILE.write_text(settings)
 
+        import numpy
+
         by_name = {made.name: made for made in translated}
         for extension in self.extensions:
             vars(extension).update(vars(by_name[extension.name]))
             extension.depends = [*extension.depends, str(SETTINGS_FILE)]
+            if extension.name == f"{PACKAGE}._allocator":
+                extension.include_dirs = [*extension.include_dirs, numpy.get_include()]
+                # The first that has replaceable allocators: it runs with all later ones too.
+                extension.define_macros = [
+                    ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+                    ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
+                ]
         super().run()
 
 

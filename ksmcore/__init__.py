@@ -19,14 +19,18 @@ import functools  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from ksmcore import allocators as _allocating  # noqa: E402
+from ksmcore.allocators import THRESHOLD_BYTES, Allocator  # noqa: E402
 from ksmcore.areas import Area  # noqa: E402
 from ksmcore.engine import Engine  # noqa: E402
 from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
 from ksmcore.features import features  # noqa: E402
+from ksmcore.history import History, Sample  # noqa: E402
 from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import PageState, Region  # noqa: E402
+from ksmcore.report import html_report  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402
 from ksmcore.stats import (  # noqa: E402
     Estimate,
@@ -44,11 +48,13 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from ksmcore.arrays import Order
+    from ksmcore.plotting import Picture
 
 __all__ = [
     "Area",
     "Engine",
     "Estimate",
+    "History",
     "InternalError",
     "MemoryInfo",
     "PageState",
@@ -56,8 +62,10 @@ __all__ = [
     "PhaseWarning",
     "Region",
     "RegionStats",
+    "Sample",
     "Settings",
     "Stats",
+    "allocator",
     "area",
     "array",
     "configure",
@@ -69,13 +77,17 @@ __all__ = [
     "features",
     "full",
     "hold",
+    "html_report",
+    "install_allocator",
     "memory_info",
+    "plot",
     "register",
     "rows",
     "scan",
     "start",
     "stats",
     "stop",
+    "uninstall_allocator",
     "unmerge",
     "unregister",
     "zeros",
@@ -200,3 +212,65 @@ def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any
 def copy(source: "NDArray[Any]") -> "NDArray[Any]":
     """`Engine.copy` of the default engine: a page-aligned, registered copy of an array."""
     return default_engine().copy(source)
+
+
+def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator":
+    """Have large NumPy arrays be page-aligned and registered with the default engine, while in the
+    block:
+
+        with ksmcore.allocator():
+            model = load()               # every array of 64 KiB and more, whoever makes it
+
+    It holds for this thread, or asynchronous task (for this context, as NEP 49 has it); a thread
+    begins with a context of its own (before Python 3.14), so have it enter the block itself, or use
+    `install_allocator`. Arrays stay what they are when the block is left, and give their memory
+    back when they are collected.
+
+    Raises:
+        TypeError, ValueError: threshold_bytes is no positive integer.
+    """
+    return Allocator(default_engine(), threshold_bytes)
+
+
+def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> None:
+    """Have all large NumPy arrays of the process be page-aligned and registered with the default
+    engine from now on, in all threads, those that run already among them. Again: with another
+    threshold.
+
+    Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with
+    another allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
+
+    Raises:
+        TypeError, ValueError: threshold_bytes is no positive integer.
+    """
+    _allocating.install(default_engine(), threshold_bytes)
+
+
+def uninstall_allocator() -> None:
+    """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they
+    are collected. Nothing happens when it is not installed."""
+    _allocating.uninstall()
+
+
+def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "Picture":
+    """Draw page maps, and of an engine what was saved over time (extra `plot`: matplotlib).
+
+    `target`: a region, an engine with all its memory, or None for the default engine. The largest
+    `most_regions` regions have a map each, all others one together. A map is made to fit: its
+    caption says how many pages one cell stands for.
+
+    Returns a `matplotlib.figure.Figure`; a notebook shows it, `savefig` keeps it. Pyplot is not
+    used, and no window opens.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: something else was given.
+        ValueError: `most_regions` is below 0, or the region or engine is closed.
+    """
+    if target is not None and not isinstance(target, Engine | Region):
+        raise TypeError(f"plot draws an Engine or a Region, not {type(target).__name__}")
+    if most_regions < 0:
+        raise ValueError(f"most_regions must be at least 0, not {most_regions}")
+    from ksmcore import plotting
+
+    return plotting.plot(default_engine() if target is None else target, most_regions)

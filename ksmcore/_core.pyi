@@ -16,6 +16,7 @@ class Core(Registry):
     def walk(
         self, cursor: int, end: int, max_pages: int, immediate: bool, max_merges: int = 0
     ) -> int: ...
+    def copy_memory(self, source: int, target: int, len_bytes: int) -> int: ...
     def configure(
         self,
         use_zero_pages: bool,

@@ -1,14 +1,16 @@
 """The engine's core as Python sees it: passes without the GIL, settings and numbers, over its regions.
 
 Called by: engine.py, passes.py, scanner.py. Calls: _registry (which it is made of), _engine, _quiet, _scan, _census,
-_numbers, _unmerge, _guard.
+_copy, _numbers, _unmerge, _guard.
 """
 
 from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT_LOCK
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy
 
-from ksmcore._census cimport census_take
-from ksmcore._engine cimport core_begin_pass
+from ksmcore._census cimport census_of_region, census_take
+from ksmcore._copy cimport core_copy
+from ksmcore._engine cimport SPAN_PAGES, core_begin_pass
 from ksmcore._guard cimport guard_leave, guard_name
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._quiet cimport quiet_begin_pass
@@ -18,7 +20,7 @@ from ksmcore._registry cimport Registry
 from ksmcore._scan cimport core_scan_at
 from ksmcore._store cimport MAX_SHARERS
 from ksmcore._sys cimport (
-    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error,
+    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes,
 )
 from ksmcore._tracker cimport tracker_close
 from ksmcore._unmerge cimport core_check
@@ -145,6 +147,44 @@ cdef class Core(Registry):
                 )
             error_raise(&err, "scan")
         return cursor
+
+    def copy_memory(self, uintptr_t source, uintptr_t target, size_t len_bytes):
+        """Copy bytes into fresh memory that begins as far into a page, is registered and was never touched, and that
+        nobody else knows yet. Whole pages that are shared in the source are shared by both, what is not is copied.
+        Returns how many whole pages had to be copied.
+
+        The caller keeps both mapped. OSError when the kernel does not answer.
+        """
+        cdef region_t* region
+        cdef size_t page_bytes = sys_page_bytes(), n, n_plain = 0, n_blocked
+        cdef uintptr_t end = source + len_bytes
+        cdef sys_error err
+        cdef int rc = 0
+        error_clear(&err)
+        self._own()
+        with nogil:
+            self._lock()
+            region = regions_at(&self.c.regions, source)
+            while rc == 0 and region != NULL and region.addr < end:
+                rc = census_of_region(&self.c, region, &n_blocked, &err)
+                region = regions_next(&self.c.regions, region)
+            self._unlock()
+            while rc == 0 and source < end:
+                n = min(end - source, page_bytes - source % page_bytes)
+                if n == page_bytes:
+                    n = min((end - source) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
+                    self._lock()
+                    rc = core_copy(&self.c, source, target, n // page_bytes, &n_plain, &err)
+                    self._unlock()
+                else:
+                    memcpy(<void*>target, <const void*>source, n)
+                source += n
+                target += n
+        if rc != 0:
+            if err.code == 0:
+                raise MemoryError("copy: no memory to look at the mappings")
+            error_raise(&err, "copy")
+        return n_plain
 
     # ---- settings and numbers ---------------------------------------------------------------
 

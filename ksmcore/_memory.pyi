@@ -6,10 +6,17 @@ from ksmcore._core import Core
 @final
 class PageMemory:
     def __new__(
-        cls, core: Core | None, region_id: int, len_bytes: int, owner: object = None
+        cls,
+        core: Core | None,
+        region_id: int,
+        len_bytes: int,
+        owner: object = None,
+        offset: int = 0,
     ) -> PageMemory: ...
     @property
     def addr(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
     @property
     def len_bytes(self) -> int: ...
     @property

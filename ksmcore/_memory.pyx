@@ -16,25 +16,27 @@ from ksmcore._sys cimport error_clear, error_raise, sys_error, sys_map_anon, sys
 
 @cython.no_gc_clear          # __dealloc__ needs `core`, also when a reference cycle is collected
 cdef class PageMemory:
-    """`len_bytes` bytes of zeros that begin on a page; a writable buffer."""
+    """`len_bytes` bytes of zeros that begin `offset` bytes into a page; a writable buffer."""
 
     cdef object __weakref__
     cdef object core
     cdef object owner            # the engine; only kept alive
-    cdef readonly uintptr_t addr
+    cdef readonly uintptr_t addr     # of the first page
+    cdef readonly size_t offset
     cdef readonly size_t len_bytes   # asked for
     cdef size_t mapped_bytes     # whole pages
     cdef object region_id
 
-    def __cinit__(self, object core, object region_id, size_t len_bytes, object owner=None):
+    def __cinit__(self, object core, object region_id, size_t len_bytes, object owner=None, size_t offset=0):
         cdef sys_error err
         cdef size_t page = sys_page_bytes()
         cdef void* memory
         error_clear(&err)
-        if len_bytes == 0 or len_bytes > <size_t>-1 // 2 - page:
+        if len_bytes == 0 or len_bytes > <size_t>-1 // 2 - 2 * page or offset >= page:
             raise ValueError(f"cannot make {len_bytes} bytes of memory")
         self.len_bytes = len_bytes
-        self.mapped_bytes = (len_bytes + page - 1) // page * page
+        self.offset = offset
+        self.mapped_bytes = (offset + len_bytes + page - 1) // page * page
         with nogil:
             memory = sys_map_anon(self.mapped_bytes, &err)
         if memory == NULL:
@@ -63,11 +65,11 @@ cdef class PageMemory:
                 sys_unmap(self.addr, self.mapped_bytes, &ignored)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
-        PyBuffer_FillInfo(view, self, <void*>self.addr, <Py_ssize_t>self.len_bytes, False, flags)
+        PyBuffer_FillInfo(view, self, <void*>(self.addr + self.offset), <Py_ssize_t>self.len_bytes, False, flags)
 
     @property
     def n_pages(self):
         return self.mapped_bytes // sys_page_bytes()
 
     def __repr__(self):
-        return f"<ksmcore page memory: {self.len_bytes} bytes at {self.addr:#x}>"
+        return f"<ksmcore page memory: {self.len_bytes} bytes at {self.addr + self.offset:#x}>"

@@ -1,6 +1,6 @@
 """The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
 
-Called by: _runs (merge, reshare, zero), _unmerge and _core (restore). Calls: _pages, _store (reading), _guard,
+Called by: _runs (merge, reshare, zero), _unmerge and _core (restore, empty). Calls: _pages, _store (reading), _guard,
 _tracker, _sys.
 
 Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
@@ -27,7 +27,7 @@ from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._reader cimport ksm_reader, reader_here
 from ksmcore._store cimport store_is_there, store_page, store_t
 from ksmcore._sys cimport (
-    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
+    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
     ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
     sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
@@ -307,3 +307,18 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         # Unchecked: our own mapping, whole from here to its end.
         sys_unmap(fresh, (run.n_pages - n_restored[0]) * run.page_bytes, &ignored)
     return rc
+
+
+cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil:
+    """Take the memory of pages that nobody uses: zeros show there afterwards. No window, since nobody looks.
+
+    -1 with *err: the pages are as they were.
+    """
+    cdef size_t len_bytes = run.n_pages * run.page_bytes
+    if not run.over_store:
+        return sys_advise(run.addr, len_bytes, ADVISE_DONTNEED, err)
+    # To drop the pages of a mapping of the store would let the store show again.
+    if _map_over(NULL, MAP_ZERO, run.addr, 0, len_bytes, run.page_bytes, run.flags, err) != 0:
+        return -1
+    tracker_take_back(_tracker_fd(run), run.addr, len_bytes)
+    return 0

@@ -13,6 +13,7 @@ cdef class Registry:
     cdef engine_core c
     cdef PyThread_type_lock lock
     cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
+    cdef readonly uint64_t n_enlisted    # how often memory was registered so far
     cdef uint32_t generation
     cdef guard_kind guard            # asked for
     cdef bint any_guard              # or a weaker one
@@ -27,3 +28,10 @@ cdef class Registry:
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
+
+    # For _arena, which has memory of its own and no Python objects.
+    cdef int enlist(
+        self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
+    ) noexcept nogil
+    cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil

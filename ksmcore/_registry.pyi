@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 class Registry:
+    @property
+    def n_enlisted(self) -> int: ...
     def __new__(
         cls,
         *,

@@ -14,6 +14,7 @@ throws it away and begins anew, empty. What is given up on purpose: the child's 
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, WAIT_LOCK,
 )
+from libc.errno cimport EEXIST, ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
@@ -29,7 +30,7 @@ from ksmcore._regions cimport region_t, regions_at, regions_drop, regions_insert
 from ksmcore._store cimport MAX_SHARERS
 from ksmcore._sys cimport error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
 from ksmcore._tally cimport core_page_map, core_tally, region_tally, tally_as_dict
-from ksmcore._unmerge cimport core_abandon, core_forget, core_restore
+from ksmcore._unmerge cimport core_abandon, core_discard, core_forget, core_restore
 from ksmcore._window cimport guard_kind
 
 
@@ -111,6 +112,7 @@ cdef class Registry:
         while __atomic_load_n(&self.n_waiting, __ATOMIC_SEQ_CST) != 0 and tries < MOST_PAUSES:
             sys_pause()
             tries += 1
+
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil:
         """Get ready to open windows; leave what was *entered.
 
@@ -133,6 +135,63 @@ cdef class Registry:
         cdef region_t* region = regions_at(&self.c.regions, addr)
         return region if region != NULL and region.id == region_id else NULL
 
+    cdef int enlist(
+        self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
+    ) noexcept nogil:
+        """`add`, for who has seen to it that this process owns the core: 0, EEXIST or ENOMEM."""
+        cdef region_t* after
+        cdef bint overlaps, added = False
+        self._lock()
+        while True:
+            after = regions_at(&self.c.regions, addr)
+            overlaps = after != NULL and after.addr < addr + n_pages * self.c.page_bytes
+            if not overlaps or not fresh:
+                break
+            quiet_unwatch(&self.c, after)
+            core_abandon(&self.c, after)
+            regions_drop(&self.c.regions, after)
+        if not overlaps:
+            added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
+        self.n_enlisted += added
+        self._unlock()
+        return EEXIST if overlaps else 0 if added else ENOMEM
+
+    cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
+        """Forget a region that is about to be unmapped; nothing where it is not, or in a forked child."""
+        cdef region_t* region
+        cdef size_t n_blocked = 0
+        cdef sys_error ignored
+        if self.generation != gate_generation():
+            return
+        error_clear(&ignored)
+        self._lock()
+        region = self._region(region_id, addr)
+        if region != NULL:
+            if self.c.rmap.n_over_store != 0:
+                # So that what the program has mapped elsewhere is not released. Where it cannot be known it
+                # is kept.
+                if census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
+                    core_abandon(&self.c, region)
+            quiet_unwatch(&self.c, region)
+            core_forget(&self.c, region)
+            regions_drop(&self.c.regions, region)
+        self._unlock()
+
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil:
+        """Empty pages of the region with this id, which nobody uses; False where they are not of that region.
+        What the kernel refused is in *err."""
+        cdef region_t* region
+        cdef bint found = False
+        if self.generation != gate_generation():
+            return False
+        self._lock()
+        region = regions_at(&self.c.regions, addr)
+        if region != NULL and region.id == region_id and region.addr <= addr:
+            found = True
+            core_discard(&self.c, region, addr, n_pages, err)
+        self._unlock()
+        return found
+
     def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh=False):
         """Register `n_pages` pages from `addr` on, under an id that no other region of the process has.
 
@@ -142,26 +201,14 @@ cdef class Registry:
         ValueError when they overlap a region; MemoryError. The caller keeps the memory mapped until
         `remove` has returned.
         """
-        cdef region_t* after
         cdef size_t len_bytes = n_pages * sys_page_bytes()
-        cdef bint overlaps, added = False
+        cdef int rc
         self._own()
         with nogil:
-            self._lock()
-            while True:
-                after = regions_at(&self.c.regions, addr)
-                overlaps = after != NULL and after.addr < addr + len_bytes
-                if not overlaps or not fresh:
-                    break
-                quiet_unwatch(&self.c, after)
-                core_abandon(&self.c, after)
-                regions_drop(&self.c.regions, after)
-            if not overlaps:
-                added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
-            self._unlock()
-        if overlaps:
+            rc = self.enlist(region_id, addr, n_pages, flags, fresh)
+        if rc == EEXIST:
             raise ValueError(f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered")
-        if not added:
+        if rc != 0:
             raise MemoryError("no memory for a region")
 
     def remove(self, uint64_t region_id, uintptr_t addr, bint restore, bint keep=False):

@@ -1,6 +1,8 @@
 """The way back: from merged pages to plain memory; see _unmerge.pyx."""
 
 from ksmcore._regions cimport region_t
+from libc.stdint cimport uintptr_t
+
 from ksmcore._engine cimport engine_core
 from ksmcore._sys cimport sys_error
 
@@ -8,3 +10,6 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
 cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil
 cdef int core_check(engine_core* c) noexcept nogil
+cdef int core_discard(
+    engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages, sys_error* err
+) noexcept nogil

@@ -1,6 +1,7 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _core. Calls: _match (items), _merge (restore_range), _batch, _rmap, _store, _forest, _regions.
+Called by: _registry, _core. Calls: _match (items), _merge (restore_range, empty_range), _batch, _rmap, _store,
+_forest, _regions.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.
@@ -11,7 +12,7 @@ from libc.stdlib cimport calloc, free
 
 from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
-from ksmcore._merge cimport restore_range, run_t
+from ksmcore._merge cimport empty_range, restore_range, run_t
 from ksmcore._regions cimport region_t, regions_at
 from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
 from ksmcore._batch cimport drop_sharer
@@ -66,16 +67,19 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     return rc
 
 
-cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
-    """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
-    cdef uint64_t first_no = region.addr // c.page_bytes
-    cdef size_t page
-    cdef uint32_t item = 0, hint = 0
-    for page in range(region.n_pages):
-        item = rmap_find(&c.rmap, first_no + page, hint)
+cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
+    cdef size_t i
+    cdef uint32_t item, hint = 0
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, first_no + i, hint)
         if item != 0:
             hint = item
             core_forget_item(c, item)
+
+
+cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
+    """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
+    _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 
 
@@ -92,6 +96,44 @@ cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
             if c.rmap.tags[item].state == PAGE_SHARED:
                 store_lose(&c.store, c.rmap.nodes[item].left)
             core_forget_item(c, item)
+
+
+cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noexcept nogil:
+    cdef uint32_t item = rmap_find(&c.rmap, page_no, hint[0])
+    if item != 0:
+        hint[0] = item
+    return item != 0 and c.rmap.tags[item].over_store
+
+
+cdef int core_discard(
+    engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages, sys_error* err
+) noexcept nogil:
+    """Empty pages of a region whose bytes nobody needs any more, and forget them: they hold no memory, show
+    zeros and are passed over, until they are written again. No window is needed, since nobody writes there.
+
+    -1 with *err: the kernel refused for some of them, which hold what they held and may still be merged.
+    """
+    cdef uint64_t first_no = addr // c.page_bytes
+    cdef size_t page = 0, start
+    cdef uint32_t hint = 0
+    cdef int rc = 0
+    cdef run_t run
+    run.page_bytes = c.page_bytes
+    run.flags = region.flags
+    run.tracker = &c.tracker
+    while page < n_pages:
+        start = page
+        run.over_store = _lies_over_store(c, first_no + page, &hint)
+        while page < n_pages and _lies_over_store(c, first_no + page, &hint) == run.over_store:
+            page += 1
+        run.addr = addr + start * c.page_bytes
+        run.n_pages = page - start
+        if empty_range(&run, err) == 0:
+            _forget_pages(c, first_no + start, page - start)
+        else:
+            rc = -1
+    store_trim(&c.store)
+    return rc
 
 
 # ---- what must hold between the modules -----------------------------------------------------------

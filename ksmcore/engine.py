@@ -232,6 +232,11 @@ class Engine(PassMaker, Closing):
                 with contextlib.suppress(MemoryError):
                     self.close()
 
+    def _repr_html_(self) -> str:
+        from ksmcore import notebook
+
+        return notebook.shown_engine(self)
+
     def __repr__(self) -> str:
         if self._closed:
             return "<ksmcore.Engine: closed>"

@@ -19,6 +19,7 @@ from typing import Any
 
 from ksmcore import vmas
 from ksmcore._core import Core
+from ksmcore.history import History, Sample, sample
 from ksmcore.progress import Progress, reporting
 from ksmcore.registration import Registrar
 from ksmcore.settings import Settings
@@ -61,6 +62,21 @@ class PassMaker(Registrar):
     def _renew(self) -> None:
         self._pass_lock = threading.Lock()
         self._pass_owner = 0
+        self._history = History()
+        self._made_at = time.monotonic()
+        self.peak_bytes_saved = 0
+
+    @property
+    def history(self) -> History:
+        """What each `scan`, `dedup` and pass of the scanner left behind; thinned out when there are
+        thousands. A forked child begins a new one."""
+        self._own()
+        return self._history
+
+    def _sample(self, numbers: dict[str, Any] | None = None) -> Sample:
+        """These numbers, or those of this moment."""
+        seconds = time.monotonic() - self._made_at
+        return sample(seconds, numbers or self._core.snapshot(), self.page_bytes)
 
     # ---- at once --------------------------------------------------------------------------------
 
@@ -91,6 +107,10 @@ class PassMaker(Registrar):
         """
         self._check_open()
         pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
+        return self._merge_now(pages, progress)
+
+    def _merge_now(self, pages: list[tuple[int, int]], progress: Progress = None) -> PassReport:
+        """Merge what is equal in these address ranges."""
         with self._passing() as begun:
             before = after = first = begun.numbers
             # Pages that the map budget left out get another chance with a smaller reserve.
@@ -174,6 +194,17 @@ class PassMaker(Registrar):
                     tell(done)
             tell(n_pages)
 
+    def _copy_memory(self, source: int, target: int, n_bytes: int) -> None:
+        """What the source did not share yet is merged with its copy."""
+        n_copied = self._core.copy_memory(source, target, n_bytes)
+        # In a callback of a pass there can be no other: then a later one merges them.
+        if n_copied != 0 and self._pass_owner != threading.get_ident():
+            ranges = (self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
+            self._merge_now(sorted(ranges))
+
+    def _whole_pages(self, addr: int, end: int) -> tuple[int, int]:
+        return -(-addr // self.page_bytes) * self.page_bytes, end - end % self.page_bytes
+
     # ---- batch by batch, for the scanner --------------------------------------------------------
 
     def _begin_batches(self, in_batch: AbstractContextManager[object]) -> Begun:
@@ -250,6 +281,7 @@ class PassMaker(Registrar):
             for numbers in (before, after)
         )
         self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
+        self._history.add(self._sample(after))
         return PassReport(
             bytes_saved=saved - saved_before,
             pages_scanned=scanned,

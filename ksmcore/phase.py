@@ -33,7 +33,8 @@ def phase_advice(len_bytes: int, phase: int, other_phase: int) -> str:
         f"this buffer of {len_bytes:,} bytes begins {phase} bytes into a page, a registered buffer "
         f"of the same size {other_phase} bytes. Equal arrays share pages only if they begin at the "
         "same offset; so these two will share next to nothing. Page-aligned arrays always match: "
-        "make them with ksmcore.empty, zeros, full or array, copy what exists with ksmcore.copy. "
+        "make them with ksmcore.empty, zeros, full or array, or under ksmcore.allocator(); copy "
+        "what exists with ksmcore.array. "
         "For frames and records ksmcore.rows(n, row_shape, dtype) begins every row on a page."
     )
 

@@ -138,6 +138,11 @@ class Region(Closing):
         """
         self._engine._close_region(self)
 
+    def _repr_html_(self) -> str:
+        from ksmcore import notebook
+
+        return notebook.shown(self)
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else human_bytes(self.nbytes)
         return f"<ksmcore.Region: {self._n_pages} pages at {self._addr:#x}, {state}>"

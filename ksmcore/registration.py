@@ -29,7 +29,7 @@ from ksmcore.regions import Region, disjoint
 
 __all__ = ["Registrar"]
 
-_Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address
+_Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address of the first byte
 
 _registrars: weakref.WeakSet[Registrar] = weakref.WeakSet()
 _registering = threading.RLock()
@@ -180,9 +180,10 @@ class Registrar(ArrayMaker):
                 return
             found = self._find(addr, n_pages)
             if found is None or found[1:] != (addr, n_pages):
-                raise ValueError(
-                    f"this buffer ({n_pages} pages at {addr:#x}) is not registered with this engine"
-                )
+                what = "not registered with this engine"
+                if found is not None:
+                    what += ", but lies in memory that is, as a whole (the allocator's, say)"
+                raise ValueError(f"this buffer ({n_pages} pages at {addr:#x}) is {what}")
             region = self._regions.get(found[0])
             if region is None:
                 self._restore(found[0], addr)
@@ -324,13 +325,20 @@ class Registrar(ArrayMaker):
             held.callback(admission.release)
         return ranges
 
-    def _allocate(self, n_bytes: int) -> PageMemory:
+    def _allocate(self, n_bytes: int, offset: int = 0) -> PageMemory:
         self._check_open()
         core = None if self._disabled else self._core
-        memory = PageMemory(core, next(_region_ids), n_bytes, self)
-        self._memories[memory.addr] = memory
+        memory = PageMemory(core, next(_region_ids), n_bytes, self, offset)
+        self._memories[memory.addr + offset] = memory
         self._registered()
         return memory
+
+    def _is_registered(self, addr: int, end: int) -> bool:
+        self._check_open()
+        try:
+            return self._core.find(addr, end - addr) is not None
+        except ValueError:
+            return True  # in part
 
     # ---- whose it is --------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Called by the engine. Calls the engine's passes, and the pacing between them.
 
 - It holds its engine only during a batch, so an engine that nobody else knows is collected.
-- Where nothing is registered it parks, and a registration wakes it.
+- Where nothing is registered it parks, and a registration wakes it: at once, or, where the arena
+  has registered memory in the midst of NumPy's work, when it looks for that the next time.
 - A fork waits for the end of the batch (`_in_batch`), and no batch begins before it is over; in the
   child there is no scanner.
 - What goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the core,
@@ -25,6 +26,9 @@ from ksmcore.passes import END_OF_MEMORY, Begun, PassMaker
 __all__ = ["Scanner"]
 
 log = logging.getLogger("ksmcore")
+
+# How long it takes at most until it sees that the arena has registered something.
+LOOK_SECONDS = 0.25
 
 _scanners: weakref.WeakSet[Scanner] = weakref.WeakSet()
 _forking = threading.Lock()
@@ -103,13 +107,27 @@ class Scanner:
                 # In this order: what is registered from here on either is seen or wakes.
                 self._wake.clear()
                 self._is_resting = True
+                n_enlisted = engine._core.n_enlisted
                 rest = self._step(engine)
                 del engine
                 if self._is_wanted():
-                    self._wake.wait(rest)
+                    self._rest(rest, n_enlisted)
         except BaseException as error:
             log.exception("the scanner has ended")
             self._error = error
+
+    def _rest(self, seconds: float | None, n_enlisted: int) -> None:
+        """Until `wake`, or so long; where a registration should wake, until there is one."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = LOOK_SECONDS if end is None else end - time.monotonic()
+            if left <= 0 or self._wake.wait(min(left, LOOK_SECONDS)):
+                return
+            engine = self._engine()
+            if engine is None or engine._is_inherited():
+                return
+            if self._is_resting and engine._core.n_enlisted != n_enlisted:
+                return
 
     def _step(self, engine: PassMaker) -> float | None:
         """One batch; returns for how long to rest then, None: until woken."""

@@ -39,6 +39,11 @@ class _Numbers:
             for name, value in ((name, getattr(self, name)) for name in self._names())
         }
 
+    def _repr_html_(self) -> str:
+        from ksmcore import notebook
+
+        return notebook.shown(self)
+
     @classmethod
     def _names(cls) -> list[str]:
         own: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]

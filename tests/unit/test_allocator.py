@@ -1,0 +1,564 @@
+"""Large NumPy arrays come from the arena: whose memory they get, when, and that it goes back."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import ksmcore
+from ksmcore import _arena
+from ksmcore.allocators import is_here
+
+PAGE = ksmcore.Engine.page_bytes
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _uninstalled():
+    gc.collect()
+    yield
+    ksmcore.uninstall_allocator()
+    gc.collect()
+    assert _arena.check() == 0
+    ksmcore.default_engine()._core.check()
+
+
+def handler_name(array=None):
+    try:
+        from numpy._core.multiarray import get_handler_name
+    except ImportError:
+        from numpy.core.multiarray import get_handler_name
+    return get_handler_name() if array is None else get_handler_name(array)
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def run_python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code)],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# ---- which arrays -------------------------------------------------------------------------------
+
+
+def test_large_arrays_begin_on_a_page_and_small_ones_are_left_to_numpy():
+    with ksmcore.allocator():
+        large, small = np.ones(65536, np.uint8), np.ones(65535, np.uint8)
+    assert is_here(large)
+    assert address(large) % PAGE == 0
+    assert not is_here(small)
+
+
+def test_the_threshold_is_in_bytes():
+    with ksmcore.allocator(threshold_bytes=1000):
+        assert is_here(np.empty(125, np.float64))
+        assert not is_here(np.empty(124, np.float64))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2**63])
+def test_a_threshold_must_be_positive(wrong):
+    with pytest.raises(ValueError, match="threshold_bytes"):
+        ksmcore.allocator(wrong)
+    with pytest.raises(ValueError, match="threshold_bytes"):
+        ksmcore.install_allocator(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["64k", 1.5, None])
+def test_a_threshold_must_be_an_integer(wrong):
+    with pytest.raises(TypeError):
+        ksmcore.allocator(wrong)
+
+
+def test_the_block_ends_also_by_an_exception_and_may_be_nested():
+    allocator = ksmcore.allocator()
+    before = handler_name()
+
+    def fail():
+        with allocator:
+            with allocator, ksmcore.allocator(10 * MIB):
+                assert not is_here(np.empty(MIB, np.uint8))
+            assert is_here(np.empty(MIB, np.uint8))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert handler_name() == before
+    assert not is_here(np.empty(MIB, np.uint8))
+
+
+def test_the_block_is_for_its_own_context():
+    async def other(ready, done):
+        ready.set()
+        await done.wait()
+        return is_here(np.empty(MIB, np.uint8))
+
+    async def main():
+        ready, done = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(other(ready, done))
+        await ready.wait()
+        with ksmcore.allocator():
+            done.set()
+            return await task
+
+    assert asyncio.run(main()) is False
+
+
+def test_installed_it_holds_for_running_and_new_threads_alike():
+    ready, go = threading.Event(), threading.Event()
+    made = []
+
+    def make():
+        ready.set()
+        assert go.wait(60)
+        made.append(np.ones(MIB, np.uint8))
+
+    running = threading.Thread(target=make)
+    running.start()
+    assert ready.wait(60)
+    ksmcore.install_allocator()
+    go.set()
+    running.join()
+    with ThreadPoolExecutor(2) as pool:
+        made += pool.map(lambda _: np.ones(MIB, np.uint8), range(4))
+    assert len(made) == 5
+    assert all(map(is_here, made))
+    ksmcore.uninstall_allocator()
+    assert not is_here(np.ones(MIB, np.uint8))
+
+
+def test_the_handler_tells_its_name_and_the_default_stays_the_default():
+    with ksmcore.allocator():
+        assert handler_name() == "ksmcore"
+        array = np.ones(MIB, np.uint8)
+    assert handler_name(array) == "ksmcore"
+    ksmcore.install_allocator()
+    assert handler_name() == "default_allocator"
+    array = np.ones(MIB, np.uint8)
+    assert is_here(array)
+    ksmcore.uninstall_allocator()
+    assert handler_name(array) == "default_allocator"
+    assert (array == 1).all()
+
+
+# ---- contents -----------------------------------------------------------------------------------
+
+
+def test_zeros_touches_no_page_also_where_other_arrays_were_before():
+    with ksmcore.allocator():
+        for _ in range(3):
+            used = np.full(8 * MIB, 7, np.uint8)
+            del used
+        before = ksmcore.memory_info().rss
+        zeros = np.zeros(8 * MIB, np.uint8)
+        assert ksmcore.memory_info().rss - before < 4 * MIB
+        assert not zeros.any()
+        zeros[5] = 1
+        assert zeros.sum() == 1
+
+
+def test_resize_keeps_the_contents_across_the_threshold_and_back():
+    values = np.arange(50_000, dtype=np.int64)
+    with ksmcore.allocator():
+        array = values.copy()
+        assert is_here(array)
+        for n in (50_001, 400_000, 5_000_000, 60_000, 100, 1, 100_000):
+            array.resize(n, refcheck=False)
+            kept = min(n, len(values))
+            assert np.array_equal(array[:kept], values[:kept])
+            values = values[:kept]
+            assert not array[kept:].any() or n < len(array)
+            assert _arena.check() == 0
+        small = np.arange(10)
+        small.resize(100_000, refcheck=False)
+        assert np.array_equal(small[:10], np.arange(10))
+        assert not small[10:].any()
+
+
+class Arrays(RuleBasedStateMachine):
+    """Any order of making, writing, growing, merging and giving back: every array keeps what was
+    written to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.allocator = ksmcore.allocator()
+        self.kept = []
+
+    @rule(
+        n_bytes=st.sampled_from([65536, 70_000, 100_000, 5 * PAGE + 65536, MIB, 5 * MIB, 40 * MIB]),
+        value=st.integers(0, 255),
+        zeroed=st.booleans(),
+    )
+    def make(self, n_bytes, value, zeroed):
+        with self.allocator:
+            array = np.zeros(n_bytes, np.uint8) if zeroed else np.empty(n_bytes, np.uint8)
+        assert is_here(array)
+        if zeroed:
+            assert not array.any()
+            value = 0
+        else:
+            array[:] = value
+        self.kept.append([array, value])
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def give_back(self, data):
+        del self.kept[data.draw(st.integers(0, len(self.kept) - 1))]
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), value=st.integers(1, 255))
+    def write(self, data, value):
+        one = data.draw(st.sampled_from(self.kept))
+        one[0][:] = one[1] = value
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), n_bytes=st.sampled_from([70_000, 300_000, 6 * MIB]))
+    def resize(self, data, n_bytes):
+        one = data.draw(st.sampled_from(self.kept))
+        before = one[0].size
+        with self.allocator:
+            one[0].resize(n_bytes, refcheck=False)
+        assert (one[0][:before] == one[1]).all()
+        one[0][:] = one[1]
+
+    @rule()
+    def merge(self):
+        ksmcore.dedup()
+
+    @rule()
+    def scan(self):
+        ksmcore.scan()
+
+    @invariant()
+    def every_byte_is_right(self):
+        for array, value in self.kept:
+            assert array[0] == array[-1] == value
+            assert (array == value).all()
+
+    @invariant()
+    def the_arena_adds_up(self):
+        assert _arena.check() == 0
+        assert _arena.numbers()["taken_bytes"] >= sum(array.nbytes for array, _ in self.kept)
+
+    def teardown(self):
+        self.every_byte_is_right()
+        self.kept.clear()
+        gc.collect()
+        ksmcore.default_engine()._core.check()
+
+
+TestArrays = Arrays.TestCase
+TestArrays.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def test_arrays_are_merged_and_come_from_a_few_regions():
+    regions_before = ksmcore.stats().regions
+    with ksmcore.allocator():
+        arrays = [np.arange(25_000, dtype=np.int32) for _ in range(1000)]
+        assert all(map(is_here, arrays))
+    assert ksmcore.stats().regions - regions_before <= 3
+    before = ksmcore.memory_info().pss
+    report = ksmcore.dedup()
+    assert report.bytes_saved > 1000 * 24 * PAGE * 0.95
+    assert before - ksmcore.memory_info().pss > 0.9 * report.bytes_saved
+    expected = np.arange(25_000, dtype=np.int32)
+    assert all(np.array_equal(array, expected) for array in arrays)
+
+
+def test_the_memory_of_collected_arrays_goes_back_merged_or_not():
+    start = ksmcore.memory_info().pss
+    with ksmcore.allocator():
+        different = [np.random.default_rng(i).bytes(MIB) for i in range(8)]
+        arrays = [np.frombuffer(different[i % 8], np.uint8).copy() for i in range(200)]
+    ksmcore.dedup()
+    assert (arrays[199] == np.frombuffer(different[199 % 8], np.uint8)).all()
+    scanned = ksmcore.stats().pages_sharing
+    assert scanned > 190 * MIB // PAGE
+    del arrays
+    gc.collect()
+    assert ksmcore.memory_info().pss - start < 50 * MIB  # 8 MiB of bytes, 32 MiB at hand
+    ksmcore.uninstall_allocator()  # gives back the rest
+    assert ksmcore.memory_info().pss - start < 16 * MIB
+    assert ksmcore.stats().pages_sharing == 0
+    assert ksmcore.stats().pages_shared == 0
+
+
+def test_discarded_pages_are_not_scanned():
+    with ksmcore.allocator():
+        arrays = [np.random.default_rng(i).integers(0, 255, MIB, np.uint8) for i in range(100)]
+    ksmcore.scan()
+    kept = arrays[::10]
+    del arrays
+    gc.collect()
+    ksmcore.uninstall_allocator()
+    looked_at = ksmcore.scan().pages_scanned
+    assert looked_at <= (len(kept) * MIB + 4 * MIB) // PAGE
+
+
+def test_zeros_are_zeros_where_merged_arrays_were():
+    with ksmcore.allocator():
+        arrays = [np.full(MIB, 9, np.uint8) for _ in range(100)]
+        ksmcore.dedup()
+        del arrays
+        gc.collect()
+        again = [np.zeros(MIB, np.uint8) for _ in range(150)]
+    assert not any(array.any() for array in again)
+
+
+def test_reused_memory_takes_writes_where_merged_arrays_were():
+    with ksmcore.allocator():
+        arrays = [np.full(100_000, 9, np.uint8) for _ in range(50)]
+        ksmcore.dedup()
+        survivor = arrays[25]
+        del arrays
+        again = [np.full(100_000, i, np.uint8) for i in range(49)]
+    assert (survivor == 9).all()
+    assert all((array == i).all() for i, array in enumerate(again))
+
+
+def test_many_threads_make_write_and_give_back_while_the_scanner_runs():
+    ksmcore.install_allocator()
+    wrong = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        kept = []
+        for i in range(300):
+            value = int(rng.integers(0, 4))
+            array = np.empty(int(rng.integers(65536, 400_000)), np.uint8)
+            array[:] = value
+            kept.append((array, value))
+            if len(kept) > 20:
+                array, value = kept.pop(int(rng.integers(0, 20)))
+                if not (array == value).all():
+                    wrong.append((seed, i))
+                array[:] = 255
+        wrong.extend((seed, -1) for array, value in kept if not (array == value).all())
+
+    with ksmcore.start(sleep_millisecs=0):
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert _arena.check() == 0
+
+
+def test_arrays_may_be_given_back_by_another_thread_and_after_it_was_uninstalled():
+    ksmcore.install_allocator()
+    arrays = [np.ones(MIB, np.uint8) for _ in range(10)]
+    ksmcore.uninstall_allocator()
+    taken = _arena.numbers()["taken_bytes"]
+    thread = threading.Thread(target=arrays.clear)
+    thread.start()
+    thread.join()
+    assert _arena.numbers()["taken_bytes"] == taken - 10 * MIB
+
+
+def test_an_array_of_the_allocator_can_be_deduplicated_and_held_but_not_registered_again():
+    with ksmcore.allocator():
+        one, two = np.full(MIB, 3, np.uint8), np.full(MIB, 3, np.uint8)
+    assert ksmcore.dedup(one, two).bytes_saved >= 2 * MIB - 16 * PAGE
+    with ksmcore.hold(one):
+        one[0] = 4
+    with pytest.raises(ValueError, match="already registered"):
+        ksmcore.register(one)
+    with pytest.raises(ValueError, match="lies in memory"):
+        ksmcore.unregister(one)
+    assert two[0] == 3
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
+    done = run_python("""
+        import gc, os
+        import numpy as np
+        import ksmcore
+        from ksmcore import _arena
+        from ksmcore.allocators import is_here
+
+        ksmcore.install_allocator()
+        arrays = [np.full(1 << 20, i % 3 + 1, np.uint8) for i in range(60)]
+        ksmcore.dedup()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                assert all((array == i % 3 + 1).all() for i, array in enumerate(arrays))
+                del arrays[::2]
+                fresh = [np.zeros(1 << 20, np.uint8) for _ in range(40)]
+                assert all(map(is_here, fresh)) and not any(array.any() for array in fresh)
+                for array in fresh:
+                    array[:] = 5
+                assert ksmcore.dedup().bytes_saved > 35 << 20
+                assert all((array == 5).all() for array in fresh)
+                for i, array in enumerate(arrays):
+                    assert (array == (2 * i + 1) % 3 + 1).all()
+                    array[:] = 7
+                assert _arena.check() == 0
+                del array; arrays.clear(); fresh.clear(); gc.collect()
+                assert _arena.check() == 0 and _arena.numbers()["taken_bytes"] == 0
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert all((array == i % 3 + 1).all() for i, array in enumerate(arrays))
+        assert _arena.check() == 0
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_forks_beside_threads_that_allocate():
+    done = run_python("""
+        import os, threading, warnings
+        import numpy as np
+        import ksmcore
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
+
+        ksmcore.install_allocator()
+        over = threading.Event()
+        def work():
+            while not over.is_set():
+                np.ones(200_000, np.uint8)
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        statuses = []
+        for _ in range(40):
+            pid = os.fork()
+            if pid == 0:
+                ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
+                os._exit(0 if ok else 1)
+            statuses.append(os.waitpid(pid, 0)[1])
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert statuses == [0] * 40, statuses
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("scanning", [False, True])
+def test_arrays_that_outlive_the_interpreter(scanning):
+    done = run_python(f"""
+        import sys
+        import numpy as np
+        import ksmcore
+        ksmcore.install_allocator()
+        if {scanning}:
+            ksmcore.start(sleep_millisecs=0)
+        sys.kept = [np.full(1 << 20, i % 3, np.uint8) for i in range(50)]
+        cycle = [np.ones(1 << 20)]
+        cycle.append(cycle)
+        class Late:
+            def __init__(self):
+                self.array = np.ones(1 << 20)
+            def __del__(self):
+                self.array = np.concatenate([self.array, self.array])
+        sys.late = Late()
+        ksmcore.dedup()
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_engine_leaves_its_arrays_as_they_are():
+    done = run_python("""
+        import gc
+        import numpy as np
+        import ksmcore
+        from ksmcore import _arena
+        ksmcore.install_allocator()
+        arrays = [np.full(1 << 20, 3, np.uint8) for _ in range(50)]
+        ksmcore.dedup()
+        ksmcore.default_engine().close()
+        assert all((array == 3).all() for array in arrays)
+        del arrays[::2]
+        more = [np.full(1 << 20, 4, np.uint8) for _ in range(50)]
+        zeros = [np.zeros(1 << 20, np.uint8) for _ in range(50)]
+        assert all((array == 3).all() for array in arrays)
+        assert not any(array.any() for array in zeros)
+        del arrays, more, zeros
+        gc.collect()
+        assert _arena.check() == 0 and _arena.numbers()["taken_bytes"] == 0
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_disabled_it_registers_nothing():
+    done = run_python(
+        """
+        import numpy as np
+        import ksmcore
+        from ksmcore.allocators import is_here
+        with ksmcore.allocator():
+            arrays = [np.ones(1 << 20, np.uint8) for _ in range(10)]
+        assert ksmcore.dedup().bytes_saved == 0
+        assert ksmcore.stats().regions == 0
+        assert all((array == 1).all() for array in arrays)
+        """,
+        KSMCORE_DISABLE="1",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
+    done = run_python("""
+        import resource
+        import numpy as np
+        import ksmcore
+        ksmcore.install_allocator()
+        kept = np.ones(1 << 20, np.uint8)
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (30 << 20), resource.RLIM_INFINITY))
+        try:
+            np.ones(1 << 30, np.uint8)
+        except MemoryError:
+            pass
+        else:
+            raise SystemExit("made")
+        more = [np.full(1 << 20, i, np.uint8) for i in range(20)]
+        assert all((array == i).all() for i, array in enumerate(more)) and (kept == 1).all()
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_scanner_that_ran_before_the_first_array_merges():
+    done = run_python("""
+        import time
+        import numpy as np
+        import ksmcore
+        ksmcore.start(sleep_millisecs=0)
+        time.sleep(0.1)
+        ksmcore.install_allocator()
+        arrays = [np.full(1 << 20, 3, np.uint8) for _ in range(50)]
+        end = time.monotonic() + 60
+        while ksmcore.stats().pages_sharing < 49 * 256 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert ksmcore.stats().pages_sharing >= 49 * 256, ksmcore.stats()
+        assert all((array == 3).all() for array in arrays)
+    """)
+    assert (done.returncode, done.stderr) == (0, "")

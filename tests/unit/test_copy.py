@@ -1,0 +1,297 @@
+"""Copies that share their pages with the source: by the kernel's account, and byte by byte."""
+
+import errno
+import gc
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ksmcore
+from ksmcore import _sys
+
+PAGE = ksmcore.Engine.page_bytes
+MIB = 1 << 20
+
+
+@pytest.fixture
+def engine():
+    with ksmcore.Engine() as made:
+        yield made
+        made._core.check()
+
+
+def noise(n_bytes, seed=0):
+    return np.frombuffer(np.random.default_rng(seed).bytes(n_bytes), np.uint8)
+
+
+def pss():
+    return ksmcore.memory_info().pss
+
+
+def test_the_second_copy_takes_no_memory_and_copies_nothing(engine):
+    source = engine.array(noise(16 * MIB))
+    first = engine.copy(source)
+    before = pss()
+    merged = engine.stats().pages_merged
+    second = engine.copy(source)
+    assert pss() - before < 2 * MIB  # what is remembered of its pages
+    assert engine.stats().pages_merged - merged == 16 * MIB // PAGE
+    assert np.array_equal(first, source)
+    assert np.array_equal(second, source)
+    assert pss() - before < 2 * MIB
+    engine._core.check()
+
+
+def test_the_first_copy_shares_as_well(engine):
+    source = engine.array(noise(16 * MIB))
+    before = pss()
+    copy = engine.copy(source)
+    assert pss() - before < 2 * MIB
+    assert engine.stats().pages_sharing == 16 * MIB // PAGE
+    assert np.array_equal(copy, source)
+
+
+def test_writes_to_either_side_stay_there(engine):
+    source = engine.array(noise(MIB))
+    copies = [engine.copy(source) for _ in range(3)]
+    expected = [np.array(array) for array in (source, *copies)]
+    for i, array in enumerate((source, *copies)):
+        array[i * PAGE * 2 + 5] ^= 0xFF
+        expected[i][i * PAGE * 2 + 5] ^= 0xFF
+    for array, wanted in zip((source, *copies), expected, strict=True):
+        assert np.array_equal(array, wanted)
+
+
+def test_a_copy_shows_what_was_written_since_the_source_was_merged(engine):
+    source = engine.array(noise(MIB))
+    first = engine.copy(source)
+    source[:: PAGE * 3] += 1
+    now = np.array(source)
+    again = engine.copy(source)
+    assert np.array_equal(again, now)
+    assert not np.array_equal(first, now)
+    source[:] = 0
+    assert np.array_equal(again, now)
+    assert not engine.copy(source).any()
+
+
+def test_copies_outlive_their_source_and_each_other(engine):
+    source = engine.array(noise(MIB))
+    copies = [engine.copy(source)]
+    copies += [engine.copy(copies[-1]) for _ in range(4)]
+    del source, copies[1], copies[2]
+    gc.collect()
+    engine._core.check()
+    assert all(np.array_equal(copy, noise(MIB)) for copy in copies)
+    del copies
+    gc.collect()
+    assert engine.stats().pages_shared == 0
+    assert engine.stats().regions == 0
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x[1:],
+        lambda x: x[::-1],
+        lambda x: x[:, ::-1],
+        lambda x: x.T,
+        lambda x: x.transpose(1, 2, 0),
+        lambda x: x[:, :, 1:],
+        lambda x: x[None, :, 3:],
+        lambda x: x[::-1, ::-1, ::-1],
+        lambda x: x.view(np.uint8),
+        lambda x: x.view(">i8"),
+        lambda x: x.view("M8[s]"),
+        lambda x: x.view([("a", "<i4"), ("b", "<f4")]),
+    ],
+)
+def test_shape_dtype_and_strides_are_kept(engine, view):
+    source = view(engine.array(np.arange(3 * 200 * 500.0).reshape(3, 200, 500)))
+    for _ in range(2):
+        copy = engine.copy(source)
+        assert copy.dtype == source.dtype
+        assert copy.shape == source.shape
+        assert copy.strides == source.strides
+        assert copy.tobytes() == source.tobytes()
+        assert copy.flags.writeable
+        assert not np.shares_memory(copy, source)
+
+
+def test_rows_keep_their_gaps(engine):
+    frames = engine.rows(50, (84, 84), np.uint8)
+    frames[:] = np.arange(50)[:, None, None]
+    copy = engine.copy(frames)
+    assert copy.strides == frames.strides
+    assert np.array_equal(copy, frames)
+    copy[7] = 99
+    assert (frames[7] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, ::5], lambda x: np.broadcast_to(x[0], (7, 300)), lambda x: x[:3, :3]]
+)
+def test_views_with_large_gaps_or_overlaps_are_copied_plainly(engine, view):
+    source = view(engine.array(np.arange(600 * 300).reshape(600, 300)))
+    copy = engine.copy(source)
+    assert np.array_equal(copy, source)
+    copy[0, 0] = -1
+    assert source[0, 0] == 0
+    assert copy[1, 0] != -1
+
+
+def test_an_array_of_numpys_own_is_copied_and_its_copies_share(engine):
+    source = noise(4 * MIB)
+    one = engine.copy(source)
+    two = engine.copy(one)
+    assert np.array_equal(one, source)
+    assert np.array_equal(two, source)
+    assert engine.stats().pages_sharing == 4 * MIB // PAGE
+    assert one.ctypes.data % PAGE == 0
+
+
+def test_zeros_and_untouched_pages_stay_untouched(engine):
+    source = engine.zeros(64 * MIB, np.uint8)
+    source[5 * PAGE] = 1
+    before = pss()
+    copy = engine.copy(source)
+    assert pss() - before < MIB
+    assert copy.sum() == 1
+    assert copy[5 * PAGE] == 1
+
+
+def test_a_copy_can_be_unregistered_and_registered_parts_copied(engine):
+    source = engine.array(noise(MIB))
+    copy = engine.copy(source[100:])
+    assert np.array_equal(copy, noise(MIB)[100:])
+    engine.unregister(copy)
+    assert np.array_equal(copy, noise(MIB)[100:])
+    assert engine.stats().regions == 1
+    plain = bytearray(noise(MIB).tobytes())
+    with engine.register(plain):
+        copy = engine.copy(np.frombuffer(plain, np.uint8))
+        assert copy.tobytes() == bytes(plain)
+        assert engine.stats().pages_sharing >= MIB // PAGE - 1
+
+
+def test_max_page_sharing_holds_for_copies(engine):
+    engine.configure(max_page_sharing=3)
+    source = engine.array(noise(MIB))
+    copies = [engine.copy(source) for _ in range(6)]
+    assert all(np.array_equal(copy, source) for copy in copies)
+    assert engine.stats().pages_shared == MIB // PAGE
+    engine.dedup()  # the four that found it full meet each other
+    assert engine.stats().pages_shared == 2 * MIB // PAGE
+    assert all(np.array_equal(copy, source) for copy in copies)
+
+
+def test_without_room_for_mappings_the_bytes_are_copied(engine):
+    source = engine.array(noise(MIB))
+    engine.copy(source)
+    keep = engine.copy(source)
+    engine.configure(map_budget=0)
+    engine.scan()
+    copy = engine.copy(source)
+    assert np.array_equal(copy, source)
+    assert np.array_equal(keep, source)
+
+
+@pytest.mark.parametrize("call", ["mmap", "pread", "madvise"])
+def test_what_the_kernel_refuses_leaves_right_bytes_or_no_copy(engine, call):
+    source = engine.array(noise(MIB))
+    first = engine.copy(source)
+    for after in range(4):
+        _sys.inject(call, errno.ENOMEM, after)
+        try:
+            copy = engine.copy(source)
+            assert np.array_equal(copy, source)
+        except (OSError, MemoryError):
+            pass
+        finally:
+            _sys.inject_clear()
+        engine._core.check()
+    assert np.array_equal(first, source)
+    assert np.array_equal(source, noise(MIB))
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], None, b"x" * 100_000, 3])
+def test_only_arrays_are_copied(engine, wrong):
+    with pytest.raises(TypeError):
+        engine.copy(wrong)
+
+
+def test_objects_cannot_be_copied_this_way(engine):
+    with pytest.raises(TypeError, match="object"):
+        engine.copy(np.full(100_000, None))
+
+
+def test_a_masked_array_is_refused(engine):
+    with pytest.raises(TypeError, match="masked"):
+        engine.copy(np.ma.masked_equal(np.arange(100_000), 3))
+
+
+def test_copies_beside_a_writer_hold_one_value_for_each_page(engine):
+    """A page of the copy is the source's page at some moment, and later writes to the source never
+    show."""
+    source = engine.array(np.zeros((64, PAGE // 8), np.int64))
+    over = threading.Event()
+
+    def write():
+        value = 0
+        while not over.is_set():
+            value += 1
+            source[value % 64, :] = value
+
+    with engine.start(sleep_millisecs=0):
+        thread = threading.Thread(target=write)
+        thread.start()
+        last = np.zeros(64, np.int64)
+        try:
+            for _ in range(300):
+                copy = engine.copy(source)
+                frozen = np.array(copy)
+                assert (copy[:, 0] >= last).all()
+                last = frozen[:, 0].copy()
+                assert np.array_equal(copy, frozen)
+        finally:
+            over.set()
+            thread.join()
+    assert np.array_equal(engine.copy(source), source)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["copy", "write", "zero", "drop", "scan", "dedup", "unmerge"]),
+            st.integers(0, 7),
+            st.integers(0, 63),
+            st.integers(1, 3),
+        ),
+        max_size=25,
+    )
+)
+def test_any_order_of_copies_and_writes(steps):
+    with ksmcore.Engine() as engine:
+        start = np.repeat(np.arange(64, dtype=np.uint8) % 5, PAGE)
+        kept = [(engine.array(start), start.copy())]
+        for what, which, page, value in steps:
+            array, expected = kept[which % len(kept)]
+            where = slice(page * PAGE, (page + value) * PAGE)
+            if what == "copy":
+                kept.append((engine.copy(array), expected.copy()))
+            elif what in ("write", "zero"):
+                array[where] = expected[where] = value if what == "write" else 0
+            elif what == "drop" and len(kept) > 1:
+                del kept[which % len(kept)]
+            elif what in ("scan", "dedup", "unmerge"):
+                getattr(engine, what)()
+            del array
+            engine._core.check()
+            for array, expected in kept:
+                assert np.array_equal(array, expected)
+            del array

@@ -1,0 +1,155 @@
+"""The HTML report: complete in itself, with all that it promises, in every state of an engine."""
+
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from forks import THREADS_RUN, in_child
+from test_html import Reader
+
+import ksmcore
+from ksmcore.meanings import COUNTERS, SKIPPED, STAGES
+from ksmcore.report import MOST_REGIONS
+
+PAGE = ksmcore.Engine.page_bytes
+
+
+def read(text):
+    first, _, rest = text.partition("\n")
+    assert first == "<!DOCTYPE html>"
+    assert rest.startswith('<html lang="en"><head><meta charset="utf-8">')
+    assert "//" not in re.sub(r"base64,[^\"]*", "", text)
+    seen = Reader(rest)
+    assert seen.tags.count("h1") == seen.tags.count("main") == 1
+    return seen
+
+
+@pytest.fixture
+def arrays(engine):
+    made = [engine.empty((n, PAGE), np.uint8) for n in range(2, 32)]
+    for array in made:
+        array[:] = np.arange(len(array), dtype=np.uint8)[:, None] + 1
+    engine.dedup()
+    return made
+
+
+def test_headline_and_sections(engine, arrays):
+    seen = read(ksmcore.html_report(engine, title="Frames"))
+    n_bytes = engine.stats().bytes_saved
+    assert n_bytes == (sum(range(2, 32)) - 31) * PAGE
+    assert f"{n_bytes:,} bytes" in seen.titles
+    for heading in ("Frames", "Memory", "Savings over time", "Page maps", "Left out", "Counters"):
+        assert heading in seen.texts
+    assert "RSS counts a shared page once for every place that maps it" in seen.text
+    assert "polygon" in seen.tags
+    assert "time since the engine was made" in seen.texts
+
+
+def test_most_regions_are_shown_together(engine, arrays):
+    seen = read(ksmcore.html_report(engine))
+    assert "30 regions, 495 pages, the largest first" in seen.text
+    assert f"The {30 - MOST_REGIONS} smallest are shown together at the end" in seen.text
+    assert seen.tags.count("img") == MOST_REGIONS + 1
+    maps = [title for title in seen.titles if title.startswith("Page map of")]
+    assert sum(int(re.search(r"(\d+) page", title)[1]) for title in maps) == 495
+    assert maps[0].startswith("Page map of 31 pages")
+
+
+def test_all_numbers_have_a_meaning(engine):
+    stats = engine.stats()
+    told = [name for group in COUNTERS.values() for name in group]
+    elsewhere = {"skipped", "seconds", "run", "scanner_error", "guard", "dirty", "presence"}
+    assert len(told) == len(set(told))
+    assert set(told) == set(stats.as_dict()) - elsewhere
+    assert set(SKIPPED) == set(stats.skipped)
+    assert set(STAGES) == set(stats.seconds)
+
+
+def test_counters_settings_and_environment(engine, arrays):
+    engine.configure(max_cpu=12.5)
+    seen = read(ksmcore.html_report(engine))
+    stats = engine.stats()
+    assert f"pages_merged{COUNTERS['Work since the engine was made']['pages_merged']}" in seen.text
+    assert f"{stats.pages_scanned:,}" in seen.texts
+    assert f"{stats.metadata_bytes:,} bytes" in seen.texts
+    assert "12.5" in seen.texts
+    for name in engine.settings.as_dict():
+        assert name in seen.texts
+    for name in ksmcore.features():
+        assert f"feature {name}" in seen.texts
+    assert stats.guard in seen.texts
+
+
+def test_left_out_with_what_can_be_done(engine, arrays):
+    assert (
+        "No page that could have been merged was left out."
+        in read(ksmcore.html_report(engine)).texts
+    )
+    with engine.hold(arrays[0]):
+        engine.scan()
+    seen = read(ksmcore.html_report(engine))
+    assert "held" in seen.texts
+    assert f"The page {SKIPPED['held'][0]}." in seen.texts
+    assert SKIPPED["held"][1] in seen.texts
+
+
+def test_what_comes_from_outside_is_escaped(engine):
+    text = ksmcore.html_report(
+        engine, title="<b>&", command=["python", "a b.py", "<script>"], exit_status=3
+    )
+    seen = read(text)
+    assert "<b>&" in seen.texts
+    assert "python 'a b.py' '<script>'" in seen.texts
+    assert "exit status 3" in seen.texts
+    assert "ls -l 'x" in read(ksmcore.html_report(engine, command="ls -l 'x")).texts
+
+
+def test_an_error_of_the_scanner_is_told(engine, arrays):
+    def fail(report):
+        raise RuntimeError("<no luck>")
+
+    engine.on_pass = fail
+    engine.start(sleep_millisecs=0)
+    deadline = time.monotonic() + 60
+    while engine.stats().scanner_error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert "RuntimeError('<no luck>')" in read(ksmcore.html_report(engine)).texts
+    with pytest.raises(RuntimeError, match="no luck"):
+        engine.stop()
+
+
+def test_a_fresh_engine_and_a_closed_one(engine, arrays):
+    with ksmcore.Engine() as fresh:
+        seen = read(ksmcore.html_report(fresh))
+    assert "No pass has ended yet." in seen.texts
+    assert "Nothing is registered now." in seen.texts
+    assert "img" not in seen.tags
+    saved = engine.peak_bytes_saved
+    engine.close()
+    closed = read(ksmcore.html_report(engine))
+    assert "Nothing is registered now." in closed.texts
+    assert f"{saved:,} bytes" in closed.titles  # at most
+
+
+@pytest.mark.filterwarnings(THREADS_RUN)
+def test_in_a_forked_child(engine, arrays):
+    def work():
+        assert "No pass has ended yet." in read(ksmcore.html_report(engine)).texts
+
+    assert in_child(work) == 0
+
+
+def test_no_matplotlib_is_needed():
+    code = (
+        "import sys, ksmcore\n"
+        "sys.modules['matplotlib'] = None\n"
+        "a = ksmcore.array([1.0] * 100_000)\n"
+        "ksmcore.dedup()\n"
+        "print(len(ksmcore.html_report(ksmcore.default_engine())))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 10_000
