@@ -17,6 +17,7 @@ given back when they are freed, and nothing is handed out from them.
 
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ksmcore._chunks cimport (
@@ -55,7 +56,14 @@ cdef enum:
     HUGE_PAGE_BYTES = 2 << 20
     MAX_DIRTY_BYTES = 32 << 20
 
+# Stands in the memory of a chunk that was given back while chunks are pinned.
+ctypedef struct pinned_t:
+    pinned_t* next
+    size_t len_bytes
+
 cdef chunk_table _table
+cdef uint32_t _n_pins = 0              # while not 0, no chunk is unmapped
+cdef pinned_t* _pinned = NULL
 cdef size_t _trim_above = MAX_DIRTY_BYTES
 cdef uint64_t _last_region_id = <uint64_t>1 << 63   # engines count theirs from 1
 cdef void* _core = NULL                # a Registry that is never given back
@@ -125,20 +133,31 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     arena_lock()
     entry = chunks_enter(&_table, &chunk)
     if entry == <uint32_t>NO_PAGE:
-        arena_unlock()
         _unmap(&chunk)
+        arena_unlock()
     return entry
 
 
 cdef void _unmap(const chunk_t* chunk) noexcept nogil:
     cdef sys_error ignored
+    cdef size_t len_bytes = chunk.n_pages * _table.page_bytes
+    cdef pinned_t* left
+    global _pinned
     error_clear(&ignored)
     if _core != NULL and chunk.generation == gate_generation():
         (<Registry>_core).strike(chunk.region_id, chunk.addr)
     # Unchecked: whole mappings of our own.
     if chunk.tags != NULL:
         sys_unmap(<uintptr_t>chunk.tags, chunk.n_pages * sizeof(extent_tag), &ignored)
-    sys_unmap(chunk.addr, chunk.n_pages * _table.page_bytes, &ignored)
+    if _n_pins == 0:
+        sys_unmap(chunk.addr, len_bytes, &ignored)
+        return
+    # Somebody may be reading there: only its memory goes now.
+    sys_advise(chunk.addr, len_bytes, ADVISE_DONTNEED, &ignored)
+    left = <pinned_t*>chunk.addr
+    left.next = _pinned
+    left.len_bytes = len_bytes
+    _pinned = left
 
 
 cdef void _remove_chunk(uint32_t entry) noexcept nogil:
@@ -326,9 +345,12 @@ cdef void arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
 
 cdef void _in_child() noexcept nogil:
     """Nothing is handed out from what was inherited; see arena_give."""
+    global _n_pins, _pinned
     arena_renew()
     chunks_clear_bins(&_table)
     _table.dirty_bytes = 0
+    _n_pins = 0
+    _pinned = NULL
 
 
 cdef int arena_begin(Registry core, bint wants_huge) except -1:
@@ -342,6 +364,49 @@ cdef int arena_begin(Registry core, bint wants_huge) except -1:
         Py_INCREF(core)
         _core = <void*>core
     return 0
+
+
+def pin():
+    """Keep all chunks mapped until `unpin` was called as often; returns (address, end) of those of this process."""
+    cdef uint32_t i, n = 0
+    cdef chunk_t* chunks
+    global _n_pins
+    # Copied first: to make objects may collect garbage, and so give memory back.
+    with nogil:
+        arena_lock()
+        _n_pins += 1
+        chunks = <chunk_t*>malloc(_table.n * sizeof(chunk_t))
+        if chunks != NULL:
+            n = _table.n
+            for i in range(n):
+                chunks[i] = _table.all[_table.by_addr[i]]
+        arena_unlock()
+    found = [
+        (chunks[i].addr, chunks[i].addr + chunks[i].n_pages * _table.page_bytes)
+        for i in range(n) if chunks[i].generation == gate_generation()
+    ]
+    free(chunks)
+    return found
+
+
+def unpin():
+    """Undo one `pin`."""
+    global _n_pins, _pinned
+    cdef pinned_t* left = NULL
+    cdef pinned_t* next
+    cdef sys_error ignored
+    error_clear(&ignored)
+    with nogil:
+        arena_lock()
+        # 0 in a forked child of the one who pinned them.
+        _n_pins -= _n_pins > 0
+        if _n_pins == 0:
+            left, _pinned = _pinned, NULL
+        arena_unlock()
+        while left != NULL:
+            next = left.next
+            sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
+            left = next
 
 
 def numbers():

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from ksmcore import _forks, gate, headroom
+from ksmcore import _arena, _forks, gate, headroom
 from ksmcore._core import Core
 from ksmcore._memory import PageMemory
 from ksmcore.arrays import ArrayMaker
@@ -315,7 +315,9 @@ class Registrar(ArrayMaker):
                 # One that another thread closes meanwhile is simply not counted.
                 with contextlib.suppress(ValueError):
                     hold(region._view())
-            return ranges
+            held.callback(_arena.unpin)
+            chunks = _arena.pin()
+            return ranges + [chunk for chunk in chunks if self._is_registered(*chunk)]
         unknown: list[object] = []
         for buffer in buffers:
             exported = buffer._view() if isinstance(buffer, Region) else buffer

@@ -389,6 +389,26 @@ def test_an_array_of_the_allocator_can_be_deduplicated_and_held_but_not_register
     assert two[0] == 3
 
 
+def test_estimate_counts_the_arrays_also_while_they_are_given_back():
+    with ksmcore.allocator():
+        arrays = [np.arange(60 * MIB // 8) for _ in range(4)]
+    found = ksmcore.estimate()
+    assert found.bytes_saved >= 3 * 60 * MIB
+    assert not is_here(np.empty(3))
+
+    def give_back(done, n_pages):
+        del done, n_pages
+        if arrays:
+            arrays.pop()
+
+    ksmcore.estimate(progress=give_back)
+    assert arrays == []
+    gc.collect()
+    before = _arena.numbers()["chunks"]
+    assert before <= 2
+    assert ksmcore.estimate().bytes_saved < found.bytes_saved
+
+
 # ---- processes ----------------------------------------------------------------------------------
 
 
