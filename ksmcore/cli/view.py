@@ -96,8 +96,9 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
         f"copied by writes {stats['cow_breaks']:,}"
     )
     engine = (
-        f"regions {stats['regions']:,}  mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  own records "
-        f"{human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
+        f"regions {stats['regions']:,}  "
+        f"mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  "
+        f"own records {human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
     )
     rows: list[tuple[str, RenderableType]] = [
         ("Pages", pages),

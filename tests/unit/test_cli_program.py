@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -308,6 +309,7 @@ def test_ctrl_c_from_outside(tmp_path):
             command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.5)  # until it sleeps
             process.send_signal(signal.SIGINT)
             ends.append((*process.communicate(timeout=30), process.returncode))
     assert ends[0] == ends[1]

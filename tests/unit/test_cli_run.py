@@ -174,10 +174,13 @@ EQUAL = """
     time.sleep({seconds})
 """
 WRITTEN = """
+    import threading
     kept = np.zeros((64, 4096), np.uint8)
-    for n in range(400):
-        kept[:, :8] = rng.integers(1, 255, (64, 8))
-        time.sleep(0.002)
+    def write():
+        while True:
+            kept[:, :8] = rng.integers(1, 255, (64, 8))
+    threading.Thread(target=write, daemon=True).start()
+    passes(20)
 """
 
 
