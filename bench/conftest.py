@@ -53,9 +53,13 @@ def _settings() -> dict[str, object]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    write = terminalreporter.write_line
+    if measure.in_turns:
+        terminalreporter.section("medians, in turns")
+    for name, ours, others in measure.in_turns:
+        write(f"{name}: {ours * 1e3:.2f} ms, NumPy's own {others * 1e3:.2f}: {ours / others:.2f}")
     if not measure.rows:
         return
-    write = terminalreporter.write_line
     terminalreporter.section("memory, by the kernel's account")
     width = max(len(row.name) for row in measure.rows)
     write(f"{'':<{width}}{'pages':>9}{'s/GiB':>8}{'mappings':>16}{'saved (PSS)':>13}")
