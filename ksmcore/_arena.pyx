@@ -65,7 +65,9 @@ cdef chunk_table _table
 cdef uint32_t _n_pins = 0              # while not 0, no chunk is unmapped
 cdef pinned_t* _pinned = NULL
 cdef size_t _trim_above = MAX_DIRTY_BYTES
-cdef uint64_t _last_region_id = <uint64_t>1 << 63   # engines count theirs from 1
+# Engines count theirs from 1.
+cdef uint64_t FIRST_REGION_ID = <uint64_t>1 << 63
+cdef uint64_t _last_region_id = FIRST_REGION_ID
 cdef void* _core = NULL                # a Registry that is never given back
 cdef bint _wants_huge = False
 
@@ -407,6 +409,11 @@ def unpin():
             next = left.next
             sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
             left = next
+
+
+def is_chunk(uint64_t region_id):
+    """Is the region with this id a chunk?"""
+    return region_id > FIRST_REGION_ID
 
 
 def numbers():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ksmcore import _arena
 from ksmcore.regions import PageState, Region
 from ksmcore.stats import human_bytes
 
@@ -140,14 +141,18 @@ def page_maps(target: Engine | Region, most_regions: int) -> list[PageMap]:
         return [PageMap(title, target.page_map(), target._engine.page_bytes)]
     target._check_open()
     with_handle = {region._id for region in target.regions}
+
+    def owner(region_id: int) -> str:
+        if region_id in with_handle:
+            return "Region"
+        return "Arrays of the allocator" if _arena.is_chunk(region_id) else "Memory of an array"
+
     by_size = sorted(target._core.regions(), key=lambda one: -one[2])
     # One more is shown as easily as it is summed up.
     n_shown = most_regions if len(by_size) > most_regions + 1 else len(by_size)
     maps = [
         PageMap(
-            f"{'Region' if region_id in with_handle else 'Memory of arrays'} at {addr:#x}",
-            states,
-            target.page_bytes,
+            f"{owner(region_id)} at {addr:#x}", states, target.page_bytes
         )
         for region_id, addr, states in _states(target, by_size[:n_shown])
     ]

@@ -142,6 +142,10 @@ def run(
     there is none when the program is killed by a signal, or leaves by os._exit. Meanwhile `ksmcore
     live PID` shows the numbers. Processes that it starts run without ksmcore, and those that it
     forks begin anew.
+
+    Where `ksmcore doctor` names another guard than userfaultfd, a system call that reads into an
+    array, such as readinto(), fails with EFAULT if it does so in the moment in which the array is
+    merged.
     """
     from ksmcore.cli.run import RunOptions, Session
 

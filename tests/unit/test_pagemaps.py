@@ -131,7 +131,7 @@ def test_all_memory_of_an_engine(engine, private_buffer):
     assert [len(one.states) for one in maps] == [50, 9, 8, 7 * 8 // 2]
     assert [one.n_regions for one in maps] == [1, 1, 1, 7]
     assert maps[0].title == f"Region at {region.addr:#x}"
-    assert maps[1].title.startswith("Memory of arrays at 0x")
+    assert maps[1].title.startswith("Memory of an array at 0x")
     assert maps[3].title == "7 smaller regions, end to end"
     smaller = sorted(arrays[:7], key=lambda array: array.ctypes.data)
     expected = np.concatenate(
@@ -148,3 +148,11 @@ def test_all_memory_of_an_engine(engine, private_buffer):
 
 def test_nothing_registered(engine):
     assert page_maps(engine, 3) == []
+
+
+def test_the_allocators_memory_is_named():
+    with ksmcore.allocator():
+        kept = np.ones(1 << 20, np.uint8)
+    titles = [one.title for one in page_maps(ksmcore.default_engine(), 100)]
+    assert any(title.startswith("Arrays of the allocator at 0x") for title in titles)
+    assert kept.all()
