@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+import ksmcore
 from ksmcore import PageState
 from ksmcore.pagemaps import LOOKS, N_STATES, OUTSIDE, Cells, page_maps, png, png_uri, reduced, rgb
 
