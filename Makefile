@@ -66,8 +66,9 @@ neon: ## Check the checksum on an emulated aarch64 (gcc-aarch64-linux-gnu, libc6
 bench: build ## Run the benchmarks
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)
 
-examples: build ## Run every example
-	@set -e; for file in examples/*.py; do echo "== $$file"; $(PY) "$$file"; done
+examples: build ## Run every example at full size (some minutes, 2 GB)
+	@set -e; for file in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
+	    echo "== $$file"; $(PY) "$$file"; done
 
 lint: style types ## Check style and types, and the stubs against the compiled modules
 
@@ -126,8 +127,8 @@ $(SANITIZE_STAMP): $(TOOLS_STAMP) $(SOURCES) $(wildcard ksmcore/*.py ksmcore/*/*
 # Editable, so that Python files are always the present ones; without build isolation, so that the
 # modules just compiled are not compiled again.
 $(INSTALL_STAMP): pyproject.toml setup.py $(TOOLS_STAMP) | $(BUILD_STAMP)
-	@echo "Installing ksmcore and the test tools into $(VENV)"
-	$(PIP) install --no-build-isolation --editable '.[test]'
+	@echo "Installing ksmcore, the test tools and what the examples need into $(VENV)"
+	$(PIP) install --no-build-isolation --editable '.[test,examples]'
 	@touch $@
 
 $(DEV_STAMP): $(INSTALL_STAMP)
