@@ -10,6 +10,7 @@ training left alone are equal, page for page.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -30,7 +31,7 @@ Labels = NDArray[np.int64]
 def new_network(rng: np.random.Generator, sizes: list[int]) -> Weights:
     return [
         (rng.standard_normal((n_in, n_out)) * np.sqrt(2 / n_in)).astype(np.float32)
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        for n_in, n_out in itertools.pairwise(sizes)
     ]
 
 
@@ -117,7 +118,7 @@ def example(full: bool) -> None:
         accuracy(weights, test_x, relabelled(test_labels, i)) for i, weights in enumerate(variants)
     )
     check(worst > 0.7, f"a variant gets only {worst:.1%} right")
-    say("Variants", f"{n_variants} of {mib(n_bytes / n_variants)}; the worst gets {worst:.1%} right")
+    say("Variants", f"{n_variants} of {mib(n_bytes / n_variants)}; the worst: {worst:.1%} right")
 
     wanted = [[digest(layer) for layer in weights] for weights in variants]
     answers = [predict(weights, test_x) for weights in variants]

@@ -1,9 +1,10 @@
 """A replay buffer that keeps stacked observations whole, and does not pay for it.
 
-An agent that learns from pictures sees the last four frames at once. The plain way to remember what
-it saw is to keep, for each step, the four frames before it and the four after it. So each frame is
-kept eight times, 64 KiB a step. Equal frames are equal pages, if each begins on a page: that is what
-`ksmcore.rows` is for. The buffer stays the simple array that it was, to be read and written anywhere.
+An agent that learns from pictures sees the last four frames at once. The plain way to remember
+what it saw is to keep, for each step, the four frames before it and the four after it. So each
+frame is kept eight times, 64 KiB a step. Equal frames are equal pages, if each begins on a page:
+that is what `ksmcore.rows` is for. The buffer stays the simple array that it was, to be read and
+written anywhere.
 
 The frames are those of the mountain car of gymnasium, drawn without a display.
 
@@ -154,8 +155,8 @@ def counter_examples(buffer: ReplayBuffer) -> None:
     estimate = ksmcore.estimate(noisy)
     text = f"{mib(estimate.bytes_saved)} of {mib(noisy.nbytes)} could be saved"
     say("Not so", f"noise of its own in each kept copy (augmentation before storing): {text}")
-    say("Not so", "beyond some 2,000 steps, unless vm.max_map_count is raised: see stats().skipped")
-    say("Not so", "a buffer that keeps each frame once, and stacks when it samples, needs no merging")
+    say("Not so", "beyond some 2,000 steps, unless vm.max_map_count is raised (see skipped)")
+    say("Not so", "a buffer that keeps each frame once, and stacks when sampling, needs no merging")
 
 
 def example(full: bool) -> None:

@@ -1,4 +1,4 @@
-"""The examples at small size: each checks its own bytes, saves memory, and says where it does not."""
+"""The examples at small size: each checks its bytes, saves memory, and says where it does not."""
 
 import os
 import re
