@@ -50,8 +50,7 @@ def reduced(picture: Frame) -> Frame:
     sums = np.add.reduceat(grey, edges[0], axis=0, dtype=np.uint32)
     sums = np.add.reduceat(sums, edges[1], axis=1)
     heights, widths = (
-        np.diff(edge, append=length)
-        for edge, length in zip(edges, picture.shape[:2], strict=True)
+        np.diff(edge, append=length) for edge, length in zip(edges, picture.shape[:2], strict=True)
     )
     return (sums // (3 * np.outer(heights, widths))).astype(np.uint8)
 
@@ -180,7 +179,8 @@ def example(full: bool) -> None:
     for _ in range(10):
         reference.check(*buffer.sample(rng, BATCH), "in a sampled batch")
     each = (time.perf_counter() - started) / 10
-    say("Check", f"all steps, and 10 sampled batches of {BATCH} ({each * 1e3:.0f} ms each): all right")
+    text = f"all steps, and 10 sampled batches of {BATCH} ({each * 1e3:.0f} ms each)"
+    say("Check", f"{text}: all right")
 
     # The ring goes on: new steps take the place of the oldest, ordinary writes to shared pages.
     n_more = capacity // 10

@@ -151,9 +151,7 @@ def page_maps(target: Engine | Region, most_regions: int) -> list[PageMap]:
     # One more is shown as easily as it is summed up.
     n_shown = most_regions if len(by_size) > most_regions + 1 else len(by_size)
     maps = [
-        PageMap(
-            f"{owner(region_id)} at {addr:#x}", states, target.page_bytes
-        )
+        PageMap(f"{owner(region_id)} at {addr:#x}", states, target.page_bytes)
         for region_id, addr, states in _states(target, by_size[:n_shown])
     ]
     others = list(_states(target, sorted(by_size[n_shown:], key=lambda one: one[1])))
