@@ -21,7 +21,7 @@ from ksmcore.vmas import sum_smaps
 
 __all__ = ["kernel_view", "picture"]
 
-BAR_CELLS = 24
+BAR_CELLS = 20
 # Parts of a region's bar: (number, style), in this order.
 PARTS = (
     ("pages_merged", "green"),
@@ -34,9 +34,11 @@ PARTS = (
 def picture(figures: Mapping[str, Any], *, max_regions: int = 8) -> RenderableType:
     """All of it; with few regions it is about ten lines high."""
     rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold", no_wrap=True)
+    named = _memory_rows(figures) + _engine_rows(figures)
+    # On a narrow terminal the values are cut off, not their names.
+    rows.add_column(style="bold", no_wrap=True, min_width=max(len(name) for name, _ in named))
     rows.add_column(overflow="ellipsis", no_wrap=True)
-    for name, value in _memory_rows(figures) + _engine_rows(figures):
+    for name, value in named:
         rows.add_row(name, value)
     parts: list[RenderableType] = [_title(figures), rows]
     regions = figures.get("regions", [])
@@ -68,8 +70,8 @@ def _memory_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
         tracked = (stats["pages_tracked"] + stats["ksm_zero_pages"]) * stats["page_bytes"]
         bar = _bar([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
         bar.append(
-            f"  {human_bytes(saved)} of {human_bytes(tracked)} looked at "
-            f"({saved / max(tracked, 1):.0%}), at most {human_bytes(peak)}"
+            f"  {human_bytes(saved)} of {human_bytes(tracked)} "
+            f"({saved / max(tracked, 1):.0%}), peak {human_bytes(peak)}"
         )
         rows.append(("Saved", bar))
     return rows
@@ -98,7 +100,7 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
     engine = (
         f"regions {stats['regions']:,}  "
         f"mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  "
-        f"own records {human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
+        f"records {human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
     )
     rows: list[tuple[str, RenderableType]] = [
         ("Pages", pages),

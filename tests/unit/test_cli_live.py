@@ -212,6 +212,9 @@ def test_a_run_is_shown_and_then_gone(tmp_path):
         assert [path.stem for path in sockets(tmp_path)] == [str(process.pid)]
         done = ksmcore("live", "--once", process.pid, env={**os.environ, "COLUMNS": "200"})
         assert done.returncode == 0
+        narrow = ksmcore("live", "--once", process.pid, env={**os.environ, "COLUMNS": "80"})
+        assert max(map(len, narrow.stdout.splitlines())) <= 80
+        assert "…" not in narrow.stdout
         for text in (f"pid {process.pid}", "python program.py", "PSS", "running  passes"):
             assert text in done.stdout
         figures = serving.ask(process.pid)

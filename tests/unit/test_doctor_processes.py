@@ -1,0 +1,165 @@
+"""Examinations of processes in worse places: without privileges, filtered, out of mappings."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ksmcore import vmas
+from ksmcore.surroundings import Check
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("KSMCORE_"):
+            monkeypatch.delenv(name)
+
+
+UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+USERFAULTFD = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+
+EXAMINE = """
+    import json
+    from ksmcore.doctor import examine
+    diagnosis = examine()
+    print(json.dumps(diagnosis.as_dict()))
+    raise SystemExit(diagnosis.exit_status)
+"""
+
+
+def examined(*, before="", prefix=()):
+    """The checks, by name, of a process that did something first; and its exit status."""
+    program = textwrap.dedent(before) + textwrap.dedent(EXAMINE)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+    )
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["exit_status"] == done.returncode
+    return {check["name"]: Check(**check) for check in found["checks"]}, done.returncode
+
+
+def can_run(*prefix):
+    if os.geteuid() != 0 or shutil.which(prefix[0]) is None:
+        return False
+    command = [*prefix, sys.executable, "-c", "import ksmcore"]
+    return subprocess.run(command, capture_output=True, check=False, cwd="/").returncode == 0
+
+
+@pytest.mark.skipif(not can_run(*UNPRIVILEGED), reason="takes root, and a Python for all users")
+def test_an_unprivileged_user_is_healthy():
+    checks, status = examined(prefix=UNPRIVILEGED)
+    assert checks["self-test"].level == "good"
+    assert checks["privileges"].facts["uid"] == 65534
+    assert not checks["privileges"].facts["cap_sys_ptrace"]
+    assert checks["guard"].facts["in_use"] != "userfaultfd"
+    assert checks["guard"].level == "advice"
+    assert "vm.unprivileged_userfaultfd=1" in checks["guard"].remedy
+    assert {check.level for check in checks.values()} <= {"good", "advice"}
+    assert status == 0
+
+
+def filter_program():
+    """A seccomp filter: userfaultfd(2) is not permitted, everything else is."""
+    load_number, jump_if_equal, answer = 0x20, 0x15, 0x06
+    steps = [
+        (load_number, 0, 0, 0),
+        (jump_if_equal, 0, 1, USERFAULTFD),
+        (answer, 0, 0, 0x00050000 | errno.EPERM),
+        (answer, 0, 0, 0x7FFF0000),
+    ]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+# As an ordinary user if it can be, or the device would be a way around.
+REFUSE = f"""
+    import ctypes
+    filter = {filter_program()!r}
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    program = Program(len(filter) // 8, filter)
+    assert libc.prctl(22, 2, ctypes.byref(program)) == 0, ctypes.get_errno()
+"""
+
+
+def test_a_container_that_refuses_userfaultfd_is_healthy():
+    prefix = UNPRIVILEGED if can_run(*UNPRIVILEGED) else ()
+    if not prefix and os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+        pytest.skip("the device is a way around the filter")
+    checks, status = examined(before=REFUSE, prefix=prefix)
+    assert checks["privileges"].facts["seccomp"] == "filter"
+    assert checks["guard"].facts["in_use"] == "mprotect"
+    assert checks["guard"].level == checks["tracking"].level == "advice"
+    assert "/dev/userfaultfd" in checks["guard"].remedy
+    assert "seccomp" in checks["tracking"].remedy
+    assert checks["self-test"].level == "good"
+    assert {check.level for check in checks.values()} <= {"good", "advice"}
+    assert status == 0
+
+
+TAKE_MAPPINGS = """
+    import ctypes, mmap
+    from ksmcore import vmas
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page, n = mmap.PAGESIZE, vmas.max_map_count() - vmas.count_maps() - {room}
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    addr = libc.mmap(None, (n + 1) * page, 0, flags, -1, 0)
+    for number in range(1, n - 1, 2):
+        assert libc.mprotect(addr + number * page, page, mmap.PROT_READ) == 0
+"""
+
+
+@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+def test_few_mappings_left_are_a_weakness():
+    checks, status = examined(before=TAKE_MAPPINGS.format(room=2000))
+    assert checks["mappings"].level == "weak"
+    assert checks["mappings"].facts["free"] < 2100
+    assert "vm.max_map_count" in checks["mappings"].remedy
+    assert checks["self-test"].level == "good"
+    assert status == 1
+
+
+@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+def test_no_mappings_left_to_speak_of():
+    """Whatever comes of it, it is told, and not raised."""
+    checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")
+    assert checks["mappings"].level == "weak"
+    assert status in (1, 2)
+
+
+def test_a_process_without_a_way_to_make_memory_files():
+    before = """
+        import errno
+        from ksmcore import _sys
+        _sys.inject("memfd_create", errno.EPERM, count=1000)
+    """
+    checks, status = examined(before=before)
+    assert checks["memfd"].level == checks["self-test"].level == "broken"
+    assert status == 2
+
+
+def test_neither_click_nor_rich_is_needed():
+    before = """
+        import sys
+        sys.modules["click"] = sys.modules["rich"] = None
+    """
+    checks, _ = examined(before=before)
+    assert checks["self-test"].level == "good"
