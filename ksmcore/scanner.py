@@ -5,6 +5,7 @@ Called by the engine. Calls the engine's passes, and the pacing between them.
 - It holds its engine only during a batch, so an engine that nobody else knows is collected.
 - Where nothing is registered it parks, and a registration wakes it: at once, or, where the arena
   has registered memory in the midst of NumPy's work, when it looks for that the next time.
+- Its thread is not among `threading.enumerate()`: there are programs that join all threads.
 - A fork waits for the end of the batch (`_in_batch`), and no batch begins before it is over; in the
   child there is no scanner.
 - What goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the core,
@@ -13,12 +14,14 @@ Called by the engine. Calls the engine's passes, and the pacing between them.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 from ksmcore.pacing import Pacer
 from ksmcore.passes import END_OF_MEMORY, Begun, PassMaker
@@ -35,12 +38,48 @@ _forking = threading.Lock()
 _held_for_fork: list[threading.Lock] = []
 
 
+class HiddenThread:
+    """A thread that ends with the process, and that the module threading knows nothing of."""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        self._target = target
+        self._ident = 0
+        self._alive = threading.Lock()
+
+    def start(self) -> None:
+        """Raises RuntimeError where the system has no further thread."""
+        self._alive.acquire()
+        try:
+            _thread.start_new_thread(self._run, ())
+        except BaseException:
+            self._alive.release()
+            raise
+
+    def _run(self) -> None:
+        self._ident = threading.get_ident()
+        try:
+            self._target()
+        finally:
+            self._alive.release()
+
+    def is_alive(self) -> bool:
+        return self._alive.locked()
+
+    def is_current(self) -> bool:
+        return self._ident == threading.get_ident()
+
+    def join(self, timeout: float = -1) -> None:
+        """Wait for its end."""
+        if self._alive.acquire(timeout=timeout):
+            self._alive.release()
+
+
 class Scanner:
     """The background scanner of one engine: started and stopped any number of times."""
 
     def __init__(self, engine: PassMaker) -> None:
         self._engine = weakref.ref(engine)
-        self._thread: threading.Thread | None = None
+        self._thread: HiddenThread | None = None
         self._control = threading.RLock()
         self._in_batch = threading.Lock()
         self._wake = threading.Event()
@@ -71,7 +110,7 @@ class Scanner:
                 return
             self._error = None
             self._cursor = None
-            self._thread = threading.Thread(target=self._run, name="ksmcore scanner", daemon=True)
+            self._thread = HiddenThread(self._run)
             self._thread.start()
         log.info("scanner started")
 
@@ -80,7 +119,7 @@ class Scanner:
         with self._control:
             thread, self._thread = self._thread, None
             self._wake.set()
-            if thread is not None and thread is not threading.current_thread():
+            if thread is not None and not thread.is_current():
                 thread.join()
             error, self._error = self._error, None
         if thread is not None:
@@ -95,7 +134,8 @@ class Scanner:
 
     def _is_wanted(self) -> bool:
         """Is this thread still the scanner? Not after `stop`, even if another was started since."""
-        return self._thread is threading.current_thread()
+        thread = self._thread
+        return thread is not None and thread.is_current()
 
     def _run(self) -> None:
         try:

@@ -352,7 +352,7 @@ class TestErrors:
         threads = set()
 
         def note(report):
-            threads.add(threading.current_thread())
+            threads.add(quick._scanner._thread)
             if len(threads) < 4:
                 quick.stop()
                 quick.start()
@@ -364,6 +364,15 @@ class TestErrors:
         wait_until(lambda: sum(thread.is_alive() for thread in threads) == 1)
         quick.stop()
         assert not any(thread.is_alive() for thread in threads)
+        assert array.any()
+
+    def test_programs_that_join_all_threads_do_not_wait_for_it(self, quick, rng):
+        array = pages(quick, rng)
+        before = threading.enumerate()
+        with quick.start():
+            wait_until(lambda: quick.stats().full_scans > 1)
+            assert quick.scanning
+            assert threading.enumerate() == before
         assert array.any()
 
     def test_run_2_unmerges_though_the_scanner_had_died(self, quick, rng):
