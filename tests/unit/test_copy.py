@@ -49,7 +49,7 @@ def test_the_first_copy_shares_as_well(engine):
     source = engine.array(noise(16 * MIB))
     before = pss()
     copy = engine.copy(source)
-    assert pss() - before < 2 * MIB
+    assert pss() - before < 8 * MIB  # the copy has 16; the rest is what is remembered
     assert engine.stats().pages_sharing == 16 * MIB // PAGE
     assert np.array_equal(copy, source)
 
