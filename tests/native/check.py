@@ -28,6 +28,7 @@ LEFT_OUT = {
         "unit/test_allocator.py::test_zeros_touches_no_page_also_where_other_arrays_were_before",
         "unit/test_allocator.py::test_the_memory_of_collected_arrays_goes_back_merged_or_not",
         "unit/test_allocator.py::test_without_address_space_numpy_says_no_and_the_next_array_is_made",
+        "unit/test_copy.py::test_the_first_copy_shares_as_well",
         "unit/test_copy.py::test_the_second_copy_takes_no_memory_and_copies_nothing",
         "unit/test_demo.py",
         "unit/test_merge.py::test_pss_falls_by_what_bytes_saved_says",
