@@ -15,9 +15,11 @@ import ksmcore
 PAGE = ksmcore.Engine.page_bytes
 WORDS = PAGE // 8
 LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
-# The long form lasts this much longer, and then until its numbers are reached; not for ever.
+# The long form lasts this much longer. Either then goes on until its numbers are reached, which on a
+# busy machine may take a while; not for ever.
 LONG_FACTOR = 10
 LONGEST_SECONDS = 600.0
+LONGEST_SHORT_SECONDS = 60.0
 
 # The kinds of calls.c, in its order.
 CALLS = (
@@ -32,13 +34,13 @@ CALLS = (
 
 
 def rounds(seconds: float, enough: Callable[[], bool] = lambda: True) -> Iterator[int]:
-    """0, 1, 2, ... for `seconds`; in the long form for longer, and until there is `enough`."""
+    """0, 1, 2, ... for `seconds`, in the long form for longer; and until there is `enough`."""
     start = time.monotonic()
     n_rounds = 0
     while True:
         gone = time.monotonic() - start
         over = gone >= seconds * (LONG_FACTOR if LONG else 1)
-        if over and (not LONG or enough() or gone >= LONGEST_SECONDS):
+        if over and (enough() or gone >= (LONGEST_SECONDS if LONG else LONGEST_SHORT_SECONDS)):
             return
         yield n_rounds
         n_rounds += 1
