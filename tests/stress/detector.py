@@ -15,8 +15,8 @@ import ksmcore
 PAGE = ksmcore.Engine.page_bytes
 WORDS = PAGE // 8
 LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
-# The long form lasts this much longer. Either then goes on until its numbers are reached, which on a
-# busy machine may take a while; not for ever.
+# The long form lasts this much longer. Either then goes on until its numbers are reached, which may
+# take a while on a busy machine; not for ever.
 LONG_FACTOR = 10
 LONGEST_SECONDS = 600.0
 LONGEST_SHORT_SECONDS = 60.0

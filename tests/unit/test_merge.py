@@ -32,8 +32,8 @@ def pss_bytes() -> int:
 
 
 def pss_of(*arrays: np.ndarray) -> int:
-    """Of the mappings that these arrays lie in, and of the stores; nothing of what else a process holds
-    or a library keeps for later. As above, the least of three."""
+    """Of the mappings that these arrays lie in, and of the stores; nothing of what else the process
+    holds, or a library keeps for later. The least of three, as above."""
     ranges = [(a.__array_interface__["data"][0], a.nbytes) for a in arrays]
 
     def own() -> int:
