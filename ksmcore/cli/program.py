@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import SourceFileLoader, SourcelessFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
@@ -28,6 +28,11 @@ __all__ = ["CannotStartError", "Program"]
 _Details = tuple[str, Any, CodeType]
 _details_of_module: Callable[..., _Details] = runpy._get_module_details  # type: ignore[attr-defined]
 _details_of_main: Callable[..., _Details] = runpy._get_main_module_details  # type: ignore[attr-defined]
+
+
+# The module that the interpreter began with. It goes on using that module's names when all is over,
+# without holding them, so it must live as long.
+_began_with: ModuleType | None = None
 
 
 class CannotStartError(Exception):
@@ -83,6 +88,8 @@ class Program:
             _, spec, code = _details_of_module(self.target, CannotStartError)
             sys.argv[0] = spec.origin
             return code, _become_main(spec=spec)
+        if self.target == "-":
+            raise CannotStartError("the program cannot come from stdin: write it to a file", 2)
         sys.argv = [self.target, *self.args]
         # Absolute, and else as it was written.
         path = self.target if os.path.isabs(self.target) else f"{os.getcwd()}/{self.target}"
@@ -92,23 +99,32 @@ class Program:
             return code, _become_main(spec=spec)
         try:
             with open(path, "rb") as stream:
+                # What was compiled before (a .pyc), else None.
+                code = pkgutil.read_code(stream)
+                stream.seek(0)
                 source = stream.read()
         except OSError as error:
             message = f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
             raise CannotStartError(message, 2) from None
         _set_first_path(os.path.dirname(os.path.realpath(path)))
-        main = _become_main(file=path)
-        return compile(source, path, "exec", dont_inherit=True), main
+        main = _become_main(file=path, is_compiled=code is not None)
+        return code or compile(source, path, "exec", dont_inherit=True), main
 
 
-def _become_main(*, spec: Any = None, file: str | None = None) -> ModuleType:
+def _become_main(
+    *, spec: Any = None, file: str | None = None, is_compiled: bool = False
+) -> ModuleType:
     """A new module `__main__` with the attributes that the interpreter gives it."""
+    global _began_with
+    if _began_with is None:
+        _began_with = sys.modules["__main__"]
+    loader = SourcelessFileLoader if is_compiled else SourceFileLoader
     present = vars(sys.modules["__main__"])
     main = ModuleType("__main__")
     # In the interpreter's order.
     attributes: dict[str, Any] = {
         "__package__": None,
-        "__loader__": SourceFileLoader("__main__", file or ""),
+        "__loader__": loader("__main__", file or ""),
         "__spec__": spec,
         "__annotations__": {},
         "__builtins__": builtins,

@@ -1,6 +1,7 @@
 """A program under `ksmcore run` is the same: output, tracebacks and exit status, to the byte."""
 
 import os
+import py_compile
 import re
 import signal
 import subprocess
@@ -133,7 +134,22 @@ def test_source_in_other_encodings(tmp_path):
     assert compare(["bom.py"], cwd=tmp_path).returncode == 0
 
 
+def test_compiled(tmp_path):
+    write(tmp_path, WHERE_AM_I)
+    py_compile.compile(str(tmp_path / "program.py"), cfile=str(tmp_path / "program.pyc"))
+    assert compare(["program.pyc", "1"], cwd=tmp_path).returncode == 0
+
+
+def test_from_stdin_is_refused(tmp_path):
+    done = python(*QUIETLY, "-", cwd=tmp_path, input=b"print(1)")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"stdin" in done.stderr
+
+
 # ---- how it ends ---------------------------------------------------------------------------------
+
+# So that it shows if what was freed is used again.
+FREED_IS_OVERWRITTEN = {**os.environ, "PYTHONMALLOC": "debug"}
 
 ENDS = {
     "nothing": "pass",
@@ -252,15 +268,21 @@ def test_the_statuses_are_what_they_should_be(tmp_path):
         assert python(*QUIETLY, "program.py", cwd=tmp_path).returncode == status
 
 
-def test_traceback_of_the_installed_script(tmp_path):
-    """`ksmcore run`, as against `python -m ksmcore run`: other frames lie above the program."""
-    (tmp_path / "program.py").write_text("1/0")
+@pytest.mark.parametrize(
+    "end", ["error", "syntax", "null", "indentation", "chain", "hook", "deleted", "text"]
+)
+def test_ends_under_the_installed_script(tmp_path, end):
+    """`ksmcore run`, as against `python -m ksmcore run`: other frames lie above the program, and
+    nothing but the interpreter knows of the module that it began with."""
     start = "import sys; from ksmcore.cli import main; sys.exit(main())"
     (tmp_path / "ksmcore-script").write_text(start)
+    write(tmp_path, ENDS[end])
     plain = python("program.py", cwd=tmp_path)
-    ours = python("ksmcore-script", "run", "--quiet", "program.py", cwd=tmp_path)
-    assert ours.returncode == plain.returncode == 1
+    ours = python(
+        "ksmcore-script", "run", "--quiet", "program.py", cwd=tmp_path, env=FREED_IS_OVERWRITTEN
+    )
     assert ours.stderr == plain.stderr
+    assert ours.returncode == plain.returncode
 
 
 @pytest.mark.parametrize("flags", [["-W", "error"], ["-X", "dev"], ["-O"], ["-u"], ["-b"]])
