@@ -11,7 +11,7 @@ two is used.
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +21,6 @@ if TYPE_CHECKING:
     from ksmcore.engine import Engine
 
 SAVED = "ksmcore bytes saved"  # a property of a test's report
-_UNITS = {"": 1, "b": 1}
-for _power, _prefix in enumerate("kmgt", start=1):
-    _UNITS[f"{_prefix}b"] = 1000**_power
-    _UNITS[f"{_prefix}ib"] = 1024**_power
-
-
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes: 4096, "50 MB" (millions), "1.5 GiB". ValueError for anything else."""
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if not isinstance(size, str) or found is None or found[2] not in _UNITS:
-        raise ValueError(
-            f"a size is a number of bytes, or text like '50 MB' or '1.5 GiB', not {size!r}"
-        )
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,23 +31,31 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        marker = item.get_closest_marker("min_saved")
-        if marker is None:
-            continue
-        try:
-            _asked(marker)
-        except (TypeError, ValueError) as error:
-            raise pytest.UsageError(f"{item.nodeid}: min_saved: {error}") from None
-        if "ksm" not in getattr(item, "fixturenames", ()):
-            raise pytest.UsageError(f"{item.nodeid}: min_saved needs the fixture `ksm`")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("min_saved")
+    if marker is None:
+        return
+    try:
+        _asked(marker)
+    except (TypeError, ValueError) as error:
+        pytest.fail(f"min_saved: {error}", pytrace=False)
+    if "ksm" not in getattr(item, "fixturenames", ()):
+        pytest.fail("min_saved needs the fixture `ksm`", pytrace=False)
 
 
 def _asked(marker: pytest.Mark) -> int:
+    from ksmcore.sizes import parse_bytes
+
     if len(marker.args) != 1 or marker.kwargs:
         raise TypeError("it takes one size")
     return parse_bytes(marker.args[0])
+
+
+def _engine(item: pytest.Function) -> Engine | None:
+    """The test's engine; None if it has none, or a fixture of that name that is another's."""
+    found: Any = item.funcargs.get("ksm")
+    library = sys.modules.get("ksmcore")
+    return found if library is not None and isinstance(found, library.Engine) else None
 
 
 @pytest.fixture
@@ -78,7 +70,7 @@ def ksm() -> Iterator[Engine]:
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     result = yield
-    engine: Any = pyfuncitem.funcargs.get("ksm")
+    engine = _engine(pyfuncitem)
     if engine is not None:
         # Not what is saved now: arrays of the test's own have gone by the time it returns.
         saved = engine.peak_bytes_saved
@@ -101,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if name == SAVED
     ]
     if saved:
-        from ksmcore.stats import human_bytes
+        from ksmcore.sizes import human_bytes
 
         terminalreporter.section("ksmcore: memory saved")
         for test, n_bytes in saved:

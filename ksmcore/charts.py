@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ksmcore.pagemaps import LOOKS
 from ksmcore.regions import PageState
-from ksmcore.stats import human_bytes
+from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
     from ksmcore.engine import Engine

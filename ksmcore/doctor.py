@@ -22,7 +22,8 @@ import ksmcore
 from ksmcore import surroundings, vmas
 from ksmcore.features import features
 from ksmcore.settings import GUARDS
-from ksmcore.stats import STORE_PATH, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import STORE_PATH
 from ksmcore.surroundings import Check
 
 __all__ = ["Check", "Diagnosis", "examine"]

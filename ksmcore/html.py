@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from ksmcore.charts import SAVED_COLOUR, USED_COLOUR, Point, savings_svg
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, PageMap, png_uri, reduced
 from ksmcore.regions import PageState
-from ksmcore.stats import MemoryInfo, Stats, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import MemoryInfo, Stats
 
 __all__ = [
     "ABSENT",

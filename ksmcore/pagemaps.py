@@ -16,7 +16,7 @@ import numpy as np
 
 from ksmcore import _arena
 from ksmcore.regions import PageState, Region
-from ksmcore.stats import human_bytes
+from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

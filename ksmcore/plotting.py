@@ -28,7 +28,7 @@ from ksmcore.charts import (
 )
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, OUTSIDE, PageMap, page_maps, reduced
 from ksmcore.regions import Region
-from ksmcore.stats import human_bytes
+from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ksmcore.closing import Closing
-from ksmcore.stats import RegionStats, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import RegionStats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

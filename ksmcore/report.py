@@ -38,7 +38,8 @@ from ksmcore.meanings import COUNTERS, SKIPPED, STAGES
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, PageMap, page_maps
 from ksmcore.regions import PageState
 from ksmcore.report_style import STYLE
-from ksmcore.stats import MemoryInfo, Stats, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import MemoryInfo, Stats
 
 if TYPE_CHECKING:
     from ksmcore.engine import Engine

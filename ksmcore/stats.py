@@ -12,19 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ksmcore import vmas
+from ksmcore.sizes import human_bytes
 
 __all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Stats", "memory_info"]
-
-
-def human_bytes(n_bytes: float) -> str:
-    """A number of bytes as a person would say it: 1,536 -> '1.5 KiB'; the sign stays."""
-    sign = "-" if n_bytes < 0 else ""
-    size = abs(float(n_bytes))
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.1f} {unit}"
-        size /= 1024
-    return f"{sign}{size:.1f} TiB"
 
 
 class _Numbers:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ksmcore import headroom
 from ksmcore.settings import GUARDS, Settings
-from ksmcore.stats import human_bytes
+from ksmcore.sizes import human_bytes
 
 __all__ = ["Check", "Level"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,16 +16,12 @@ import click
 import ksmcore
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.program import Program
+from ksmcore.sizes import parse_bytes
 
 __all__ = ["Runner", "cli"]
 
 Runner = Callable[[], None]
 """Runs a program, and raises what that raised."""
-
-_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
-for _power, _letter in enumerate("kmg", start=1):
-    _UNITS[_letter] = _UNITS[f"{_letter}ib"] = 1024**_power
-
 
 if TYPE_CHECKING:
     SizeBase = click.ParamType[int]
@@ -40,10 +35,10 @@ class Size(SizeBase):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
-        if found is None or found[2] not in _UNITS:
+        try:
+            n_bytes = parse_bytes(value)
+        except ValueError:
             self.fail(f"{value!r} is no size: write 65536, 64k or 1.5M", param, ctx)
-        n_bytes = int(float(found[1]) * _UNITS[found[2]])
         if not 1 <= n_bytes < 2**63:
             self.fail(f"{value!r} is not between 1 byte and 8 EiB", param, ctx)
         return n_bytes

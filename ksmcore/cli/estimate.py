@@ -18,7 +18,8 @@ from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
-from ksmcore.stats import Estimate, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import Estimate
 
 if TYPE_CHECKING:
     from ksmcore.engine import Engine

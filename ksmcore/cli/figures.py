@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ksmcore
-from ksmcore.stats import RegionStats, human_bytes
+from ksmcore.sizes import human_bytes
+from ksmcore.stats import RegionStats
 
 if TYPE_CHECKING:
     from ksmcore.engine import Engine

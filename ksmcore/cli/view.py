@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ksmcore.stats import human_bytes
+from ksmcore.sizes import human_bytes
 from ksmcore.vmas import sum_smaps
 
 __all__ = ["kernel_view", "picture"]

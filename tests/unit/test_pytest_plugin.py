@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from ksmcore_pytest import parse_bytes
-
 HEAD = """
 import numpy as np
 import pytest
@@ -77,9 +75,24 @@ def test_silent_and_not_imported_otherwise(run):
     ],
 )
 def test_wrong_use(run, marker, parameter, said):
-    code, output = run(f"@pytest.mark.{marker}\ndef test_it({parameter}): pass\n")
-    assert code == 4
+    module = f"@pytest.mark.{marker}\ndef test_it({parameter}): pass\ndef test_other(): pass\n"
+    code, output = run(module)
+    assert code == 1
+    assert "1 passed, 1 error" in output
     assert said in output
+
+
+def test_a_fixture_of_that_name_may_be_anothers(run):
+    code, output = run("""
+@pytest.fixture
+def ksm():
+    return "mine"
+
+def test_it(ksm):
+    assert ksm == "mine"
+""")
+    assert code == 0
+    assert "memory saved" not in output
 
 
 def test_a_failing_test_fails_for_its_own_reason(run):
@@ -91,25 +104,3 @@ def test_it(ksm):
     assert code == 1
     assert "KeyError: 'mine'" in output
     assert "asked for" not in output
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [
-        (0, 0),
-        (4096, 4096),
-        ("17", 17),
-        ("50 MB", 50_000_000),
-        ("1.5GiB", 3 << 29),
-        (" 2 kib ", 2048),
-        ("3 b", 3),
-    ],
-)
-def test_sizes(text, n_bytes):
-    assert parse_bytes(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", [-1, True, 1.5, None, "", "MB", "1 XB", "-3 MB", "1 2 MB"])
-def test_wrong_sizes(text):
-    with pytest.raises(ValueError, match="a size is"):
-        parse_bytes(text)

@@ -10,7 +10,6 @@ import pytest
 
 import ksmcore
 from ksmcore import _pagemap
-from ksmcore.stats import human_bytes
 
 PAGE = mmap.PAGESIZE
 PRESENT, OF_FILE, EXCLUSIVE = 1, 2, 8
@@ -92,25 +91,6 @@ def test_fresh_engine(engine):
     assert 0 < stats.metadata_bytes < 1 << 16
     assert stats.page_bytes == PAGE
     assert stats.presence in ("pagemap", "mincore")
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1, "1 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (-1536, "-1.5 KiB"),
-        (5 << 20, "5.0 MiB"),
-        (3 << 30, "3.0 GiB"),
-        (7 << 40, "7.0 TiB"),
-        (2048 << 40, "2048.0 TiB"),
-    ],
-)
-def test_human_bytes(size, text):
-    assert human_bytes(size) == text
 
 
 # ---- the arithmetic of the counters ------------------------------------------------------------
