@@ -15,6 +15,7 @@ import click
 
 import ksmcore
 from ksmcore.cli.companion import Companion
+from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.sizes import parse_bytes
 
@@ -42,6 +43,26 @@ class Size(SizeBase):
         if not 1 <= n_bytes < 2**63:
             self.fail(f"{value!r} is not between 1 byte and 8 EiB", param, ctx)
         return n_bytes
+
+
+if TYPE_CHECKING:
+    OutputBase = click.ParamType[OutputFile]
+else:
+    OutputBase = click.ParamType
+
+
+class Output(OutputBase):
+    """A file for what is to be told at the end."""
+
+    name = "file"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> OutputFile:
+        try:
+            return OutputFile(value)
+        except (OSError, ValueError) as error:
+            self.fail(str(error), param, ctx)
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -100,8 +121,13 @@ def cli() -> None:
     short_help="Run a program, with its equal pages merged.",
 )
 @_program_arguments
-@click.option("--report", metavar="FILE", help="Write a report with pictures (HTML) at the end.")
-@click.option("--json", metavar="FILE", help="Write all numbers (JSON) at the end.")
+@click.option(
+    "--report",
+    type=Output(),
+    metavar="FILE",
+    help="Write a report with pictures (HTML) at the end.",
+)
+@click.option("--json", type=Output(), metavar="FILE", help="Write all numbers (JSON) at the end.")
 @click.option("--no-scan", is_flag=True, help="Do not scan: the program calls ksmcore itself.")
 @click.option(
     "--interval",
@@ -118,8 +144,8 @@ def run(
     script: str,
     args: tuple[str, ...],
     is_module: bool,
-    report: str | None,
-    json: str | None,
+    report: OutputFile | None,
+    json: OutputFile | None,
     no_scan: bool,
     interval: int | None,
     threshold: int,
@@ -163,9 +189,11 @@ def run(
 )
 @_program_arguments
 @threshold
-@click.option("--json", metavar="FILE", help="Write what was found (JSON) at the end.")
+@click.option(
+    "--json", type=Output(), metavar="FILE", help="Write what was found (JSON) at the end."
+)
 def estimate(
-    script: str, args: tuple[str, ...], is_module: bool, threshold: int, json: str | None
+    script: str, args: tuple[str, ...], is_module: bool, threshold: int, json: OutputFile | None
 ) -> Runner:
     """Run a Python program and count what `ksmcore run` could save. Nothing is merged.
 

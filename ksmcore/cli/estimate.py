@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ksmcore
 from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
+from ksmcore.cli.figures import DISABLED, SCHEMA, counted
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.sizes import human_bytes
@@ -85,15 +86,16 @@ class Looks:
 class Watch(Companion):
     """The allocator and the looks, and what is told of them at the end."""
 
-    def __init__(self, program: Program, threshold_bytes: int, json_path: str | None) -> None:
+    def __init__(self, program: Program, threshold_bytes: int, output: OutputFile | None) -> None:
         """Raises ValueError for what the engine refuses."""
         super().__init__("estimate")
         self._command = ["python", *program.command]
         self._threshold_bytes = threshold_bytes
-        self._json = None if json_path is None else OutputFile(json_path)
+        self._output = output
+        self._engine = ksmcore.default_engine()
         ksmcore.install_allocator(threshold_bytes=threshold_bytes)
         with no_signals():
-            self._looks = Looks(ksmcore.default_engine())
+            self._looks = Looks(self._engine)
 
     def conclude(self, exit_status: int) -> list[str]:
         try:
@@ -104,8 +106,9 @@ class Watch(Companion):
         if best is None or last is None:
             return []
         lines = self._text(best, last)
-        if self._json is not None:
+        if self._output is not None:
             found = {
+                "schema": SCHEMA,
                 "ksmcore": ksmcore.__version__,
                 "command": self._command,
                 "exit_status": exit_status,
@@ -115,21 +118,17 @@ class Watch(Companion):
                 "end": last.as_dict(),
             }
             try:
-                self._json.write(json.dumps(found, indent=1) + "\n")
+                self._output.write(json.dumps(found, indent=1) + "\n")
             except OSError as error:
-                lines.append(f"ksmcore: {self._json.path} was not written: {error}")
+                lines.append(f"ksmcore: {self._output.path} was not written: {error}")
         return lines
 
     def _text(self, best: Look, last: Look) -> list[str]:
         most = best.estimate
+        looks = counted(self._looks.n_looks, "look")
         if most.bytes_saved == 0:
-            least = human_bytes(self._threshold_bytes)
-            why = (
-                f"no NumPy array of {least} or more was seen"
-                if most.pages_present == 0 and last.estimate.pages_present == 0
-                else "no two pages of its arrays held the same bytes"
-            )
-            return [f"ksmcore: nothing could be saved: {why} ({self._looks.n_looks} looks)."]
+            why = self._why_nothing(most, last.estimate)
+            return [f"ksmcore: nothing could be saved: {why} ({looks})."]
         present = last.estimate.pages_present * last.estimate.page_bytes
         return [
             f"ksmcore: {human_bytes(most.bytes_saved)} of "
@@ -138,5 +137,15 @@ class Watch(Companion):
             f"  Pages    {most.pages_duplicate:,} equal to another, {most.pages_zero:,} of zeros, "
             f"{most.pages_distinct:,} that would remain",
             f"  End      {human_bytes(last.estimate.bytes_saved)} of {human_bytes(present)}",
-            f"  Looked   {self._looks.n_looks:,} times in {last.seconds:.1f} s; nothing was merged",
+            f"  Looked   {counted(self._looks.n_looks, 'time')} in {last.seconds:.1f} s; "
+            "nothing was merged",
         ]
+
+    def _why_nothing(self, most: Estimate, last: Estimate) -> str:
+        if self._engine._disabled:
+            return DISABLED
+        if most.pages_present or last.pages_present:
+            return "no two pages of its arrays held the same bytes"
+        if most.pages or last.pages:
+            return "no page of its arrays was in memory when they were looked at"
+        return f"no NumPy array of {human_bytes(self._threshold_bytes)} or more was seen"

@@ -18,7 +18,13 @@ from ksmcore.stats import RegionStats
 if TYPE_CHECKING:
     from ksmcore.engine import Engine
 
-__all__ = ["Source", "summary"]
+__all__ = ["DISABLED", "SCHEMA", "Source", "counted", "summary"]
+
+SCHEMA = 1
+"""Of what `run --json` and `estimate --json` write: names and meanings stay, as long as this number
+does; more may be added."""
+
+DISABLED = "KSMCORE_DISABLE is set, so no memory was touched"
 
 # What the kernel or a limit kept from being merged, in the words of the summary.
 REASONS = {
@@ -53,6 +59,7 @@ class Source:
         engine = self._engine
         stats = engine.stats()
         return {
+            "schema": SCHEMA,
             "ksmcore": ksmcore.__version__,
             "python": platform.python_version(),
             "pid": os.getpid(),
@@ -66,6 +73,7 @@ class Source:
             "memory": ksmcore.memory_info().as_dict(),
             "stats": stats.as_dict(),
             "settings": engine.settings.as_dict(),
+            "regions_ever": engine._core.n_enlisted,
             "regions": self._largest_regions(),
         }
 
@@ -82,6 +90,9 @@ def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
     """What a run has saved, in lines for a person."""
     stats, memory = figures["stats"], figures["memory"]
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
+    if figures["regions_ever"] == 0:
+        # A short program, or one that wants nothing of this: no more than a line.
+        return [f"ksmcore: Nothing was saved: {_why_nothing(figures, scans)}"]
     if peak > 0:
         lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
     else:
@@ -91,9 +102,9 @@ def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
         + (" (RSS counts a shared page once for each place that maps it)" if saved > 0 else "")
     )
     lines.append(
-        f"Scanner  {_n(stats['full_scans'], 'pass', 'es')} in {figures['seconds']:.1f} s; "
-        f"{_n(stats['pages_merged'], 'page')} merged, {stats['pages_zeroed']:,} of zeros given "
-        f"back, {stats['cow_breaks']:,} copied again by writes"
+        f"Scanner  {counted(stats['full_scans'], 'pass', 'es')} in {figures['seconds']:.1f} s; "
+        f"{counted(stats['pages_merged'], 'page')} merged, {stats['pages_zeroed']:,} of zeros "
+        f"given back, {stats['cow_breaks']:,} copied again by writes"
     )
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
@@ -105,7 +116,7 @@ def _skipped(stats: Mapping[str, Any]) -> list[str]:
     """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made."""
     counts = sorted(stats["skipped"].items(), key=lambda item: -item[1])
     return [
-        f"{_n(count, 'time')} pages that {REASONS.get(reason, reason)}"
+        f"{counted(count, 'time')} pages that {REASONS.get(reason, reason)}"
         for reason, count in counts
         if count > 0
     ]
@@ -115,19 +126,20 @@ def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
     stats = figures["stats"]
     least = human_bytes(figures["threshold_bytes"])
     if figures["disabled"]:
-        return "KSMCORE_DISABLE is set, so no memory was touched."
+        return f"{DISABLED}."
     if stats["scanner_error"] is not None:
         return f"the scanner ended by an error: {stats['scanner_error']}."
     if stats["full_scans"] == 0 and not scans:
         return "with --no-scan nothing looks for equal pages unless the program itself does."
-    if stats["regions"] == 0 and stats["pages_scanned"] == 0:
+    if figures["regions_ever"] == 0:
         return f"the program made no NumPy array of {least} or more (see --threshold)."
     if stats["pages_merged"] + stats["pages_zeroed"] > 0:
         return "what was merged was written or freed again before a pass had ended."
     if stats["full_scans"] < 2:
         return (
-            f"the program ended after {_n(stats['full_scans'], 'pass', 'es')}. Pages are merged "
-            "once they held still from one pass to the next, so it takes two (see --interval)."
+            f"the program ended after {counted(stats['full_scans'], 'pass', 'es')} of the scanner. "
+            "Pages are merged once they held still from one pass to the next, so it takes two (see "
+            "--interval; `ksmcore estimate` tells what there is to save)."
         )
     if stats["pages_scanned"] == 0:
         return "no page was in memory while the scanner looked."
@@ -141,5 +153,6 @@ def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
     )
 
 
-def _n(count: int, what: str, plural: str = "s") -> str:
+def counted(count: int, what: str, plural: str = "s") -> str:
+    """A count, and what of."""
     return f"{count:,} {what}{'' if count == 1 else plural}"

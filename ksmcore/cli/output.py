@@ -7,6 +7,7 @@ may have changed its directory. So both are looked up before it begins.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 __all__ = ["Messages", "OutputFile"]
 
 STDERR = 2
+# Endings of what nobody wants a report written over.
+PROGRAMS = {".py", ".pyw", ".pyc", ".pyz", ".ipynb"}
 
 
 class Messages:
@@ -47,19 +50,37 @@ class OutputFile:
     """A file that is written when the program has ended."""
 
     def __init__(self, path: str) -> None:
+        """What can be known to go wrong is told now, before the program runs for hours.
+
+        Raises:
+            ValueError: a program, which somebody forgot to give a file's name before; or no file.
+            OSError: nothing can be written there.
+        """
+        if path in ("", "-"):
+            raise ValueError(f"{path!r} is no file's name")
         self.path = Path(path)
-        self._absolute = Path(os.path.abspath(path))
+        # Where it really lies: the program may go elsewhere, and a link stays one.
+        self._real = Path(os.path.realpath(path))
+        self._is_replaced = self._real.is_file() or not self._real.exists()
+        if self._real.exists() and self._real.suffix in PROGRAMS:
+            raise ValueError(f"{path} is a program, and would be overwritten")
+        if self._real.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not self._real.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(self.path.parent))
+        if not os.access(self._real.parent if self._is_replaced else self._real, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def write(self, text: str) -> None:
         """All at once: what was there before stays until it is replaced. Raises OSError."""
-        if self._absolute.exists() and not self._absolute.is_file():
-            self._absolute.write_text(text, encoding="utf-8")  # a terminal, a pipe, /dev/null
+        if not self._is_replaced:
+            self._real.write_text(text, encoding="utf-8")  # a terminal, a pipe, /dev/null
             return
-        unfinished = self._absolute.with_name(f".{self._absolute.name}.{os.getpid()}")
+        unfinished = self._real.with_name(f".{self._real.name}.{os.getpid()}")
         try:
             unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self._absolute)
-        except OSError:
+            unfinished.replace(self._real)
+        except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from None

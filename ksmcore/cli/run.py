@@ -38,8 +38,8 @@ class RunOptions:
     interval_ms: int | None = None
     live: bool = False
     quiet: bool = False
-    report: str | None = None
-    json: str | None = None
+    report: OutputFile | None = None
+    json: OutputFile | None = None
 
 
 class Session(Companion):
@@ -51,8 +51,6 @@ class Session(Companion):
         super().__init__("run")
         self._options = options
         self._command = ["python", *program.command]
-        self._report = None if options.report is None else OutputFile(options.report)
-        self._json = None if options.json is None else OutputFile(options.json)
         if options.report is not None:
             # Now: what is missing shows before hours have gone by, and sys.path is still ours.
             from ksmcore.report import html_report
@@ -101,11 +99,11 @@ class Session(Companion):
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]
         lines = [] if self._options.quiet else summary(figures, scans=self._options.scans)
-        if self._json is not None:
-            lines += self._write(self._json, lambda: json.dumps(figures, indent=1) + "\n")
-        if self._report is not None:
+        if self._options.json is not None:
+            lines += self._write(self._options.json, lambda: json.dumps(figures, indent=1) + "\n")
+        if self._options.report is not None:
             lines += self._write(
-                self._report,
+                self._options.report,
                 lambda: self._html_report(
                     self._engine,
                     title=shlex.join(self._command),

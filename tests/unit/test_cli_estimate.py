@@ -1,7 +1,9 @@
 """`ksmcore estimate`: what could be saved, of a program that is run while nothing is merged."""
 
 import json
+import os
 
+import pytest
 from cli import ksmcore, own_directories, write
 
 __all__ = ["own_directories"]
@@ -65,11 +67,27 @@ def test_no_such_program(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_report_that_cannot_be_written(tmp_path):
-    write(tmp_path, "raise SystemExit(3)")
-    done = ksmcore("estimate", "--json", "no/out.json", "program.py", cwd=tmp_path)
+def test_a_report_that_cannot_be_written_any_more(tmp_path):
+    (tmp_path / "gone").mkdir()
+    write(tmp_path, "import os; os.rmdir('gone'); raise SystemExit(3)")
+    done = ksmcore("estimate", "--json", "gone/out.json", "program.py", cwd=tmp_path)
     assert done.returncode == 3
-    assert "ksmcore: no/out.json was not written: " in done.stderr
+    assert "ksmcore: gone/out.json was not written: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "environ", "why"),
+    [
+        ("print()", {}, "no NumPy array of 64.0 KiB or more was seen (1 look)"),
+        ("import numpy; a = numpy.zeros(1 << 20)", {}, "no page of its arrays was in memory"),
+        ("import numpy; a = numpy.ones(99999)", {"KSMCORE_DISABLE": "1"}, "KSMCORE_DISABLE is set"),
+    ],
+)
+def test_why_there_is_nothing(tmp_path, script, environ, why):
+    write(tmp_path, script)
+    done = ksmcore("estimate", "program.py", cwd=tmp_path, env={**os.environ, **environ})
+    assert done.stderr.startswith("ksmcore: nothing could be saved: ")
+    assert why in done.stderr
 
 
 def test_forks_while_it_looks(tmp_path):

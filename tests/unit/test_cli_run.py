@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -117,17 +118,60 @@ def test_reports_are_written_whatever_happens(tmp_path, leave, status):
 
 
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
-def test_a_report_that_cannot_be_written(tmp_path, quiet):
-    write(tmp_path, "print('output')\nraise SystemExit(3)")
-    (tmp_path / "directory").mkdir()
+def test_a_report_that_cannot_be_written_any_more(tmp_path, quiet):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "taken").mkdir()
+    script = """
+        import os
+        print("output")
+        os.rmdir("gone")
+        os.mkdir("taken/out.json")
+        raise SystemExit(3)
+    """
+    write(tmp_path, script)
     done = with_report(
-        tmp_path, *quiet, "--report", "no/out.html", "--json", "directory", "program.py"
+        tmp_path, *quiet, "--report", "gone/out.html", "--json", "taken/out.json", "program.py"
     )
     assert done.returncode == 3
     assert done.stdout == "output\n"
-    assert "ksmcore: no/out.html was not written: " in done.stderr
-    assert "ksmcore: directory was not written: " in done.stderr
+    for path, why in (("gone/out.html", "No such file"), ("taken/out.json", "Is a directory")):
+        assert f"ksmcore: {path} was not written: " in done.stderr
+        assert re.search(rf"{why}.*'{path}'", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "estimate"])
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("", "no file's name"),
+        ("-", "no file's name"),
+        ("no/out.json", "no such directory: 'no'"),
+        ("directory", "Is a directory"),
+        ("program.py", "program.py is a program"),
+        ("link", "link is a program"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_program_begins(
+    tmp_path, command, path, why
+):
+    """Among them a name that was forgotten, where the program's is taken for it."""
+    program = write(tmp_path, "print('output')")
+    (tmp_path / "link").symlink_to("program.py")
+    (tmp_path / "directory").mkdir()
+    done = ksmcore(command, "--json", path, "program.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert why in done.stderr
+    assert program.read_text() == "print('output')"
+
+
+def test_a_report_through_a_link_and_to_what_is_no_file(tmp_path):
+    write(tmp_path, "print('output')")
+    (tmp_path / "link").symlink_to("real.json")
+    done = ksmcore("run", "--json", "link", "--report", "/dev/null", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["schema"] == 1
 
 
 def test_a_report_that_fails(tmp_path):
@@ -203,13 +247,15 @@ def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
         ({"pages_volatile": 3, "pages_unshared": 10}, "held the same bytes (10 different ones"),
         ({"pages_merged": 7}, "written or freed again before a pass had ended"),
         ({"pages_scanned": 0}, "no page was in memory while the scanner looked"),
-        ({"full_scans": 1}, "the program ended after 1 pass."),
+        ({"full_scans": 1}, "the program ended after 1 pass of the scanner."),
         ({"scanner_error": "OSError(5)"}, "the scanner ended by an error: OSError(5)"),
     ],
 )
 def test_why_nothing_was_saved_by_the_numbers(changes, reason):
     with library.Engine() as engine:
         figures = Source(engine, ["python"], 65536).snapshot()
+    assert len(summary(figures)) == 1  # nothing was made, and nothing is to be told
+    figures["regions_ever"] = 1
     figures["stats"].update(regions=1, full_scans=5, pages_scanned=100)
     figures["stats"].update(changes)
     first, *_ = summary(figures)
