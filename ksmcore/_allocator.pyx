@@ -74,16 +74,15 @@ cdef void* _grow(void* ctx, void* memory, size_t new_size) noexcept nogil:
         return _take(ctx, new_size)
     if not arena_owns(memory, &there):
         return _numpys.allocator.realloc(_numpys.allocator.ctx, memory, new_size)
-    if new_size <= there:
-        if new_size != 0:
-            arena_shrink(memory, new_size)
+    if new_size == 0 or (new_size <= there and arena_shrink(memory, new_size)):
         return memory
     grown = arena_take(new_size, False)
     if grown == NULL:
         grown = _numpys.allocator.malloc(_numpys.allocator.ctx, new_size)
-    if grown != NULL:
-        memcpy(grown, memory, there)
-        arena_give(memory)
+    if grown == NULL:
+        return memory if new_size <= there else NULL
+    memcpy(grown, memory, min(there, new_size))
+    arena_give(memory)
     return grown
 
 

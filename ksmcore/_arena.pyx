@@ -1,6 +1,7 @@
 """Memory for many large arrays, in few regions: whole pages, handed out from chunks that are registered as a whole.
 
-Called by: _allocator. Calls: _chunks, _registry (the core that the chunks are registered with), _forks, _sys.
+Called by: _allocator. Calls: _chunks, _registry (the core that the chunks are registered with), _merge (empty_range),
+_forks, _sys.
 
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
 extents are clean, where they show zeros and hold no memory, or dirty. Dirty ones are handed out again first, since
@@ -26,11 +27,10 @@ from ksmcore._chunks cimport (
     chunks_unhang_all, extent_tag,
 )
 from ksmcore._forks cimport gate_generation
-from ksmcore._merge cimport REGION_HUGEPAGE
+from ksmcore._merge cimport REGION_HUGEPAGE, empty_range, run_t
 from ksmcore._registry cimport Registry
 from ksmcore._sys cimport (
-    ADVISE_DONTNEED, ADVISE_HUGEPAGE, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
-    sys_page_bytes, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_HUGEPAGE, error_clear, sys_advise, sys_error, sys_map_anon, sys_page_bytes, sys_unmap,
 )
 
 cdef extern from *:
@@ -62,6 +62,7 @@ ctypedef struct pinned_t:
     size_t len_bytes
 
 cdef chunk_table _table
+cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
 cdef uint32_t _n_pins = 0              # while not 0, no chunk is unmapped
 cdef pinned_t* _pinned = NULL
 cdef size_t _trim_above = MAX_DIRTY_BYTES
@@ -113,14 +114,20 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     cdef sys_error ignored
     cdef uint32_t entry
     cdef size_t len_bytes = n_pages * _table.page_bytes
-    global _last_region_id
+    global _last_region_id, _n_refused
     error_clear(&ignored)
     memset(&chunk, 0, sizeof(chunk))
     chunk.addr = _map_aligned(len_bytes, HUGE_PAGE_BYTES)
     if chunk.addr == 0:
+        arena_lock()
+        _n_refused += 1
+        arena_unlock()
         return NO_PAGE
     chunk.n_pages = n_pages
-    chunk.wants_huge = wants_huge and sys_advise(chunk.addr, len_bytes, ADVISE_HUGEPAGE, &ignored) == 0
+    # Also where the kernel gives none: it is asked again for whatever is mapped here later.
+    chunk.wants_huge = wants_huge
+    if wants_huge:
+        sys_advise(chunk.addr, len_bytes, ADVISE_HUGEPAGE, &ignored)
     if not whole:
         chunk.tags = <extent_tag*>sys_map_anon(n_pages * sizeof(extent_tag), &ignored)
         if chunk.tags == NULL:
@@ -192,16 +199,20 @@ cdef void _remove_if_empty(uint32_t entry) noexcept nogil:
 
 cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil:
     """Have pages of this process hold no memory and show zeros; False where that is refused."""
-    cdef sys_error err
-    error_clear(&err)
-    if _core != NULL and (<Registry>_core).discard(chunk.region_id, addr, n_pages, &err):
-        return err.code == 0
+    cdef sys_error ignored
+    cdef run_t run
+    cdef bint emptied = False
+    if _core != NULL and (<Registry>_core).discard(chunk.region_id, addr, n_pages, &emptied):
+        return emptied
     # Registered with nobody (any more). What lies here then is not known for sure: it is replaced.
-    if sys_map_anon_at(addr, n_pages * _table.page_bytes, &err) != 0:
-        return False
-    if chunk.wants_huge:
-        sys_advise(addr, n_pages * _table.page_bytes, ADVISE_HUGEPAGE, &err)
-    return True
+    error_clear(&ignored)
+    run.addr = addr
+    run.n_pages = n_pages
+    run.page_bytes = _table.page_bytes
+    run.over_store = True
+    run.flags = REGION_HUGEPAGE if chunk.wants_huge else 0
+    run.tracker = NULL
+    return empty_range(&run, &ignored) == 0
 
 
 cdef void _trim(size_t target_bytes) noexcept nogil:
@@ -327,20 +338,25 @@ cdef bint arena_give(void* memory) noexcept nogil:
     return True
 
 
-cdef void arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
-    """Give back the pages behind the first len_bytes > 0 bytes, where that can be."""
+cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
+    """Give back the pages behind the first len_bytes > 0 bytes, where that can be. False: it cannot, and is worth a
+    move to somewhere else."""
     cdef size_t n_pages = (len_bytes - 1) // _table.page_bytes + 1, before
     cdef uint32_t entry, first
     cdef chunk_t* chunk
+    cdef bint stays = True
     arena_lock()
     entry = chunks_at(&_table, <uintptr_t>memory)
     chunk = &_table.all[entry]
-    if chunk.tags != NULL and chunk.generation == gate_generation():
+    if chunk.tags == NULL:
+        stays = n_pages > chunk.n_pages // 2
+    elif chunk.generation == gate_generation():
         first = entry * _table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // _table.page_bytes)
         before = chunks_tag(&_table, first).n_pages
         if n_pages < before:
             chunks_give(&_table, first + <uint32_t>n_pages, before - n_pages)
     arena_unlock()
+    return stays
 
 
 # ---- life -------------------------------------------------------------------------------------------
@@ -417,15 +433,20 @@ def is_chunk(uint64_t region_id):
 
 
 def numbers():
-    """Chunks, and bytes mapped, handed out, and free but not discarded. For tests and reports."""
+    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had. For tests
+    and reports."""
     cdef uint32_t n
-    cdef size_t mapped_bytes, taken_bytes, dirty_bytes
+    cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
     with nogil:
         arena_lock()
         n, mapped_bytes = _table.n, _table.mapped_bytes
         taken_bytes, dirty_bytes = _table.taken_bytes, _table.dirty_bytes
+        n_refused = _n_refused
         arena_unlock()
-    return {"chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes}
+    return {
+        "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
+        "refused": n_refused,
+    }
 
 
 def check():

@@ -1,6 +1,6 @@
 """The census: what is mapped in this process, against what the engine takes for mapped.
 
-Called by: _core (at the start of a pass, and before a region is given back). Calls: _maps, _budget, _regions,
+Called by: _core (at the start of a pass, before a copy), _registry (before a region is given back). Calls: _maps, _budget, _regions,
 _rmap, _batch, _store.
 
 A program can unmap, move, protect or replace memory that it has registered, without telling anybody. An
@@ -41,16 +41,17 @@ ctypedef struct counting:
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
     size_t n_store_pages         # in regions
 
-# The mappings of one region.
+# The mappings of whole pages of one region.
 ctypedef struct looking:
     engine_core* c
-    const region_t* region
+    uintptr_t addr
+    uintptr_t end
     uint64_t dev_major
     uint64_t dev_minor
     uint32_t* under              # slot at each page, or NULL
     size_t n_store_pages
     size_t n_blocked             # store pages that cannot be read and written
-    uintptr_t covered            # up to here the region is mapped as it should be
+    uintptr_t covered            # up to here they are mapped as they should be
 
 
 cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, uint64_t minor) noexcept nogil:
@@ -114,6 +115,7 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.b.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
+        c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
     if all.n_store_pages != c.rmap.n_over_store:
         for i in range(c.regions.n):
@@ -127,12 +129,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
 
 cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     cdef looking* one = <looking*>context
-    cdef const region_t* region = one.region
     cdef size_t page_bytes = one.c.page_bytes
     cdef bint is_ours = _is_our_store(one.c, vma, one.dev_major, one.dev_minor)
     cdef bint is_plain = _is_plain(vma, is_ours)
-    cdef uintptr_t start = max(vma.start, region.addr)
-    cdef uintptr_t end = min(vma.end, region_end(&one.c.regions, region))
+    cdef uintptr_t start = max(vma.start, one.addr)
+    cdef uintptr_t end = min(vma.end, one.end)
     cdef uint64_t first_slot
     cdef size_t page, i
     if is_plain and one.covered == start:
@@ -144,16 +145,15 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
         one.n_blocked += (end - start) // page_bytes
     if one.under != NULL:
         first_slot = (vma.offset + (start - vma.start)) // page_bytes
-        page = (start - region.addr) // page_bytes
+        page = (start - one.addr) // page_bytes
         for i in range((end - start) // page_bytes):
             one.under[page + i] = <uint32_t>(first_slot + i)
 
 
-cdef size_t _n_over_store(engine_core* c, const region_t* region) noexcept nogil:
-    cdef uint64_t first_no = region.addr // c.page_bytes
+cdef size_t _n_over_store(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
     cdef size_t page, n = 0
     cdef uint32_t item, hint = 0
-    for page in range(region.n_pages):
+    for page in range(n_pages):
         item = rmap_find(&c.rmap, first_no + page, hint)
         if item != 0:
             hint = item
@@ -167,40 +167,51 @@ cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, s
     *n_blocked: pages that map the store and cannot be read and written now. -1 with *err when the
     mappings cannot be read (err.code 0: no memory for it).
     """
+    cdef bint is_plain = not region.altered
+    cdef int rc = census_of_range(c, region.addr, region_end(&c.regions, region), &is_plain, n_blocked, err)
+    region.altered = not is_plain or region.passed_over
+    return rc
+
+
+cdef int census_of_range(
+    engine_core* c, uintptr_t addr, uintptr_t end, bint* is_plain, size_t* n_blocked, sys_error* err
+) noexcept nogil:
+    """The same of whole pages of one region. *is_plain: they are plain private memory throughout; not set when
+    the mappings cannot be read."""
     cdef looking one
-    cdef size_t n_over_store = _n_over_store(c, region)
-    cdef uintptr_t end = region_end(&c.regions, region)
+    cdef uint64_t first_no = addr // c.page_bytes
+    cdef size_t n_pages = (end - addr) // c.page_bytes
     one.c = c
-    one.region = region
+    one.addr = addr
+    one.end = end
     sys_device(&c.store.file, &one.dev_major, &one.dev_minor)
     one.under = NULL
     one.n_store_pages = one.n_blocked = 0
-    one.covered = region.addr
+    one.covered = addr
     n_blocked[0] = 0
-    if maps_each_in(region.addr, end, _look, &one, err) != 0:
+    if maps_each_in(addr, end, _look, &one, err) != 0:
         return -1
-    region.altered = one.covered != end
+    is_plain[0] = one.covered == end
     n_blocked[0] = one.n_blocked
-    if one.n_store_pages == n_over_store:
+    if one.n_store_pages == _n_over_store(c, first_no, n_pages):
         return 0
-    one.under = <uint32_t*>calloc(region.n_pages, sizeof(uint32_t))
+    one.under = <uint32_t*>calloc(n_pages, sizeof(uint32_t))
     if one.under == NULL:
         return -1
-    if maps_each_in(region.addr, end, _look, &one, err) != 0:
+    if maps_each_in(addr, end, _look, &one, err) != 0:
         free(one.under)
         return -1
-    _put_right(c, region, one.under)
+    _put_right(c, first_no, n_pages, one.under)
     free(one.under)
     return 0
 
 
-cdef void _put_right(engine_core* c, const region_t* region, const uint32_t* under) noexcept nogil:
-    """under: the slot that is mapped at each page of the region, 0 where the store is not."""
-    cdef uint64_t first_no = region.addr // c.page_bytes
+cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const uint32_t* under) noexcept nogil:
+    """under: the slot that is mapped at each page, 0 where the store is not."""
     cdef size_t page
     cdef uint32_t item, hint = 0, remembered
     cdef bint is_known
-    for page in range(region.n_pages):
+    for page in range(n_pages):
         item = rmap_find(&c.rmap, first_no + page, hint)
         if item != 0:
             hint = item

@@ -1,18 +1,20 @@
 """Copies of registered pages into fresh registered memory, which map the shared pages that their sources map.
 
-Called by: _core, one span at a time, with the engine's lock. Calls: _pagemap, _regions, _rmap, _store, _batch, _budget,
-_pages, _sys.
+Called by: _core, one span at a time, with the engine's lock. Calls: _pagemap, _regions, _rmap, _store, _budget, _costs,
+_merge, _pages.
 
-No window is needed. The target is known to nobody yet, and a shared page does not change; that the source still shows
-it is asked of the kernel, and the caller has taken a census of the region. A write to the source meanwhile comes before or after the copy of that page, as with any
-copy that is made while somebody writes.
+No window is needed. The target is known to nobody yet, no pass looks at it, and a shared page does not change; that the
+source still shows it is asked of the kernel, and the caller has taken a census of the source. A write to the source
+meanwhile comes before or after the copy of that page, as with any copy that is made while somebody writes.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy
 
 from ksmcore._budget cimport budget_affords
+from ksmcore._costs cimport stretch_cost
 from ksmcore._engine cimport SPAN_PAGES, engine_core
+from ksmcore._merge cimport run_t, share_range
 from ksmcore._pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_query
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._regions cimport region_end, region_t, regions_at
@@ -20,13 +22,14 @@ from ksmcore._rmap cimport (
     PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_state,
 )
 from ksmcore._store cimport store_is_there, store_page, store_share
-from ksmcore._sys cimport error_clear, sys_error, sys_map_store_at
-
-cdef enum:
-    MAPS_INSIDE = 2            # mappings that one more costs in the middle of a region
+from ksmcore._sys cimport error_clear, sys_error
 
 cdef uint32_t PLAIN = 0        # instead of a slot: the bytes are to be copied
 cdef uint32_t NOTHING = 0xffffffff   # instead of a slot: there is nothing but zeros
+
+
+cdef bint _has_room(const engine_core* c, uint32_t slot) noexcept nogil:
+    return c.store.uses[slot].n_sharers < c.max_page_sharing
 
 
 cdef uint32_t _shown(
@@ -42,7 +45,7 @@ cdef uint32_t _shown(
     if not over_store or c.rmap.tags[item].state != PAGE_SHARED or flag & PAGE_SWAPPED:
         return PLAIN
     slot = c.rmap.nodes[item].left
-    if c.store.uses[slot].n_sharers >= c.max_page_sharing:
+    if not _has_room(c, slot):
         return PLAIN
     if flag & PAGE_UNSURE:
         return slot if page_compare(page, store_page(&c.store, slot), c.page_bytes) == 0 else PLAIN
@@ -51,23 +54,33 @@ cdef uint32_t _shown(
 
 
 cdef bint _share(
-    engine_core* c, uintptr_t addr, const uint32_t* slots, const uint32_t* digests, size_t n_pages
+    engine_core* c, const region_t* home, uintptr_t addr, const uint32_t* slots, const uint32_t* digests,
+    size_t n_pages
 ) noexcept nogil:
-    """Map slots that follow each other over fresh pages, and enter those as sharers; False where that cannot be."""
+    """Map slots that follow each other over fresh pages of a region, and enter those as sharers; False where that
+    cannot be, or where the map budget does not allow it."""
     cdef sys_error ignored
     cdef size_t i, n_items = 0
-    cdef uint32_t item
+    cdef uint32_t item = 0
+    cdef int64_t cost = stretch_cost(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
+    cdef run_t run
+    if not budget_affords(&c.b.budget, cost, <uint32_t>n_pages):
+        return False
     error_clear(&ignored)
-    # The items first: once a slot is mapped somewhere that must be known.
-    while n_items < n_pages and rmap_add(&c.rmap, addr // c.page_bytes + n_items, &ignored) != 0:
+    run.addr = addr
+    run.n_pages = n_pages
+    run.page_bytes = c.page_bytes
+    run.flags = home.flags
+    # The items first: once a slot is mapped somewhere that must be known. None of them is known so far.
+    while n_items < n_pages and (
+        rmap_find(&c.rmap, addr // c.page_bytes + n_items, 0) == 0
+        and rmap_add(&c.rmap, addr // c.page_bytes + n_items, &ignored) != 0
+    ):
         n_items += 1
-    if n_items < n_pages or sys_map_store_at(
-        addr, n_pages * c.page_bytes, c.store.file.fd, <long long>(<size_t>slots[0] * c.page_bytes), &ignored
-    ) != 0:
+    if n_items < n_pages or share_range(&c.store, &run, slots[0], &ignored) != 0:
         for i in range(n_items):
             rmap_remove(&c.rmap, rmap_find(&c.rmap, addr // c.page_bytes + i, 0))
         return False
-    item = 0
     for i in range(n_pages):
         item = rmap_find(&c.rmap, addr // c.page_bytes + i, item)
         store_share(&c.store, slots[i])
@@ -76,6 +89,7 @@ cdef bint _share(
         c.rmap.nodes[item].left = slots[i]
         c.rmap.nodes[item].digest = digests[i]
     c.counters.pages_merged += n_pages
+    c.b.budget.used += cost
     return True
 
 
@@ -118,14 +132,14 @@ cdef int core_copy(
         i += 1
         if slots[start] == NOTHING:
             continue
+        if slots[start] != PLAIN and not _has_room(c, slots[start]):
+            slots[start] = PLAIN     # others of this span have taken it
         if slots[start] != PLAIN:
-            while i < n_pages and slots[i] == slots[i - 1] + 1:
+            while i < n_pages and slots[i] == slots[i - 1] + 1 and _has_room(c, slots[i]):
                 i += 1
-            if (
-                can_share and budget_affords(&c.b.budget, MAPS_INSIDE, <uint32_t>(i - start))
-                and _share(c, target + start * c.page_bytes, slots + start, digests + start, i - start)
+            if can_share and _share(
+                c, home, target + start * c.page_bytes, slots + start, digests + start, i - start
             ):
-                c.b.budget.used += MAPS_INSIDE
                 continue
         else:
             while i < n_pages and slots[i] == PLAIN:

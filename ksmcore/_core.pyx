@@ -8,14 +8,14 @@ from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
-from ksmcore._census cimport census_of_region, census_take
+from ksmcore._census cimport census_of_range, census_take
 from ksmcore._copy cimport core_copy
 from ksmcore._engine cimport SPAN_PAGES, core_begin_pass
 from ksmcore._guard cimport guard_leave, guard_name
 from ksmcore._numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._quiet cimport quiet_begin_pass
 from ksmcore._reader cimport reader_enter, reader_leave
-from ksmcore._regions cimport region_t, regions_at, regions_next
+from ksmcore._regions cimport region_end, region_t, regions_at, regions_next
 from ksmcore._registry cimport Registry
 from ksmcore._scan cimport core_scan_at
 from ksmcore._store cimport MAX_SHARERS
@@ -103,7 +103,7 @@ cdef class Core(Registry):
             self._lock()
             region = regions_at(&self.c.regions, addr)
             while region != NULL and region.addr < end:
-                region.altered = True
+                region.altered = region.passed_over = True
                 region = regions_next(&self.c.regions, region)
             self._unlock()
 
@@ -148,6 +148,12 @@ cdef class Core(Registry):
             error_raise(&err, "scan")
         return cursor
 
+    cdef void _set_being_made(self, uintptr_t target, bint being_made) noexcept nogil:
+        """The region of a copy, unless it has been unregistered since. The caller holds the lock."""
+        cdef region_t* region = regions_at(&self.c.regions, target)
+        if region != NULL and region.addr <= target:
+            region.being_made = being_made
+
     def copy_memory(self, uintptr_t source, uintptr_t target, size_t len_bytes):
         """Copy bytes into fresh memory that begins as far into a page, is registered and was never touched, and that
         nobody else knows yet. Whole pages that are shared in the source are shared by both, what is not is copied.
@@ -157,16 +163,24 @@ cdef class Core(Registry):
         """
         cdef region_t* region
         cdef size_t page_bytes = sys_page_bytes(), n, n_plain = 0, n_blocked
-        cdef uintptr_t end = source + len_bytes
+        cdef uintptr_t end = source + len_bytes, made = target
+        cdef bint is_plain
         cdef sys_error err
         cdef int rc = 0
         error_clear(&err)
         self._own()
         with nogil:
             self._lock()
+            # No pass looks at the target while it is made: one that did, between two spans, would give
+            # items of its own to pages that the first bytes brought a huge page to.
+            self._set_being_made(made, True)
             region = regions_at(&self.c.regions, source)
             while rc == 0 and region != NULL and region.addr < end:
-                rc = census_of_region(&self.c, region, &n_blocked, &err)
+                rc = census_of_range(
+                    &self.c, max(source // page_bytes * page_bytes, region.addr),
+                    min((end + page_bytes - 1) // page_bytes * page_bytes, region_end(&self.c.regions, region)),
+                    &is_plain, &n_blocked, &err
+                )
                 region = regions_next(&self.c.regions, region)
             self._unlock()
             while rc == 0 and source < end:
@@ -180,6 +194,9 @@ cdef class Core(Registry):
                     memcpy(<void*>target, <const void*>source, n)
                 source += n
                 target += n
+            self._lock()
+            self._set_being_made(made, False)
+            self._unlock()
         if rc != 0:
             if err.code == 0:
                 raise MemoryError("copy: no memory to look at the mappings")

@@ -37,4 +37,5 @@ cdef int reshare_run(
 ) noexcept nogil
 cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil
 cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil
+cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil
 cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil

@@ -1,7 +1,7 @@
 """The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
 
-Called by: _runs (merge, reshare, zero), _unmerge and _core (restore, empty). Calls: _pages, _store (reading), _guard,
-_tracker, _sys.
+Called by: _runs (merge, reshare, zero, restore), _unmerge (restore, empty), _registry (restore), _copy (share), _arena
+(empty). Calls: _pages, _store (reading), _guard, _tracker, _sys.
 
 Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
 of the run afterwards holds the bytes that its program last wrote, and is writable:
@@ -307,6 +307,15 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         # Unchecked: our own mapping, whole from here to its end.
         sys_unmap(fresh, (run.n_pages - n_restored[0]) * run.page_bytes, &ignored)
     return rc
+
+
+cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil:
+    """Map slots that follow each other, from `slot` on, over pages that nobody uses yet. So there is no window.
+
+    -1 with *err: the pages are as they were.
+    """
+    cdef size_t len_bytes = run.n_pages * run.page_bytes
+    return _map_over(store, MAP_STORE, run.addr, slot, len_bytes, run.page_bytes, run.flags, err)
 
 
 cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil:

@@ -11,6 +11,8 @@ ctypedef struct region_t:
     int flags                # enum region_flag bits (see _merge)
     uint32_t n_holds         # while not 0, no window is opened in it
     uint32_t watch_tried     # private to _quiet
+    bint being_made          # a copy fills it: not looked at
+    bint passed_over         # altered until the next census, whatever its mappings say
     bint altered             # the program has mapped it otherwise: not looked at (see _census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to _census

@@ -34,4 +34,4 @@ cdef class Registry:
         self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
     ) noexcept nogil
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
-    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil

@@ -167,19 +167,17 @@ cdef class Registry:
         self._lock()
         region = self._region(region_id, addr)
         if region != NULL:
-            if self.c.rmap.n_over_store != 0:
-                # So that what the program has mapped elsewhere is not released. Where it cannot be known it
-                # is kept.
-                if census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
-                    core_abandon(&self.c, region)
+            # So that what the program has mapped elsewhere is not released. Where it cannot be known it is kept.
+            if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
+                core_abandon(&self.c, region)
             quiet_unwatch(&self.c, region)
             core_forget(&self.c, region)
             regions_drop(&self.c.regions, region)
         self._unlock()
 
-    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil:
-        """Empty pages of the region with this id, which nobody uses; False where they are not of that region.
-        What the kernel refused is in *err."""
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil:
+        """Empty pages of the region with this id, which nobody uses; *emptied: all of them. False where they are
+        not of that region."""
         cdef region_t* region
         cdef bint found = False
         if self.generation != gate_generation():
@@ -188,7 +186,7 @@ cdef class Registry:
         region = regions_at(&self.c.regions, addr)
         if region != NULL and region.id == region_id and region.addr <= addr:
             found = True
-            core_discard(&self.c, region, addr, n_pages, err)
+            emptied[0] = core_discard(&self.c, region, addr, n_pages)
         self._unlock()
         return found
 

@@ -1,6 +1,6 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-Called by: _scan. Calls: _batch, _blocks, _budget, _merge, _store, _rmap.
+Called by: _scan. Calls: _batch, _blocks, _budget, _costs, _merge, _store, _rmap.
 
 The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
@@ -23,14 +23,12 @@ from ksmcore._blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._budget cimport budget_affords, map_budget
+from ksmcore._costs cimport slot_under, splits, splits_surely
 from ksmcore._merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
-from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_ZERO, rmap_find, rmap_set_over_store, rmap_set_state
+from ksmcore._rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_state
 from ksmcore._store cimport store_block_sharers, store_share, store_trim
 from ksmcore._sys cimport error_clear, sys_error, sys_now_ns
 from ksmcore._window cimport CHANGED, DONE, PINNED, REFUSED
-
-cdef enum:
-    UNKNOWN_SLOT = 0xffffffff  # what lies under the page is of the store, and its slot is not known
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -69,45 +67,20 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
 
 # ---- what a run costs -----------------------------------------------------------------------
 
-cdef uint32_t _slot_under(batch* b, uint64_t page_no, uint32_t item) noexcept nogil:
-    """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT."""
-    if item == 0:
-        item = rmap_find(b.rmap, page_no, 0)
-    if item == 0 or not b.rmap.tags[item].over_store:
-        return 0
-    if b.rmap.tags[item].state == PAGE_UNSHARED or b.rmap.nodes[item].left == 0:
-        return UNKNOWN_SLOT
-    return b.rmap.nodes[item].left
-
-
-cdef bint _splits(uint32_t left, uint32_t right) noexcept nogil:
-    """Does a mapping end between two neighbouring pages with these slots under them?"""
-    if left == 0 and right == 0:
-        return False
-    return left == 0 or left == UNKNOWN_SLOT or right != left + 1
-
-
-cdef bint _splits_surely(uint32_t left, uint32_t right) noexcept nogil:
-    """The same, but no where it is not known: what is taken off the cost must really be there."""
-    if left == UNKNOWN_SLOT or right == UNKNOWN_SLOT:
-        return left == 0 or right == 0
-    return _splits(left, right)
-
-
 cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
     carried out."""
     cdef intent* first = &b.intents[start]
-    cdef uint32_t left = _slot_under(b, first.page_no - 1, 0)
-    cdef uint32_t right = _slot_under(b, b.intents[end - 1].page_no + 1, 0)
+    cdef uint32_t left = slot_under(b.rmap, first.page_no - 1, 0)
+    cdef uint32_t right = slot_under(b.rmap, b.intents[end - 1].page_no + 1, 0)
     cdef uint32_t before = left, after = left, under, i
     cdef int64_t cost = 0
     for i in range(start, end):
-        under = _slot_under(b, b.intents[i].page_no, b.intents[i].item)
-        cost += <int>_splits(after, b.intents[i].slot) - <int>_splits_surely(before, under)
+        under = slot_under(b.rmap, b.intents[i].page_no, b.intents[i].item)
+        cost += <int>splits(after, b.intents[i].slot) - <int>splits_surely(before, under)
         before = under
         after = b.intents[i].slot
-    return cost + <int>_splits(after, right) - <int>_splits_surely(before, right)
+    return cost + <int>splits(after, right) - <int>splits_surely(before, right)
 
 
 cdef bint _makes_mappings(const intent* first) noexcept nogil:

@@ -225,7 +225,7 @@ cdef int core_scan_at(
     cursor[0] = to_here
     if n == 0:
         cursor[0] = end
-    elif region.n_holds != 0:
+    elif region.n_holds != 0 or region.being_made:
         c.counters.skips[<int>SKIP_HELD] += n
     elif region.altered:
         c.counters.skips[<int>SKIP_ALTERED] += n

@@ -10,6 +10,4 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
 cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil
 cdef int core_check(engine_core* c) noexcept nogil
-cdef int core_discard(
-    engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages, sys_error* err
-) noexcept nogil
+cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil

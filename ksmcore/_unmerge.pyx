@@ -1,15 +1,17 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _registry, _core. Calls: _match (items), _merge (restore_range, empty_range), _batch, _rmap, _store,
-_forest, _regions.
+Called by: _registry, _core. Calls: _match (items), _merge (restore_range, empty_range), _batch, _budget, _costs, _rmap,
+_store, _forest, _regions. What it gives back of the map budget counts at once, not only from the next pass on.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
+from ksmcore._budget cimport budget_affords
+from ksmcore._costs cimport stretch_cost
 from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
 from ksmcore._merge cimport empty_range, restore_range, run_t
@@ -18,13 +20,15 @@ from ksmcore._rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rm
 from ksmcore._batch cimport drop_sharer
 from ksmcore._match cimport core_forget_item
 from ksmcore._store cimport DEAD, store_lose, store_page, store_trim
-from ksmcore._sys cimport sys_error
+from ksmcore._sys cimport error_clear, sys_error
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
     """These pages are plain memory now: their items no longer map the store."""
     cdef size_t i
     cdef uint32_t item = 0
+    if n_pages != 0:
+        c.b.budget.used += stretch_cost(&c.rmap, page_no, n_pages, 0)
     for i in range(n_pages):
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
@@ -79,6 +83,8 @@ cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexc
 
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
+    if c.rmap.n_over_store != 0:
+        c.b.budget.used += stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 
@@ -105,19 +111,21 @@ cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noe
     return item != 0 and c.rmap.tags[item].over_store
 
 
-cdef int core_discard(
-    engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages, sys_error* err
-) noexcept nogil:
+cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil:
     """Empty pages of a region whose bytes nobody needs any more, and forget them: they hold no memory, show
     zeros and are passed over, until they are written again. No window is needed, since nobody writes there.
 
-    -1 with *err: the kernel refused for some of them, which hold what they held and may still be merged.
+    False: some of them hold what they held, and may still be merged, because the kernel refused, or because a hole
+    in a merged run takes two mappings, which the map budget does not have.
     """
     cdef uint64_t first_no = addr // c.page_bytes
     cdef size_t page = 0, start
     cdef uint32_t hint = 0
-    cdef int rc = 0
+    cdef int64_t cost
+    cdef bint all_emptied = True
+    cdef sys_error ignored
     cdef run_t run
+    error_clear(&ignored)
     run.page_bytes = c.page_bytes
     run.flags = region.flags
     run.tracker = &c.tracker
@@ -128,12 +136,14 @@ cdef int core_discard(
             page += 1
         run.addr = addr + start * c.page_bytes
         run.n_pages = page - start
-        if empty_range(&run, err) == 0:
-            _forget_pages(c, first_no + start, page - start)
+        cost = stretch_cost(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
+        if budget_affords(&c.b.budget, cost, <uint32_t>run.n_pages) and empty_range(&run, &ignored) == 0:
+            c.b.budget.used += cost
+            _forget_pages(c, first_no + start, run.n_pages)
         else:
-            rc = -1
+            all_emptied = False
     store_trim(&c.store)
-    return rc
+    return all_emptied
 
 
 # ---- what must hold between the modules -----------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -23,6 +24,10 @@ __all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
 THRESHOLD_BYTES = 64 * 1024
 """Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
 merged."""
+
+# What the blocks that a context is in have put aside, the outermost first. One for all allocators:
+# each may be entered in several contexts at a time.
+_put_aside: ContextVar[tuple[object, ...]] = ContextVar("ksmcore_put_aside", default=())
 
 _beginning = threading.Lock()
 _begun = False
@@ -58,16 +63,17 @@ def _numpy_wants_huge() -> bool:
 
 
 class Allocator:
-    """`with ksmcore.allocator():`; may be entered again and again, also within itself."""
+    """`with ksmcore.allocator():`; may be entered again and again, within itself and in several
+    threads too."""
 
     def __init__(self, engine: Registrar, threshold_bytes: SupportsIndex) -> None:
         self._threshold_bytes = _checked(threshold_bytes)
         self._engine = engine
-        self._before: list[object] = []
 
     def __enter__(self) -> None:
         _begin(self._engine)
-        self._before.append(_allocator.use_here(self._threshold_bytes))
+        before = _allocator.use_here(self._threshold_bytes)
+        _put_aside.set((*_put_aside.get(), before))
 
     def __exit__(
         self,
@@ -75,7 +81,9 @@ class Allocator:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _allocator.use_again(self._before.pop())
+        *outer, before = _put_aside.get()
+        _put_aside.set(tuple(outer))
+        _allocator.use_again(before)
 
 
 def install(engine: Registrar, threshold_bytes: SupportsIndex) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
@@ -39,6 +40,13 @@ def _sizes(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
     return sizes
 
 
+def _is_masked(array: NDArray[Any]) -> bool:
+    """Not by np.ma, which imports that module when it is first named: here that may be in a child
+    that was forked in the midst of it, and would wait for ever."""
+    kind = getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())
+    return isinstance(array, kind)
+
+
 def _check_order(order: str) -> None:
     if order not in ("C", "F"):
         raise ValueError(f'order must be "C" or "F", not {order!r}')
@@ -59,7 +67,7 @@ def _plain(dtype: DTypeLike) -> np.dtype[Any]:
 def _extent(source: NDArray[Any]) -> tuple[int, int] | None:
     """First byte and end of an array's elements; None where they do not fill at least half of what
     lies between, or share bytes with each other."""
-    if source.size == 0 or isinstance(source, np.ma.MaskedArray):
+    if source.size == 0 or _is_masked(source):
         return None
     reach = source.itemsize
     axes = sorted(range(source.ndim), key=lambda axis: abs(source.strides[axis]))
@@ -179,7 +187,7 @@ class ArrayMaker:
         """A page-aligned, registered copy of anything array-like; its axes keep their order in
         memory (as `numpy.copy` with order "K" has it)."""
         given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
-        if isinstance(given, np.ma.MaskedArray):
+        if _is_masked(given):
             raise TypeError("masked arrays hold two arrays: copy .data and .mask")
         # The axis with the longest stride comes first in memory.
         axes = sorted(range(given.ndim), key=lambda axis: -abs(given.strides[axis]))

@@ -60,7 +60,15 @@ class HiddenThread:
         try:
             self._target()
         finally:
+            self.hide()
             self._alive.release()
+
+    @staticmethod
+    def hide() -> None:
+        """Called in the thread. Whoever asks for the current thread, as each message that is logged
+        does, makes an entry for it; this takes it out again."""
+        with threading._active_limbo_lock:  # type: ignore[attr-defined]
+            threading._active.pop(threading.get_ident(), None)  # type: ignore[attr-defined]
 
     def is_alive(self) -> bool:
         return self._alive.locked()
@@ -150,6 +158,7 @@ class Scanner:
                 n_enlisted = engine._core.n_enlisted
                 rest = self._step(engine)
                 del engine
+                HiddenThread.hide()
                 if self._is_wanted():
                     self._rest(rest, n_enlisted)
         except BaseException as error:
@@ -168,6 +177,7 @@ class Scanner:
                 return
             if self._is_resting and engine._core.n_enlisted != n_enlisted:
                 return
+            del engine  # nobody else may hold it any more
 
     def _step(self, engine: PassMaker) -> float | None:
         """One batch; returns for how long to rest then, None: until woken."""

@@ -104,6 +104,32 @@ def test_the_block_ends_also_by_an_exception_and_may_be_nested():
     assert not is_here(np.empty(MIB, np.uint8))
 
 
+def test_one_allocator_in_two_threads_that_take_turns():
+    allocator, turns, found = ksmcore.allocator(), threading.Barrier(2, timeout=60), {}
+
+    def work(name, *, first):
+        turns.wait()
+        if first:
+            allocator.__enter__()
+        turns.wait()
+        if not first:
+            allocator.__enter__()
+            allocator.__enter__()
+        turns.wait()
+        if first:
+            allocator.__exit__(None, None, None)
+        turns.wait()
+        if not first:
+            allocator.__exit__(None, None, None)
+        found[name] = is_here(np.empty(MIB, np.uint8))
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(work, "left", first=True), pool.submit(work, "within", first=False)]
+        for end in ends:
+            end.result()
+    assert found == {"left": False, "within": True}
+
+
 def test_the_block_is_for_its_own_context():
     async def other(ready, done):
         ready.set()
@@ -190,6 +216,17 @@ def test_resize_keeps_the_contents_across_the_threshold_and_back():
         small.resize(100_000, refcheck=False)
         assert np.array_equal(small[:10], np.arange(10))
         assert not small[10:].any()
+
+
+def test_a_large_array_that_becomes_small_gives_its_memory_back():
+    with ksmcore.allocator():
+        array = np.ones(200 * MIB, np.uint8)
+        before = ksmcore.memory_info().rss
+        array.resize(150 * MIB, refcheck=False)
+        assert is_here(array)
+        array.resize(100_000, refcheck=False)
+    assert before - ksmcore.memory_info().rss > 190 * MIB
+    assert (array == 1).all()
 
 
 class Arrays(RuleBasedStateMachine):
@@ -313,6 +350,33 @@ def test_discarded_pages_are_not_scanned():
     ksmcore.uninstall_allocator()
     looked_at = ksmcore.scan().pages_scanned
     assert looked_at <= (len(kept) * MIB + 4 * MIB) // PAGE
+
+
+def test_holes_in_merged_memory_keep_to_the_map_budget():
+    """Every second array goes: to take each one's pages out of the mappings would take two more."""
+    done = run_python("""
+        import numpy as np
+        import ksmcore
+        from ksmcore import _arena, vmas
+        ksmcore.configure(map_budget=200)
+        ksmcore.install_allocator()
+        rng = np.random.default_rng(1)
+        contents = [rng.integers(0, 255, 1 << 16, np.uint8) for _ in range(1000)]
+        arrays = [[array.copy() for array in contents] for _ in range(2)]
+        assert ksmcore.dedup().bytes_saved > 60 << 20
+        before = vmas.count_maps()
+        for some in arrays:
+            some[1::2] = [None] * 500
+        stats = ksmcore.stats()
+        assert stats.maps_used <= stats.maps_allowed == 200
+        assert vmas.count_maps() - before <= 200
+        for some in arrays:
+            assert all(np.array_equal(a, b) for a, b in zip(some, contents) if a is not None)
+        zeros = [np.zeros(1 << 16, np.uint8) for _ in range(1200)]
+        assert not any(array.any() for array in zeros)
+        assert _arena.check() == 0
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_zeros_are_zeros_where_merged_arrays_were():
@@ -544,11 +608,25 @@ def test_disabled_it_registers_nothing():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_where_the_kernel_knows_no_huge_pages():
+    done = run_python("""
+        import numpy as np
+        import ksmcore
+        from ksmcore import _arena, _sys
+        ksmcore.install_allocator()
+        _sys.inject("madvise", 22, count=1000)
+        arrays = [np.empty(5 << 20, np.uint8) for _ in range(20)]
+        assert _arena.numbers()["chunks"] == 2, _arena.numbers()
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
     done = run_python("""
         import resource
         import numpy as np
         import ksmcore
+        from ksmcore import _arena
         ksmcore.install_allocator()
         kept = np.ones(1 << 20, np.uint8)
         with open("/proc/self/statm") as statm:
@@ -560,6 +638,7 @@ def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
             pass
         else:
             raise SystemExit("made")
+        assert _arena.numbers()["refused"] > 0
         more = [np.full(1 << 20, i, np.uint8) for i in range(20)]
         assert all((array == i).all() for i, array in enumerate(more)) and (kept == 1).all()
     """)

@@ -1,8 +1,12 @@
 """Copies that share their pages with the source: by the kernel's account, and byte by byte."""
 
+import ctypes
 import errno
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ksmcore
-from ksmcore import _sys
+from ksmcore import _sys, vmas
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -189,6 +195,120 @@ def test_max_page_sharing_holds_for_copies(engine):
     assert all(np.array_equal(copy, source) for copy in copies)
 
 
+def test_a_repeated_page_keeps_to_max_page_sharing(engine):
+    engine.configure(max_page_sharing=80)
+    source = engine.empty((256, PAGE), np.uint8)
+    source[:] = noise(PAGE)
+    engine.dedup()
+    assert engine.stats().pages_shared == 4  # with room for 16 more each
+    copies = [engine.copy(source) for _ in range(2)]
+    stats = engine.stats()
+    assert stats.pages_shared + stats.pages_sharing == 3 * 256
+    assert stats.pages_shared * 80 >= 3 * 256
+    assert all(np.array_equal(copy, source) for copy in copies)
+
+
+def test_copies_that_come_and_go_use_up_no_mappings(engine):
+    """One is a single mapping, however long it is, and what it takes of the budget comes back."""
+    source = engine.array(noise(16 * MIB))
+    first = engine.copy(source)
+    engine.configure(map_budget=8)
+    used = engine.stats().maps_used
+    for _ in range(20):
+        copy = engine.copy(source)
+        assert engine.stats().pages_sharing == 2 * (16 * MIB // PAGE)
+        assert engine.stats().maps_used <= used + 2
+        del copy
+        assert engine.stats().maps_used == used
+    assert np.array_equal(first, source)
+
+
+@pytest.fixture
+def huge_targets(engine, monkeypatch):
+    """The memory of copies is backed by huge pages, as it always is where the kernel says so."""
+    if not THP.exists() or "[never]" in THP.read_text():
+        pytest.skip("the kernel gives no huge pages")
+    allocate = engine._allocate
+
+    def allocate_huge(*args):
+        memory = allocate(*args)
+        length = memory.n_pages * PAGE
+        assert libc.madvise(ctypes.c_void_p(memory.addr), ctypes.c_size_t(length), 14) == 0
+        return memory
+
+    monkeypatch.setattr(engine, "_allocate", allocate_huge)
+
+
+def test_a_copy_to_pages_that_are_known_already_is_right(engine, huge_targets):
+    """A pass may have seen them: a huge page brings its neighbours' memory."""
+    source = engine.array(noise(8 * MIB))
+    first = engine.copy(source)
+    memory = engine._allocate(8 * MIB)
+    target = np.frombuffer(memory, np.uint8)
+    target[:: 2 * MIB] = 0
+    engine.scan()
+    engine.scan()
+    engine._core.copy_memory(source.ctypes.data, memory.addr, 8 * MIB)
+    engine._core.check()
+    assert np.array_equal(target, noise(8 * MIB))
+    again = engine.copy(target)
+    assert np.array_equal(again, noise(8 * MIB))
+    source[:], first[:], again[:] = 1, 2, 3
+    engine.scan()
+    engine.scan()
+    assert np.array_equal(target, noise(8 * MIB))
+
+
+def test_passes_leave_a_copy_alone_that_is_being_made(engine, huge_targets):
+    """Else they would give items to pages of a huge page that the copy has not come to yet."""
+    # No whole number of huge pages: such memory would begin on one, and each lie in a span.
+    source = engine.array(noise(65 * MIB))
+    first = engine.copy(source)
+    over = threading.Event()
+
+    def scan():
+        while not over.is_set():
+            engine.scan()
+
+    thread = threading.Thread(target=scan)
+    thread.start()
+    try:
+        for value in range(40):
+            source[MIB :: 2 * MIB] = value
+            copy = engine.copy(source)
+            engine._core.check()
+            assert np.array_equal(copy, source)
+    finally:
+        over.set()
+        thread.join()
+    engine._core.check()
+    assert np.array_equal(first, noise(65 * MIB))
+
+
+def test_a_copy_leaves_memory_alone_that_the_pass_leaves_alone(engine):
+    """Locked memory is not merged in a pass, also when a copy looks at its region meanwhile."""
+    source = engine.empty(8 * MIB, np.uint8)
+    source[: 4 * MIB] = noise(4 * MIB)
+    source[4 * MIB :] = np.tile(noise(MIB, 1), 4)
+    address, length = ctypes.c_void_p(source.ctypes.data + 4 * MIB), ctypes.c_size_t(MIB)
+    assert libc.mlock(address, length) == 0
+    copies = []
+
+    def copy_once(done, n_pages):
+        del done, n_pages
+        if len(copies) < 3:
+            copies.append(engine.copy(source[: 2 * MIB]))
+
+    try:
+        for _ in range(3):
+            report = engine.scan(progress=copy_once)
+            assert report.skipped["altered"] >= source.nbytes // PAGE
+        assert len(copies) == 3
+        assert vmas.vmas_in(address.value, address.value + MIB)[0].locked > 0
+    finally:
+        assert libc.munlock(address, length) == 0
+
+
 def test_without_room_for_mappings_the_bytes_are_copied(engine):
     source = engine.array(noise(MIB))
     engine.copy(source)
@@ -232,6 +352,18 @@ def test_objects_cannot_be_copied_this_way(engine):
 def test_a_masked_array_is_refused(engine):
     with pytest.raises(TypeError, match="masked"):
         engine.copy(np.ma.masked_equal(np.arange(100_000), 3))
+
+
+def test_masked_arrays_are_told_without_their_module():
+    """Its import, when a child was forked in the midst of it, would never end."""
+    script = """if True:
+        import sys
+        import numpy as np
+        import ksmcore
+        ksmcore.copy(ksmcore.array(np.ones(100_000)))
+        sys.exit("numpy.ma" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_copies_beside_a_writer_hold_one_value_for_each_page(engine):

@@ -14,7 +14,7 @@ import pytest
 
 import ksmcore
 from ksmcore import _guard
-from ksmcore.scanner import _scanners
+from ksmcore.scanner import LOOK_SECONDS, _scanners
 
 PAGE = ksmcore.default_engine().page_bytes
 WAIT_SECONDS = 60
@@ -132,6 +132,16 @@ class TestLife:
             return known() is None
 
         wait_until(is_gone)
+        wait_until(lambda: not thread.is_alive())
+
+    @pytest.mark.filterwarnings("ignore:.*was never closed")
+    def test_an_engine_that_nobody_knows_is_collected_while_its_scanner_is_parked(self):
+        engine = ksmcore.Engine(run=1)
+        known, thread = weakref.ref(engine), engine._scanner._thread
+        time.sleep(3 * LOOK_SECONDS)
+        del engine
+        gc.collect()
+        assert known() is None
         wait_until(lambda: not thread.is_alive())
 
     @pytest.mark.parametrize("ending", ["", "import sys; sys.exit(3)", "raise KeyError(1)"])
@@ -366,13 +376,21 @@ class TestErrors:
         assert not any(thread.is_alive() for thread in threads)
         assert array.any()
 
-    def test_programs_that_join_all_threads_do_not_wait_for_it(self, quick, rng):
+    def test_programs_that_join_all_threads_do_not_wait_for_it(self, quick, rng, caplog):
         array = pages(quick, rng)
         before = threading.enumerate()
         with quick.start():
             wait_until(lambda: quick.stats().full_scans > 1)
             assert quick.scanning
             assert threading.enumerate() == before
+        # Also where somebody asks for the current thread, as each message that is logged does.
+        quick.on_pass = lambda report: threading.current_thread()
+        caplog.set_level(logging.DEBUG, "ksmcore")
+        with quick.start():
+            passed = quick.stats().full_scans
+            wait_until(lambda: quick.stats().full_scans > passed + 2)
+            wait_until(lambda: threading.enumerate() == before)
+        assert threading.enumerate() == before
         assert array.any()
 
     def test_run_2_unmerges_though_the_scanner_had_died(self, quick, rng):
