@@ -203,8 +203,8 @@ def test_a_repeated_page_keeps_to_max_page_sharing(engine):
     assert engine.stats().pages_shared < 8  # with room for some more each
     copies = [engine.copy(source) for _ in range(2)]
     stats = engine.stats()
-    assert stats.pages_shared + stats.pages_sharing == 3 * 256
-    assert stats.pages_shared * 80 >= 3 * 256
+    n_mapped = stats.pages_shared + stats.pages_sharing
+    assert 3 * 256 - 2 <= n_mapped <= stats.pages_shared * 80  # one or two may have met no other
     assert all(np.array_equal(copy, source) for copy in copies)
 
 
