@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import functools
 import io
 import os
 import threading
@@ -46,17 +47,18 @@ def follow(pid: int, interval_seconds: float, *, once: bool) -> None:
     Raises as `frame` does, for the first picture.
     """
     console = Console()
+    draw = functools.partial(picture, ascii_only=not console.encoding.startswith("utf"))
     figures = frame(pid)
     if once or not console.is_terminal:
-        console.print(picture(figures))
+        console.print(draw(figures))
         return
-    shown: RenderableType = picture(figures)
+    shown: RenderableType = draw(figures)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True) as live:
         live.update(shown, refresh=True)
         while True:
             time.sleep(interval_seconds)
             try:
-                shown = picture(frame(pid), max_regions=max(console.height - 10, 0))
+                shown = draw(frame(pid), max_regions=max(console.height - 10, 0))
             except ProcessLookupError:
                 break
             except NotAnsweringError as error:
@@ -79,7 +81,9 @@ class Footer:
         self._snapshot = snapshot
         self._interval_seconds = interval_seconds
         self._pid = os.getpid()
-        self._colours = Console(stderr=True).color_system
+        console = Console(stderr=True)
+        self._colours = console.color_system
+        self._ascii_only = not console.encoding.startswith("utf")
         self._size: os.terminal_size | None = None
         self._n_rows = 0
         self._stop = threading.Event()
@@ -149,8 +153,9 @@ class Footer:
             legacy_windows=False,
         )
         with console.capture() as captured:
-            console.rule(style="bright_black")
-            console.print(picture(self._snapshot(), max_regions=0), crop=True)
+            console.rule(characters="-" if self._ascii_only else "─", style="bright_black")
+            shown = picture(self._snapshot(), max_regions=0, ascii_only=self._ascii_only)
+            console.print(shown, crop=True)
         return captured.get().splitlines()
 
     @staticmethod

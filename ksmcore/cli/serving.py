@@ -1,7 +1,8 @@
 """One process tells its numbers to another: snapshots as JSON over a Unix socket.
 
 `ksmcore run` has a server for its own process; `ksmcore live` is the client. The sockets lie in a
-directory of the user's own, `PID.sock` each. Whoever connects is sent one JSON document.
+directory of the user's own, `PID.sock` each. Whoever connects is sent one JSON document: the user,
+or root, who has to take it for another's words.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ __all__ = ["NotAnsweringError", "Server", "ask"]
 
 # How long either side waits for the other, at most.
 PATIENCE_SECONDS = 5.0
+# More than any answer has.
+MOST_BYTES = 16 << 20
 
 
 class NotAnsweringError(Exception):
@@ -35,19 +38,47 @@ class NotAnsweringError(Exception):
 
 
 def directories() -> list[Path]:
-    """Where the sockets of this user may lie, the best place first."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    """Where the sockets of this process's user may lie, the best place first."""
+    return _directories(os.geteuid(), os.environ, tempfile.gettempdir())
+
+
+def _directories(uid: int, environ: Mapping[str, str], temporary: str) -> list[Path]:
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
     found = [Path(runtime, "ksmcore")] if os.path.isabs(runtime) else []
-    return [*found, Path(tempfile.gettempdir(), f"ksmcore-{os.geteuid()}")]
+    return [*found, Path(temporary, f"ksmcore-{uid}")]
 
 
-def check_own(directory: Path) -> None:
-    """PermissionError unless nobody else can put anything there, or put another in its place."""
+def _places_of(pid: int, uid: int) -> list[Path]:
+    """Where a process may have its socket: by its own environment, if that can be read."""
+    found = directories() if uid == os.geteuid() else []
+    with contextlib.suppress(OSError):
+        raw = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
+        environ = dict(os.fsdecode(line).split("=", 1) for line in raw if b"=" in line)
+        # As tempfile looks for them.
+        named = [environ[name] for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name)]
+        for temporary in [*named, "/tmp", "/var/tmp", "/usr/tmp"]:
+            found += _directories(uid, environ, temporary)
+    return list(dict.fromkeys(found))
+
+
+def _user_of(pid: int) -> int | None:
+    """The effective user of a process; None if there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", str(pid), "status").read_text(errors="replace").splitlines():
+            if line.startswith("Uid:"):
+                return int(line.split()[2])
+    return None
+
+
+def check_own(directory: Path, uid: int | None = None) -> None:
+    """PermissionError unless nobody but a user (None: the present one), and root, can put anything
+    there, or put another in its place."""
+    uid = os.geteuid() if uid is None else uid
     own, around = os.lstat(directory), os.stat(directory.parent)
-    if not stat.S_ISDIR(own.st_mode) or own.st_uid != os.geteuid() or own.st_mode & 0o077:
-        raise PermissionError(f"{directory} is not a directory of this user's alone (0700)")
+    if not stat.S_ISDIR(own.st_mode) or own.st_uid != uid or own.st_mode & 0o077:
+        raise PermissionError(f"{directory} is not a directory of user {uid} alone (0700)")
     others_write = around.st_mode & 0o022 and not around.st_mode & stat.S_ISVTX
-    if around.st_uid not in (0, os.geteuid()) or others_write:
+    if around.st_uid not in (0, uid) or others_write:
         raise PermissionError(f"{directory.parent} is in the hands of others")
 
 
@@ -152,15 +183,16 @@ def ask(pid: int) -> dict[str, Any] | None:
     Raises:
         NotAnsweringError: it does, and does not answer now.
     """
-    for directory in directories():
+    uid = _user_of(pid)
+    for directory in [] if uid is None else _places_of(pid, uid):
         path = directory / f"{pid}.sock"
         try:
-            check_own(directory)
+            check_own(directory, uid)
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(PATIENCE_SECONDS)
                 connection.connect(str(path))
                 if _peer(connection) == pid:
-                    answer: dict[str, Any] = json.loads(_read_all(connection))
+                    answer: dict[str, Any] = _printable(json.loads(_read_all(connection)))
                     return answer
         except (FileNotFoundError, ConnectionRefusedError, PermissionError):
             continue
@@ -190,4 +222,20 @@ def _read_all(connection: socket.socket) -> bytes:
         received += some
         if time.monotonic() > deadline:
             raise TimeoutError
+        if len(received) > MOST_BYTES:
+            raise ValueError("it does not end")
     return bytes(received)
+
+
+def _printable(value: Any) -> Any:
+    """The same, with what would be an order to the terminal written out."""
+    if isinstance(value, str):
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+            for letter in value
+        )
+    if isinstance(value, list):
+        return [_printable(part) for part in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(part) for name, part in value.items()}
+    return value

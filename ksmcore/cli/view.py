@@ -7,12 +7,13 @@ Called by `ksmcore live` and `ksmcore run --live`. Takes the snapshots of `figur
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from ksmcore.vmas import sum_smaps
 __all__ = ["kernel_view", "picture"]
 
 BAR_CELLS = 20
+MARKS, ASCII_MARKS = ("█", "·"), ("#", ".")
 # Parts of a region's bar: (number, style), in this order.
 PARTS = (
     ("pages_merged", "green"),
@@ -31,24 +33,31 @@ PARTS = (
 )
 
 
-def picture(figures: Mapping[str, Any], *, max_regions: int = 8) -> RenderableType:
-    """All of it; with few regions it is about ten lines high."""
+def picture(
+    figures: Mapping[str, Any], *, max_regions: int = 8, ascii_only: bool = False
+) -> RenderableType:
+    """All of it; with few regions it is about ten lines high. `ascii_only`: for terminals that have
+    no other letters."""
+    draw = functools.partial(_bar, marks=ASCII_MARKS if ascii_only else MARKS)
+    overflow: OverflowMethod = "crop" if ascii_only else "ellipsis"
     rows = Table.grid(padding=(0, 2))
-    named = _memory_rows(figures) + _engine_rows(figures)
+    named = _memory_rows(figures, draw) + _engine_rows(figures)
     # On a narrow terminal the values are cut off, not their names.
-    rows.add_column(style="bold", no_wrap=True, min_width=max(len(name) for name, _ in named))
-    rows.add_column(overflow="ellipsis", no_wrap=True)
+    rows.add_column(
+        style="bold", overflow=overflow, no_wrap=True, min_width=max(len(name) for name, _ in named)
+    )
+    rows.add_column(overflow=overflow, no_wrap=True)
     for name, value in named:
         rows.add_row(name, value)
-    parts: list[RenderableType] = [_title(figures), rows]
+    parts: list[RenderableType] = [_title(figures, overflow), rows]
     regions = figures.get("regions", [])
     if max_regions > 0 and regions:
-        parts.append(_regions(regions[:max_regions], figures))
+        parts.append(_regions(regions[:max_regions], figures, draw, overflow))
     return Group(*parts)
 
 
-def _title(figures: Mapping[str, Any]) -> Text:
-    title = Text(f"ksmcore  pid {figures['pid']}", style="bold", no_wrap=True, overflow="ellipsis")
+def _title(figures: Mapping[str, Any], overflow: OverflowMethod) -> Text:
+    title = Text(f"ksmcore  pid {figures['pid']}", style="bold", no_wrap=True, overflow=overflow)
     if "seconds" in figures:
         title.append(f"  {_duration(figures['seconds'])}")
     # The command is the program's: control characters in it are none of the terminal's.
@@ -56,19 +65,22 @@ def _title(figures: Mapping[str, Any]) -> Text:
     return title.append(f"  {command}", style="not bold")
 
 
-def _memory_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]:
+def _memory_rows(
+    figures: Mapping[str, Any], draw: Callable[..., Text]
+) -> list[tuple[str, RenderableType]]:
     memory = figures["memory"]
     text = "  ".join(
         f"{label} {human_bytes(memory[name])}"
         for name, label in (("pss", "PSS"), ("rss", "RSS"), ("swap", "swap"))
         if memory.get(name) is not None
     )
+    text = text or "none: a thread of the kernel, or a process that has ended"
     rows: list[tuple[str, RenderableType]] = [("Memory", text)]
     if "bytes_saved" in figures:
         saved, peak = figures["bytes_saved"], figures["peak_bytes_saved"]
         stats = figures["stats"]
         tracked = (stats["pages_tracked"] + stats["ksm_zero_pages"]) * stats["page_bytes"]
-        bar = _bar([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
+        bar = draw([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
         bar.append(
             f"  {human_bytes(saved)} of {human_bytes(tracked)} "
             f"({saved / max(tracked, 1):.0%}), peak {human_bytes(peak)}"
@@ -98,9 +110,9 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
         f"copied by writes {stats['cow_breaks']:,}"
     )
     engine = (
-        f"regions {stats['regions']:,}  "
+        f"guard {stats['guard']}  regions {stats['regions']:,}  "
         f"mappings {stats['maps_used']:,} of {stats['maps_allowed']:,}  "
-        f"records {human_bytes(stats['metadata_bytes'])}  guard {stats['guard']}"
+        f"records {human_bytes(stats['metadata_bytes'])}"
     )
     rows: list[tuple[str, RenderableType]] = [
         ("Pages", pages),
@@ -113,32 +125,44 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
     return rows
 
 
-def _regions(regions: list[Mapping[str, Any]], figures: Mapping[str, Any]) -> RenderableType:
+def _regions(
+    regions: list[Mapping[str, Any]],
+    figures: Mapping[str, Any],
+    draw: Callable[..., Text],
+    overflow: OverflowMethod,
+) -> RenderableType:
     page_bytes = figures["stats"]["page_bytes"]
     table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column(overflow=overflow, no_wrap=True)
     n_all = figures["stats"]["regions"]
     table.add_row(
         Text(f"Regions {n_all:,}", style="bold"), "size", "merged, zero, unshared, volatile"
     )
     for region in regions:
         n_pages = max(region["pages"], 1)
-        bar = _bar([(region[name], style) for name, style in PARTS], n_pages)
+        bar = draw([(region[name], style) for name, style in PARTS], n_pages)
         merged = region["pages_merged"] + region["ksm_zero_pages"]
-        bar.append(f"  {merged / n_pages:.0%} merged or zero")
+        tracked = sum(region[name] for name, _ in PARTS)
+        bar.append(
+            f"  {merged / max(tracked, 1):.0%} of {human_bytes(tracked * page_bytes)} "
+            "merged or zero"
+        )
         table.add_row(f"{region['addr']:#x}", human_bytes(n_pages * page_bytes), bar)
     return table
 
 
-def _bar(parts: list[tuple[float, str]], whole: float) -> Text:
+def _bar(parts: list[tuple[float, str]], whole: float, marks: tuple[str, str]) -> Text:
     """So much of a bar in each colour; what is missing to the whole stays empty."""
+    full, empty = marks
     bar = Text(no_wrap=True)
     reached, drawn = 0.0, 0
     for amount, style in parts:
         reached += max(amount, 0)
         n_cells = min(round(reached / whole * BAR_CELLS), BAR_CELLS) - drawn
-        bar.append("█" * n_cells, style=style)
+        bar.append(full * n_cells, style=style)
         drawn += n_cells
-    return bar.append("·" * (BAR_CELLS - drawn), style="bright_black")
+    return bar.append(empty * (BAR_CELLS - drawn), style="bright_black")
 
 
 def _duration(seconds: float) -> str:
@@ -160,29 +184,41 @@ def kernel_view(pid: int, proc: Path = Path("/proc")) -> dict[str, Any]:
     try:
         raw = (here / "cmdline").read_bytes()
         name = (here / "comm").read_text(errors="replace").strip()
-        status = _fields(here / "status")
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {pid}") from None
     command = raw.rstrip(b"\0").decode(errors="replace").split("\0") if raw else [f"[{name}]"]
-    notes = [("ksmcore", "this process does not serve its numbers (`ksmcore run` makes it)")]
+    memory, notes = _memory_of(here)
+    served = "no numbers: not under `ksmcore run`, or another user's"
+    return {
+        "pid": pid,
+        "command": command,
+        "memory": memory,
+        "notes": [("ksmcore", served), *notes],
+    }
+
+
+def _memory_of(here: Path) -> tuple[dict[str, int | None], list[tuple[str, str]]]:
+    """Bytes of a process, and what else there is to say of its memory."""
     memory: dict[str, int | None]
+    notes = []
     try:
         with open(here / "smaps_rollup", encoding="utf-8", errors="replace") as lines:
             totals = sum_smaps(lines)
         memory = {"pss": totals["Pss"], "rss": totals["Rss"], "swap": totals.get("Swap")}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        status = _fields(here / "status")
         memory = {"pss": None, "rss": _kib(status, "VmRSS"), "swap": _kib(status, "VmSwap")}
         if memory["rss"] is None:
-            notes.append(("Memory", "none: a thread of the kernel, or a process that has ended"))
-        else:
-            notes.append(("PSS", "for the owner of the process and for root only"))
+            return memory, []
+        if isinstance(error, PermissionError):
+            notes.append(("PSS", "not shown: this process is another's"))
     with contextlib.suppress(OSError):
         n_maps = (here / "maps").read_bytes().count(b"\n")
         notes.append(("Mappings", f"{n_maps:,}"))
     with contextlib.suppress(OSError):
         merging = (here / "ksm_merging_pages").read_text().strip()
         notes.append(("Kernel's KSM", f"{merging} pages merged"))
-    return {"pid": pid, "command": command, "memory": memory, "notes": notes}
+    return memory, notes
 
 
 def _fields(path: Path) -> dict[str, str]:
