@@ -33,6 +33,8 @@ BEST_LINUX = (6, 8)
 FEW_MAPS = 4096
 PLENTY_OF_MAPS = 262_144
 LITTLE_MEMORY_BYTES = 64 << 20
+# Some chunks of the allocator.
+FEW_ADDRESSES_BYTES = 1 << 30
 NO_LIMIT_BYTES = 1 << 60
 CAP_SYS_PTRACE = 19
 # Variables of this project that are no settings.
@@ -118,9 +120,11 @@ def page_map(reason: str | None) -> Check:
     return Check("pagemap", "weak", text, "mount /proc, and let this process read it", facts)
 
 
-def guard(found: Mapping[str, str | None], root: Path = ROOT) -> Check:
-    """What keeps writers out of a page that is being merged. `found`: why each is not there."""
-    best = next((name for name in GUARDS if found[name] is None), None)
+def guard(found: Mapping[str, str | None], in_use: str | None = None, root: Path = ROOT) -> Check:
+    """What keeps writers out of a page that is being merged. `found`: why each is not there;
+    `in_use`: the one that engines take, None for the best."""
+    possible = next((name for name in GUARDS if found[name] is None), None)
+    best = in_use or possible
     facts = {"in_use": best, "missing": {name: why for name, why in found.items() if why}}
     if best is None:
         return Check("guard", "broken", "no guard is to be had", "please report this", facts)
@@ -130,6 +134,9 @@ def guard(found: Mapping[str, str | None], root: Path = ROOT) -> Check:
         f"{best}: all works; a system call that writes into a page at the moment it is merged "
         "fails with EFAULT, so hold() memory that read() and the like write into"
     )
+    if best != possible:
+        remedy = f"unset KSMCORE_GUARD: '{possible}' can be had here"
+        return Check("guard", "advice", text, remedy, facts)
     remedy = f"for the guard '{GUARDS[0]}': {_for_userfaultfd(found[GUARDS[0]], root)}"
     return Check("guard", "advice", text, remedy, facts)
 
@@ -148,9 +155,14 @@ def _for_userfaultfd(reason: str | None, root: Path) -> str:
     return "Linux 6.4 or newer, built with userfaultfd"
 
 
-def tracking(reason: str | None, root: Path = ROOT) -> Check:
-    """Whether the kernel tells which pages were written."""
-    facts = {"available": reason is None, "reason": reason}
+def tracking(reason: str | None, in_use: str | None = None, root: Path = ROOT) -> Check:
+    """Whether the kernel tells which pages were written. `in_use`: what engines go by, "pagemap" or
+    "checksum"; None for what is possible."""
+    facts = {"available": reason is None, "reason": reason, "in_use": in_use}
+    if reason is None and in_use == "checksum":
+        text = "not wanted: each pass reads all pages"
+        remedy = "unset KSMCORE_DIRTY and KSMCORE_ORDER: the kernel can tell what was written"
+        return Check("tracking", "advice", text, remedy, facts)
     if reason is None:
         text = "the kernel tells which pages were written; the others are not read again"
         return Check("tracking", "good", text, None, facts)
@@ -240,6 +252,25 @@ def memory_limit(root: Path = ROOT) -> Check:
         )
         return Check("memory", "weak", text, remedy, facts)
     return Check("memory", "good", text, None, facts)
+
+
+def address_space(root: Path = ROOT) -> Check:
+    """RLIMIT_AS (`ulimit -v`): the allocator takes addresses in chunks."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _kib(_fields(root / "proc/self/status"), "VmSize")
+    if limit == resource.RLIM_INFINITY or used is None:
+        facts = {"limit_bytes": None, "used_bytes": used}
+        return Check("addresses", "good", "no limit (ulimit -v)", None, facts)
+    facts = {"limit_bytes": limit, "used_bytes": used}
+    left = max(limit - used, 0)
+    text = f"{human_bytes(left)} left of {human_bytes(limit)} (ulimit -v)"
+    remedy = (
+        "raise it (ulimit -v unlimited): the allocator takes 64 MiB of addresses at once, and "
+        "leaves arrays to NumPy where it gets none"
+    )
+    return Check(
+        "addresses", "weak" if left < FEW_ADDRESSES_BYTES else "advice", text, remedy, facts
+    )
 
 
 def _smallest_limit(membership: Path, cgroups: Path) -> tuple[int | None, str | None]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ksmcore
+from ksmcore import _arena
 from ksmcore.sizes import human_bytes
 from ksmcore.stats import RegionStats
 
@@ -74,6 +75,7 @@ class Source:
             "stats": stats.as_dict(),
             "settings": engine.settings.as_dict(),
             "regions_ever": engine._core.n_enlisted,
+            "allocator": _arena.numbers(),
             "regions": self._largest_regions(),
         }
 
@@ -90,7 +92,8 @@ def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
     """What a run has saved, in lines for a person."""
     stats, memory = figures["stats"], figures["memory"]
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
-    if figures["regions_ever"] == 0:
+    n_refused = figures["allocator"]["refused"]
+    if figures["regions_ever"] == 0 and n_refused == 0:
         # A short program, or one that wants nothing of this: no more than a line.
         return [f"ksmcore: Nothing was saved: {_why_nothing(figures, scans)}"]
     if peak > 0:
@@ -106,6 +109,11 @@ def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
         f"{counted(stats['pages_merged'], 'page')} merged, {stats['pages_zeroed']:,} of zeros "
         f"given back, {stats['cow_breaks']:,} copied again by writes"
     )
+    if n_refused:
+        lines.append(
+            f"Refused  {counted(n_refused, 'time')} memory for arrays, which were left to NumPy; "
+            "`ksmcore doctor` tells the limits"
+        )
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
         lines.append(f"Scanner  ended early: {stats['scanner_error']}")
@@ -131,6 +139,8 @@ def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
         return f"the scanner ended by an error: {stats['scanner_error']}."
     if stats["full_scans"] == 0 and not scans:
         return "with --no-scan nothing looks for equal pages unless the program itself does."
+    if figures["regions_ever"] == 0 and figures["allocator"]["refused"]:
+        return "the kernel refused the memory for its arrays, which were left to NumPy."
     if figures["regions_ever"] == 0:
         return f"the program made no NumPy array of {least} or more (see --threshold)."
     if stats["pages_merged"] + stats["pages_zeroed"] > 0:

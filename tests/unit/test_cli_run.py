@@ -265,6 +265,23 @@ def test_why_nothing_was_saved_by_the_numbers(changes, reason):
     assert summary(figures)[0] == "ksmcore: 1.0 MiB saved at most, 0 B at the end"
 
 
+def test_memory_that_the_allocator_does_not_get_is_told(tmp_path):
+    script = """
+        import resource
+        import numpy as np
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), most))
+        kept = np.ones(1 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    """
+    write(tmp_path, script)
+    done = ksmcore("run", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was saved: the kernel refused the memory for its arrays" in done.stderr
+    assert "Refused  1 time memory for arrays" in done.stderr
+
+
 def test_what_was_skipped_is_told(tmp_path):
     environ = {**os.environ, "KSMCORE_MAX_SHARED_PAGES": "60"}
     script = MERGED.replace("10 * base.nbytes", "1")

@@ -20,6 +20,7 @@ NAMES = (
     "guard",
     "tracking",
     "mappings",
+    "addresses",
     "memory",
     "overcommit",
     "swap",
@@ -119,7 +120,7 @@ def test_bytes_that_change_are_noticed(monkeypatch):
         return report
 
     monkeypatch.setattr(ksmcore.Engine, "dedup", corrupt)
-    check = doctor.self_test()
+    check, _ = doctor.self_test()
     assert (check.level, check.text) == ("broken", "failed: merging changed bytes")
     assert_sound(check)
 
@@ -133,19 +134,43 @@ def test_a_write_that_shows_through_is_noticed(monkeypatch):
         region._view()[-1] ^= 1
 
     monkeypatch.setattr(ksmcore.Engine, "unmerge", corrupt)
-    assert doctor.self_test().text == "failed: unmerging changed bytes"
+    assert doctor.self_test()[0].text == "failed: unmerging changed bytes"
 
 
 def test_merging_that_does_nothing_is_noticed(monkeypatch):
     monkeypatch.setenv("KSMCORE_MAP_BUDGET", "0")
-    check = doctor.self_test()
+    check, _ = doctor.self_test()
     assert check.level == "broken"
     assert "no page was merged (map_budget)" in check.text
 
 
+def test_merging_that_a_setting_bounds_is_told(monkeypatch):
+    monkeypatch.setenv("KSMCORE_MAX_SHARED_PAGES", "10")
+    check, _ = doctor.self_test()
+    assert check.level == "weak"
+    assert check.text.startswith("10 of 64 pairs")
+    assert "KSMCORE_MAX_SHARED_PAGES" in check.remedy
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "check", "in_use"),
+    [("GUARD", "mprotect", "guard", "mprotect"), ("DIRTY", "checksum", "tracking", "checksum")],
+)
+def test_what_is_set_counts_not_what_would_be_possible(monkeypatch, name, setting, check, in_use):
+    best = doctor.examine()[check]
+    if best.level != "good":
+        pytest.skip(f"here nothing better can be had: {best.text}")
+    monkeypatch.setenv(f"KSMCORE_{name}", setting)
+    found = doctor.examine()[check]
+    assert (found.level, found.facts["in_use"]) == ("advice", in_use)
+    assert f"KSMCORE_{name}" in found.remedy
+    assert_sound(found)
+
+
 def test_memory_that_does_not_go_back_is_noticed(monkeypatch):
     monkeypatch.setattr(doctor, "_pss_of", lambda pages: 100)
-    check = doctor.self_test()
+    check, _ = doctor.self_test()
     assert check.level == "weak"
     assert_sound(check)
 
@@ -153,11 +178,11 @@ def test_memory_that_does_not_go_back_is_noticed(monkeypatch):
 @pytest.mark.parametrize("call", ["memfd_create", "mmap"])
 def test_calls_that_the_kernel_refuses(call):
     _sys.inject(call, errno.ENOMEM, count=1000)
-    check = doctor.self_test()
+    check, _ = doctor.self_test()
     _sys.inject_clear()
     assert check.level == "broken"
     assert_sound(check)
-    assert doctor.self_test().level == "good"
+    assert doctor.self_test()[0].level == "good"
 
 
 # ---- guards and trackers -------------------------------------------------------------------------
@@ -177,7 +202,7 @@ REFUSED = {**HERE, "userfaultfd": "Operation not permitted", "userfaultfd-user":
     ],
 )
 def test_guard(root, found, status, level, in_use, remedy):
-    check = surroundings.guard(found, root({"proc/self/status": status}))
+    check = surroundings.guard(found, root=root({"proc/self/status": status}))
     assert (check.level, check.facts["in_use"]) == (level, in_use)
     assert remedy is None or remedy in check.remedy
     assert_sound(check)
@@ -194,7 +219,7 @@ def test_what_the_kernel_can(root):
         assert check.level == bad
         assert_sound(check)
     filtered = root({"proc/self/status": "Seccomp:\t2\n"})
-    assert "seccomp" in surroundings.tracking("no", filtered).remedy
+    assert "seccomp" in surroundings.tracking("no", root=filtered).remedy
 
 
 @pytest.mark.parametrize(
@@ -378,6 +403,15 @@ def test_numpy_allocator():
     assert_sound(check)
 
 
+def test_address_space(monkeypatch, root):
+    files = root({"proc/self/status": "VmSize:\t 1048576 kB\n"})
+    for limit, level in ((-1, "good"), (8 << 30, "advice"), (3 << 29, "weak"), (1 << 20, "weak")):
+        monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _, n=limit: (n, -1))
+        check = surroundings.address_space(files)
+        assert check.level == level
+        assert_sound(check)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "level", "told"),
     [
@@ -395,7 +429,7 @@ def test_environment(monkeypatch, name, value, level, told):
     assert told in check.text + (check.remedy or "")
     assert_sound(check)
     # The merge itself tells the same.
-    assert (doctor.self_test().level == "broken") == (level == "broken")
+    assert (doctor.self_test()[0].level == "broken") == (level == "broken")
 
 
 # ---- a process that is refused
