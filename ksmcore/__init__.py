@@ -16,6 +16,7 @@ from ksmcore._platform import require_linux
 require_linux()
 
 import functools  # noqa: E402
+import operator  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -30,7 +31,6 @@ from ksmcore.history import History, Sample  # noqa: E402
 from ksmcore.phase import PhaseWarning  # noqa: E402
 from ksmcore.progress import Progress  # noqa: E402
 from ksmcore.regions import PageState, Region  # noqa: E402
-from ksmcore.report import html_report  # noqa: E402
 from ksmcore.settings import Settings  # noqa: E402
 from ksmcore.stats import (  # noqa: E402
     Estimate,
@@ -252,6 +252,38 @@ def uninstall_allocator() -> None:
     _allocating.uninstall()
 
 
+def html_report(
+    engine: "Engine | None" = None,
+    *,
+    title: str = "ksmcore",
+    command: "str | Sequence[str] | None" = None,
+    exit_status: "int | None" = None,
+) -> str:
+    """One HTML page, complete in itself, about an engine (None: the default engine) and the memory
+    of this process.
+
+    It shows what is saved, over time too, what each page of the largest regions is, all counters
+    with their meanings, what was left out and what can be done about it, the settings, and the
+    machine (not its name). Of a closed engine there are no page maps.
+
+    `command`: the program that was run, as text or as a list of arguments; `exit_status`: what it
+    ended with. Both are shown at the top.
+
+    Raises:
+        TypeError: something else than an engine was given.
+    """
+    if engine is not None and not isinstance(engine, Engine):
+        raise TypeError(f"html_report is about an Engine, not {type(engine).__name__}")
+    from ksmcore import report
+
+    return report.html_report(
+        default_engine() if engine is None else engine,
+        title=title,
+        command=command,
+        exit_status=exit_status,
+    )
+
+
 def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "Picture":
     """Draw page maps, and of an engine what was saved over time (extra `plot`: matplotlib).
 
@@ -264,11 +296,12 @@ def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError: something else was given.
+        TypeError: something else was given, or `most_regions` is no integer.
         ValueError: `most_regions` is below 0, or the region or engine is closed.
     """
     if target is not None and not isinstance(target, Engine | Region):
         raise TypeError(f"plot draws an Engine or a Region, not {type(target).__name__}")
+    most_regions = operator.index(most_regions)
     if most_regions < 0:
         raise ValueError(f"most_regions must be at least 0, not {most_regions}")
     from ksmcore import plotting

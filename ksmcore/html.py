@@ -113,7 +113,7 @@ def memory_parts(info: MemoryInfo) -> list[Part]:
 def bar(parts: Iterable[Part]) -> str:
     """One bar, divided; a part that is there at all can be seen."""
     present = [part for part in parts if part.n_bytes > 0] or [Part("nothing", 1, ABSENT)]
-    said = "; ".join(part.text for part in present)
+    said = "; ".join(part.text for part in parts if part.n_bytes > 0) or "nothing"
     pieces = "".join(
         f'<span title="{escape(part.text)}" style="flex:{part.n_bytes} 1 0;min-width:2px;'
         f'background:{part.colour};print-color-adjust:exact"></span>'

@@ -68,15 +68,7 @@ def html_report(
     command: str | Sequence[str] | None = None,
     exit_status: int | None = None,
 ) -> str:
-    """One HTML page, complete in itself, about an engine and the memory of this process.
-
-    It shows what is saved, over time too, what each page of the largest regions is, all counters
-    with their meanings, what was left out and what can be done about it, the settings, and the
-    machine (not its name). Of a closed engine there are no page maps.
-
-    `command`: the program that was run, as text or as a list of arguments; `exit_status`: what it
-    ended with. Both are shown at the top.
-    """
+    """See `ksmcore.html_report`."""
     points = savings_points(engine)
     stats = engine.stats()
     peak = max(engine.peak_bytes_saved, stats.bytes_saved)

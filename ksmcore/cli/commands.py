@@ -161,8 +161,9 @@ def run(
     Options of ksmcore go before SCRIPT; what follows it is the program's. Its input, output, exit
     status and tracebacks are its own. A summary of what was saved is written to stderr at the end;
     there is none when the program is killed by a signal, or leaves by os._exit. Meanwhile `ksmcore
-    live PID` shows the numbers. Processes that it starts run without ksmcore, and those that it
-    forks begin anew.
+    live PID` shows the numbers. Processes that it starts run without ksmcore. Those that it forks
+    go on with the allocator and have no scanner: nothing is merged in them unless they call
+    ksmcore.start(). Options of Python go before: python -W error -m ksmcore run ...
 
     Where `ksmcore doctor` names another guard than userfaultfd, a system call that reads into an
     array, such as readinto(), fails with EFAULT if it does so in the moment in which the array is

@@ -110,6 +110,8 @@ def test_a_notebook_shows_it(engine, arrays):
 
 
 def test_wrong_calls(engine):
+    with pytest.raises(TypeError, match="integer"):
+        ksmcore.plot(engine, most_regions="a")
     with pytest.raises(TypeError, match="not int"):
         ksmcore.plot(3)
     with pytest.raises(ValueError, match="most_regions"):

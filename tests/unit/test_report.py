@@ -153,3 +153,9 @@ def test_no_matplotlib_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) > 10_000
+
+
+def test_which_engine():
+    assert "Page maps" in read(ksmcore.html_report()).texts  # of the default engine
+    with pytest.raises(TypeError, match="not int"):
+        ksmcore.html_report(5)
