@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ksmcore.charts import SAVED_COLOUR, USED_COLOUR, Point, savings_svg
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, PageMap, png_uri, reduced
 from ksmcore.regions import PageState
-from ksmcore.sizes import human_bytes
+from ksmcore.sizes import counted, human_bytes
 from ksmcore.stats import MemoryInfo, Stats
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "legend",
     "memory_parts",
     "page_map_figure",
-    "plural",
     "savings_figure",
     "size",
     "state_parts",
@@ -50,14 +49,10 @@ class Part(NamedTuple):
 
     @property
     def text(self) -> str:
-        pages = "" if self.n_pages is None else f"{plural(self.n_pages, 'page')}, "
+        pages = "" if self.n_pages is None else f"{counted(self.n_pages, 'page')}, "
         return f"{self.label}: {pages}{self.n_bytes:,} bytes" + (
             self.meaning and f". {self.meaning}"
         )
-
-
-def plural(n: int, what: str) -> str:
-    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def size(n_bytes: int) -> str:
@@ -156,7 +151,7 @@ def page_map_figure(
     counts = ", ".join(
         f"{count:,} {LOOKS[state].label}" for state, count in shown_map.counts().items() if count
     )
-    alt = f"Page map of {plural(len(shown_map.states), 'page')} in {len(grid):,} lines: {counts}"
+    alt = f"Page map of {counted(len(shown_map.states), 'page')} in {len(grid):,} lines: {counts}"
     return (
         f'<img src="{png_uri(grid)}" alt="{escape(alt)}" width="{grid.shape[1]}" '
         f'height="{grid.shape[0]}" style="display:block;width:{grid.shape[1] * cell_px}px;'

@@ -16,7 +16,6 @@ from ksmcore.html import (
     legend,
     memory_parts,
     page_map_figure,
-    plural,
     savings_figure,
     size,
     state_parts,
@@ -25,6 +24,7 @@ from ksmcore.html import (
 )
 from ksmcore.pagemaps import PageMap
 from ksmcore.regions import PageState, Region
+from ksmcore.sizes import counted
 from ksmcore.stats import Estimate, MemoryInfo, PassReport, RegionStats, Stats
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def shown_engine(engine: Engine) -> str:
     head, rest = _stats(stats, with_table=False)
     scanner = "scanner running" if engine.scanning else "scanner not running"
     chart = savings_figure(savings_points(engine))
-    head = f"{head}; {plural(stats.regions, 'region')}, {scanner}"
+    head = f"{head}; {counted(stats.regions, 'region')}, {scanner}"
     return _box("Engine", head, rest + chart + table(engine.settings.as_dict(), "settings"))
 
 
@@ -145,7 +145,7 @@ def _memory_info(info: MemoryInfo) -> tuple[str, str]:
 
 
 def _region(region: Region) -> tuple[str, str]:
-    head = f"{plural(region.n_pages, 'page')} at <code>{region.addr:#x}</code>, "
+    head = f"{counted(region.n_pages, 'page')} at <code>{region.addr:#x}</code>, "
     try:
         states = region.page_map()
     except ValueError:

@@ -27,7 +27,6 @@ from ksmcore.html import (
     legend,
     memory_parts,
     page_map_figure,
-    plural,
     savings_figure,
     size,
     state_parts,
@@ -38,7 +37,7 @@ from ksmcore.meanings import COUNTERS, SKIPPED, STAGES
 from ksmcore.pagemaps import LOOKS, MIXED_NOTE, PageMap, page_maps
 from ksmcore.regions import PageState
 from ksmcore.report_style import STYLE
-from ksmcore.sizes import human_bytes
+from ksmcore.sizes import counted, human_bytes
 from ksmcore.stats import MemoryInfo, Stats
 
 if TYPE_CHECKING:
@@ -163,12 +162,12 @@ def _page_maps(maps: Sequence[PageMap]) -> str:
     )
     n_regions = sum(one.n_regions for one in maps)
     pages = sum(len(one.states) for one in maps)
-    said = f"{plural(n_regions, 'region')}, {plural(pages, 'page')}, the largest first."
+    said = f"{counted(n_regions, 'region')}, {counted(pages, 'page')}, the largest first."
     if maps[-1].n_regions > 1:
         said += f" The {maps[-1].n_regions:,} smallest are shown together at the end."
     note = f"Memory runs along the lines, from the top left; {MIXED_NOTE}."
     figures = "".join(
-        f"<figure><figcaption><b>{escape(one.title)}</b>, {plural(len(one.states), 'page')}, "
+        f"<figure><figcaption><b>{escape(one.title)}</b>, {counted(len(one.states), 'page')}, "
         f"{size(one.nbytes)}</figcaption>{page_map_figure(one, width_px=600)}"
         f"{legend(state_parts(one.counts(), one.page_bytes))}</figure>"
         for one in maps

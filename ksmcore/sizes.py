@@ -1,10 +1,10 @@
-"""Numbers of bytes as people write and read them. Calls nothing."""
+"""Numbers, of bytes and of other things, as people write and read them. Calls nothing."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["human_bytes", "parse_bytes"]
+__all__ = ["counted", "human_bytes", "parse_bytes"]
 
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):
@@ -37,3 +37,8 @@ def parse_bytes(size: int | str) -> int:
             f"a size is a number of bytes, or text like '50 MB' or '1.5 GiB', not {size!r}"
         )
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def counted(count: int, what: str, plural: str = "s") -> str:
+    """A count and what of: '1 page', '2,000 pages'."""
+    return f"{count:,} {what}{'' if count == 1 else plural}"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import ksmcore
 from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
-from ksmcore.cli.figures import DISABLED, SCHEMA, counted
+from ksmcore.cli.figures import DISABLED, SCHEMA
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
-from ksmcore.sizes import human_bytes
+from ksmcore.sizes import counted, human_bytes
 from ksmcore.stats import Estimate
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import ksmcore
 from ksmcore import _arena
-from ksmcore.sizes import human_bytes
+from ksmcore.sizes import counted, human_bytes
 from ksmcore.stats import RegionStats
 
 if TYPE_CHECKING:
     from ksmcore.engine import Engine
 
-__all__ = ["DISABLED", "SCHEMA", "Source", "counted", "summary"]
+__all__ = ["DISABLED", "SCHEMA", "Source", "summary"]
 
 SCHEMA = 1
 """Of what `run --json` and `estimate --json` write: names and meanings stay, as long as this number
@@ -161,8 +161,3 @@ def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
         f"no two pages of its arrays held the same bytes ({stats['pages_unshared']:,} different "
         "ones at the end)."
     )
-
-
-def counted(count: int, what: str, plural: str = "s") -> str:
-    """A count, and what of."""
-    return f"{count:,} {what}{'' if count == 1 else plural}"

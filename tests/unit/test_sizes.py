@@ -2,7 +2,7 @@
 
 import pytest
 
-from ksmcore.sizes import human_bytes, parse_bytes
+from ksmcore.sizes import counted, human_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,9 @@ def test_wrong_sizes(text):
 )
 def test_human_bytes(size, text):
     assert human_bytes(size) == text
+
+
+def test_counted():
+    assert counted(1, "page") == "1 page"
+    assert counted(2000, "page") == "2,000 pages"
+    assert counted(0, "pass", "es") == "0 passes"
