@@ -315,9 +315,11 @@ def test_a_pass_within_a_pass_is_refused(engine, rng):
 def test_blocks_of_copies_are_released_whole(rng, order):
     """More slots lose their last sharer in one span than are punched together, and the content of a
     block among them comes back in the same span."""
-    n = 270  # stretches of 256 pages, so blocks of four copies or more: at least 1080 slots
+    # Stretches of 256 pages: blocks of four copies, or of three where a span ends in one. So at least
+    # 1050 slots, and at most 86 mappings for each stretch.
+    n = 350
     contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
-    with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=20_000) as engine:
+    with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=40_000) as engine:
         stretches = engine.empty((n * 256 + 1, PAGE), np.uint8)
         stretches[:-1] = contents.repeat(256, axis=0)
         engine.dedup()
