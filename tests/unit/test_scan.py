@@ -315,8 +315,8 @@ def test_a_pass_within_a_pass_is_refused(engine, rng):
 def test_blocks_of_copies_are_released_whole(rng, order):
     """More slots lose their last sharer in one span than are punched together, and the content of a
     block among them comes back in the same span."""
-    # Stretches of 256 pages: blocks of four copies, or of three where a span ends in one. So at least
-    # 1050 slots, and at most 86 mappings for each stretch.
+    # Stretches of 256 pages: blocks of four copies, or of three where a span ends in one. So at
+    # least 1050 slots, and at most 86 mappings for each stretch.
     n = 350
     contents = rng.integers(1, 256, (n, PAGE), dtype=np.uint8)
     with ksmcore.Engine(order=order, use_zero_pages=False, map_budget=40_000) as engine:
