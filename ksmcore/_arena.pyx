@@ -114,14 +114,11 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     cdef sys_error ignored
     cdef uint32_t entry
     cdef size_t len_bytes = n_pages * _table.page_bytes
-    global _last_region_id, _n_refused
+    global _last_region_id
     error_clear(&ignored)
     memset(&chunk, 0, sizeof(chunk))
     chunk.addr = _map_aligned(len_bytes, HUGE_PAGE_BYTES)
     if chunk.addr == 0:
-        arena_lock()
-        _n_refused += 1
-        arena_unlock()
         return NO_PAGE
     chunk.n_pages = n_pages
     # Also where the kernel gives none: it is asked again for whatever is mapped here later.
@@ -244,11 +241,19 @@ cdef void arena_trim() noexcept nogil:
 
 # ---- what the allocator calls -------------------------------------------------------------------------
 
+cdef void* _refused() noexcept nogil:
+    global _n_refused
+    arena_lock()
+    _n_refused += 1
+    arena_unlock()
+    return NULL
+
+
 cdef void* _take_whole(size_t n_pages) noexcept nogil:
     cdef uint32_t entry = _add_chunk(n_pages, _wants_huge, True)
     cdef void* taken
     if entry == <uint32_t>NO_PAGE:
-        return NULL
+        return _refused()
     taken = <void*>_table.all[entry].addr
     arena_unlock()
     return taken
@@ -273,7 +278,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
         arena_unlock()
         entry = _add_chunk(_table.chunk_pages, kind, False)
         if entry == <uint32_t>NO_PAGE:
-            return NULL
+            return _refused()
         first = entry * _table.chunk_pages
     chunks_take(&_table, first, n_pages)
     taken = <void*>chunks_addr(&_table, first)
@@ -350,6 +355,9 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     chunk = &_table.all[entry]
     if chunk.tags == NULL:
         stays = n_pages > chunk.n_pages // 2
+        if stays and n_pages < chunk.n_pages and chunk.generation == gate_generation():
+            # It goes on to have these pages, and may grow into them again.
+            _discard(chunk, chunk.addr + n_pages * _table.page_bytes, chunk.n_pages - n_pages)
     elif chunk.generation == gate_generation():
         first = entry * _table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // _table.page_bytes)
         before = chunks_tag(&_table, first).n_pages

@@ -181,6 +181,8 @@ cdef class Core(Registry):
                     min((end + page_bytes - 1) // page_bytes * page_bytes, region_end(&self.c.regions, region)),
                     &is_plain, &n_blocked, &err
                 )
+                # What lies there now is the program's: its bytes are copied, whatever is remembered.
+                region.altered = region.altered or (rc == 0 and not is_plain)
                 region = regions_next(&self.c.regions, region)
             self._unlock()
             while rc == 0 and source < end:

@@ -24,3 +24,4 @@ cdef inline bint splits_surely(uint32_t left, uint32_t right) noexcept nogil:
 
 cdef uint32_t slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil
 cdef int64_t stretch_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil
+cdef int64_t restored_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil

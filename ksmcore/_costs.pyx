@@ -2,7 +2,7 @@
 neighbours.
 
 Called by: _runs, _copy, _unmerge, which put it down in the map budget. Calls: _rmap. The kernel makes one mapping of
-neighbours that lie over neighbouring slots, and of neighbours in anonymous memory.
+neighbours that lie over neighbouring slots, and of neighbours in anonymous memory that was never moved.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -38,3 +38,11 @@ cdef int64_t stretch_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages, ui
         after = slot
         slot += slot != 0
     return cost + <int>splits(after, right) - <int>splits_surely(before, right)
+
+
+cdef int64_t restored_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil:
+    """The same of pages that are restored: moved memory is one mapping, and does not fuse with what lies beside it."""
+    return (
+        stretch_cost(rmap, page_no, n_pages, 0)
+        + (slot_under(rmap, page_no - 1, 0) == 0) + (slot_under(rmap, page_no + n_pages, 0) == 0)
+    )

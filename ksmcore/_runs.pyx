@@ -80,6 +80,8 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         cost += <int>splits(after, b.intents[i].slot) - <int>splits_surely(before, under)
         before = under
         after = b.intents[i].slot
+    if first.kind == INTENT_PLAIN:
+        cost += (left == 0) + (right == 0)       # see restored_cost
     return cost + <int>splits(after, right) - <int>splits_surely(before, right)
 
 

@@ -225,7 +225,9 @@ cdef int core_scan_at(
     cursor[0] = to_here
     if n == 0:
         cursor[0] = end
-    elif region.n_holds != 0 or region.being_made:
+    elif region.being_made:
+        pass
+    elif region.n_holds != 0:
         c.counters.skips[<int>SKIP_HELD] += n
     elif region.altered:
         c.counters.skips[<int>SKIP_ALTERED] += n

@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._budget cimport budget_affords
-from ksmcore._costs cimport stretch_cost
+from ksmcore._costs cimport restored_cost, stretch_cost
 from ksmcore._engine cimport engine_core
 from ksmcore._forest cimport forest_check, forest_first, forest_next
 from ksmcore._merge cimport empty_range, restore_range, run_t
@@ -28,7 +28,7 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
     cdef size_t i
     cdef uint32_t item = 0
     if n_pages != 0:
-        c.b.budget.used += stretch_cost(&c.rmap, page_no, n_pages, 0)
+        c.b.budget.used += restored_cost(&c.rmap, page_no, n_pages)
     for i in range(n_pages):
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
@@ -83,8 +83,11 @@ cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexc
 
 cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
+    cdef int64_t cost
     if c.rmap.n_over_store != 0:
-        c.b.budget.used += stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
+        cost = stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
+        # A census counts no end where nothing follows.
+        c.b.budget.used = max(c.b.budget.used + cost, <int64_t>0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 

@@ -25,9 +25,9 @@ THRESHOLD_BYTES = 64 * 1024
 """Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
 merged."""
 
-# What the blocks that a context is in have put aside, the outermost first. One for all allocators:
-# each may be entered in several contexts at a time.
-_put_aside: ContextVar[tuple[object, ...]] = ContextVar("ksmcore_put_aside", default=())
+# The blocks that a context is in, the innermost last: whose each is, and what it has put aside. One
+# for all allocators: each may be entered in several contexts at a time.
+_blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_blocks", default=())
 
 _beginning = threading.Lock()
 _begun = False
@@ -73,7 +73,7 @@ class Allocator:
     def __enter__(self) -> None:
         _begin(self._engine)
         before = _allocator.use_here(self._threshold_bytes)
-        _put_aside.set((*_put_aside.get(), before))
+        _blocks.set((*_blocks.get(), (self, before)))
 
     def __exit__(
         self,
@@ -81,9 +81,17 @@ class Allocator:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        *outer, before = _put_aside.get()
-        _put_aside.set(tuple(outer))
-        _allocator.use_again(before)
+        blocks = _blocks.get()
+        place = max((i for i, (whose, _) in enumerate(blocks) if whose is self), default=None)
+        if place is None:
+            return  # entered in another context, in which it stays
+        (_, before), inner = blocks[place], blocks[place + 1 :]
+        if inner:
+            # Left before one that was entered later: that is to bring back what this one would.
+            inner = ((inner[0][0], before), *inner[1:])
+        else:
+            _allocator.use_again(before)
+        _blocks.set((*blocks[:place], *inner))
 
 
 def install(engine: Registrar, threshold_bytes: SupportsIndex) -> None:

@@ -38,6 +38,29 @@ _forking = threading.Lock()
 _held_for_fork: list[threading.Lock] = []
 
 
+_hidden: set[int] = set()  # identities of threads
+
+
+def _hide() -> None:
+    """If this thread is hidden: whoever asks for the current thread, as each message that is logged
+    does, makes an entry for it in the module threading; take that out again."""
+    ident = threading.get_ident()
+    with contextlib.suppress(AttributeError):  # should there be none of this some day
+        if ident in _hidden:
+            with threading._active_limbo_lock:  # type: ignore[attr-defined]
+                threading._active.pop(ident, None)  # type: ignore[attr-defined]
+
+
+def _hide_before_handlers(record: logging.LogRecord) -> bool:
+    """A filter that lets all through."""
+    del record
+    _hide()
+    return True
+
+
+log.addFilter(_hide_before_handlers)
+
+
 class HiddenThread:
     """A thread that ends with the process, and that the module threading knows nothing of."""
 
@@ -57,18 +80,13 @@ class HiddenThread:
 
     def _run(self) -> None:
         self._ident = threading.get_ident()
+        _hidden.add(self._ident)
         try:
             self._target()
         finally:
-            self.hide()
+            _hide()
+            _hidden.discard(self._ident)
             self._alive.release()
-
-    @staticmethod
-    def hide() -> None:
-        """Called in the thread. Whoever asks for the current thread, as each message that is logged
-        does, makes an entry for it; this takes it out again."""
-        with threading._active_limbo_lock:  # type: ignore[attr-defined]
-            threading._active.pop(threading.get_ident(), None)  # type: ignore[attr-defined]
 
     def is_alive(self) -> bool:
         return self._alive.locked()
@@ -158,7 +176,7 @@ class Scanner:
                 n_enlisted = engine._core.n_enlisted
                 rest = self._step(engine)
                 del engine
-                HiddenThread.hide()
+                _hide()
                 if self._is_wanted():
                     self._rest(rest, n_enlisted)
         except BaseException as error:
@@ -232,6 +250,7 @@ def _go_on_after_fork() -> None:
 def _begin_anew_in_child() -> None:
     global _forking
     _forking = threading.Lock()
+    _hidden.clear()  # their identities may be those of other threads here
     # Its engine makes itself a new one (see Registrar._own); this one's thread does not exist here.
     with contextlib.suppress(RuntimeError):
         while _held_for_fork:

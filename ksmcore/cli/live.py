@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import functools
 import io
 import os
 import threading
@@ -47,18 +46,27 @@ def follow(pid: int, interval_seconds: float, *, once: bool) -> None:
     Raises as `frame` does, for the first picture.
     """
     console = Console()
-    draw = functools.partial(picture, ascii_only=not console.encoding.startswith("utf"))
-    figures = frame(pid)
+    ascii_only = not console.encoding.startswith("utf")
+
+    def draw(max_regions: int = 8) -> RenderableType:
+        figures = frame(pid)
+        try:
+            return picture(figures, max_regions=max_regions, ascii_only=ascii_only)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise NotAnsweringError(
+                f"process {pid} has answered what is no snapshot of this version ({error!r})"
+            ) from None
+
+    shown = draw()
     if once or not console.is_terminal:
-        console.print(draw(figures))
+        console.print(shown)
         return
-    shown: RenderableType = draw(figures)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True) as live:
         live.update(shown, refresh=True)
         while True:
             time.sleep(interval_seconds)
             try:
-                shown = draw(frame(pid), max_regions=max(console.height - 10, 0))
+                shown = draw(max(console.height - 10, 0))
             except ProcessLookupError:
                 break
             except NotAnsweringError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -78,9 +79,21 @@ class OutputFile:
             return
         unfinished = self._real.with_name(f".{self._real.name}.{os.getpid()}")
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            self._write_as_before(unfinished, text)
             unfinished.replace(self._real)
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def _write_as_before(self, path: Path, text: str) -> None:
+        """A new file that the same people may read as the one that it is to replace."""
+        mode = stat.S_IMODE(self._real.stat().st_mode) if self._real.exists() else None
+
+        def opened(name: str, flags: int) -> int:
+            return os.open(name, flags, 0o666 if mode is None else 0o600)
+
+        with open(path, "w", encoding="utf-8", opener=opened) as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            file.write(text)

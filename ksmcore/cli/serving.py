@@ -55,9 +55,10 @@ def _places_of(pid: int, uid: int) -> list[Path]:
         raw = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
         environ = dict(os.fsdecode(line).split("=", 1) for line in raw if b"=" in line)
         # As tempfile looks for them.
-        named = [environ[name] for name in ("TMPDIR", "TEMP", "TMP") if environ.get(name)]
+        named = [environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
         for temporary in [*named, "/tmp", "/var/tmp", "/usr/tmp"]:
-            found += _directories(uid, environ, temporary)
+            if os.path.isabs(temporary):
+                found += _directories(uid, environ, temporary)
     return list(dict.fromkeys(found))
 
 
@@ -192,7 +193,9 @@ def ask(pid: int) -> dict[str, Any] | None:
                 connection.settimeout(PATIENCE_SECONDS)
                 connection.connect(str(path))
                 if _peer(connection) == pid:
-                    answer: dict[str, Any] = _printable(json.loads(_read_all(connection)))
+                    answer = _printable(json.loads(_read_all(connection)))
+                    if not isinstance(answer, dict):
+                        raise ValueError("it is no snapshot")
                     return answer
         except (FileNotFoundError, ConnectionRefusedError, PermissionError):
             continue
@@ -201,7 +204,7 @@ def ask(pid: int) -> dict[str, Any] | None:
                 f"process {pid} has not answered for {PATIENCE_SECONDS:.0f} seconds: it is "
                 "stopped, or busy in code that does not let other threads run"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if not Path("/proc", str(pid)).exists():
                 return None
             raise NotAnsweringError(f"process {pid} gave no answer: {error}") from None

@@ -48,7 +48,8 @@ def picture(
     )
     rows.add_column(overflow=overflow, no_wrap=True)
     for name, value in named:
-        rows.add_row(name, value)
+        # Text, so that brackets in it are no markup.
+        rows.add_row(name, Text(value) if isinstance(value, str) else value)
     parts: list[RenderableType] = [_title(figures, overflow), rows]
     regions = figures.get("regions", [])
     if max_regions > 0 and regions:
@@ -184,6 +185,8 @@ def kernel_view(pid: int, proc: Path = Path("/proc")) -> dict[str, Any]:
     try:
         raw = (here / "cmdline").read_bytes()
         name = (here / "comm").read_text(errors="replace").strip()
+        if _fields(here / "status").get("State", "").startswith(("Z", "X")):
+            raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {pid}") from None
     command = raw.rstrip(b"\0").decode(errors="replace").split("\0") if raw else [f"[{name}]"]

@@ -19,7 +19,7 @@ from forks import THREADS_RUN
 from rich.console import Console
 
 import ksmcore as library
-from ksmcore.cli import serving, view
+from ksmcore.cli import live, serving, view
 from ksmcore.cli.figures import Source
 
 __all__ = ["own_directories"]
@@ -97,6 +97,32 @@ def test_root_sees_the_processes_of_others(monkeypatch):
         os.close(ready)
         os.close(done)
         shutil.rmtree(home)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[1]",
+        b'{"pid": 1}',
+        b"[" * 100_000,
+        b"no json",
+        b"",
+        b'{"pid": 1, "command": [], "memory": [], "notes": 7}',
+    ],
+)
+def test_answers_that_are_none(server, monkeypatch, answer):
+    monkeypatch.setattr(serving, "_read_all", lambda connection: answer)
+    with pytest.raises(serving.NotAnsweringError, match=f"process {os.getpid()}"):
+        live.follow(os.getpid(), 1.0, once=True)
+
+
+def test_brackets_are_no_markup(capsys):
+    notes = [("[b]a[/b]", "[/red] [link=x]y[/link]")]
+    figures = {"pid": 1, "command": ["[red]"], "memory": {"rss": 1}, "notes": notes}
+    Console(width=100).print(view.picture(figures))
+    shown = capsys.readouterr().out
+    assert "[/red] [link=x]y[/link]" in shown
+    assert "[red]" in shown
 
 
 def test_terminals_without_other_letters():

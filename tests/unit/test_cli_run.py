@@ -167,11 +167,14 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_program_begins(
 
 def test_a_report_through_a_link_and_to_what_is_no_file(tmp_path):
     write(tmp_path, "print('output')")
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").chmod(0o640)
     (tmp_path / "link").symlink_to("real.json")
     done = ksmcore("run", "--json", "link", "--report", "/dev/null", "program.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "real.json").read_text())["schema"] == 1
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_report_that_fails(tmp_path):

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import gc
+import mmap
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_view import pss_bytes
 
 import ksmcore
 from ksmcore import _sys, vmas
@@ -20,6 +22,8 @@ PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 
 
 @pytest.fixture
@@ -33,29 +37,25 @@ def noise(n_bytes, seed=0):
     return np.frombuffer(np.random.default_rng(seed).bytes(n_bytes), np.uint8)
 
 
-def pss():
-    return ksmcore.memory_info().pss
-
-
 def test_the_second_copy_takes_no_memory_and_copies_nothing(engine):
     source = engine.array(noise(16 * MIB))
     first = engine.copy(source)
-    before = pss()
+    before = pss_bytes()
     merged = engine.stats().pages_merged
     second = engine.copy(source)
-    assert pss() - before < 2 * MIB  # what is remembered of its pages
+    assert pss_bytes() - before < 2 * MIB  # what is remembered of its pages
     assert engine.stats().pages_merged - merged == 16 * MIB // PAGE
     assert np.array_equal(first, source)
     assert np.array_equal(second, source)
-    assert pss() - before < 2 * MIB
+    assert pss_bytes() - before < 2 * MIB
     engine._core.check()
 
 
 def test_the_first_copy_shares_as_well(engine):
     source = engine.array(noise(16 * MIB))
-    before = pss()
+    before = pss_bytes()
     copy = engine.copy(source)
-    assert pss() - before < 8 * MIB  # the copy has 16; the rest is what is remembered
+    assert pss_bytes() - before < 8 * MIB  # the copy has 16; the rest is what is remembered
     assert engine.stats().pages_sharing == 16 * MIB // PAGE
     assert np.array_equal(copy, source)
 
@@ -163,9 +163,9 @@ def test_an_array_of_numpys_own_is_copied_and_its_copies_share(engine):
 def test_zeros_and_untouched_pages_stay_untouched(engine):
     source = engine.zeros(64 * MIB, np.uint8)
     source[5 * PAGE] = 1
-    before = pss()
+    before = pss_bytes()
     copy = engine.copy(source)
-    assert pss() - before < MIB
+    assert pss_bytes() - before < MIB
     assert copy.sum() == 1
     assert copy[5 * PAGE] == 1
 
@@ -283,6 +283,22 @@ def test_passes_leave_a_copy_alone_that_is_being_made(engine, huge_targets):
         thread.join()
     engine._core.check()
     assert np.array_equal(first, noise(65 * MIB))
+
+
+@pytest.mark.parametrize("flags", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
+def test_what_the_program_has_mapped_over_the_source_is_copied(engine, tmp_path, flags):
+    """Its pages are in no page table yet, as those of memory that nobody has touched."""
+    source = engine.empty((64, PAGE), np.uint8)
+    source[:] = np.arange(64)[:, None] % 8 + 1
+    engine.dedup()
+    (tmp_path / "data").write_bytes(b"Z" * (16 * PAGE))
+    start = source.ctypes.data + 16 * PAGE
+    with open(tmp_path / "data", "r+b") as file:
+        # 3: readable and writable; 0x10: MAP_FIXED.
+        assert libc.mmap(start, 16 * PAGE, 3, flags | 0x10, file.fileno(), 0) == start
+    copy = engine.copy(source)
+    assert (copy[16:32] == ord("Z")).all()
+    assert np.array_equal(copy, source)
 
 
 def test_a_copy_leaves_memory_alone_that_the_pass_leaves_alone(engine):

@@ -317,6 +317,23 @@ def corpora():
 
 
 @alone
+def test_restored_memory_stays_in_pieces_and_is_counted_so():
+    """It was moved to where it is, and so fuses with none of its neighbours."""
+    n_pairs = 300
+    random = np.random.default_rng(SEED)  # loads libraries
+    before = vmas.count_maps()
+    with ksmcore.Engine(map_budget=2_000) as engine:
+        pages = engine.empty((4 * n_pairs, PAGE), np.uint8)
+        pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
+        pages[2 * n_pairs :: 2] = pages[: 2 * n_pairs : 2]
+        for change in (engine.dedup, engine.unmerge):
+            change()
+            assert engine.stats().maps_used >= 2 * n_pairs
+            assert abs(vmas.count_maps() - before - engine.stats().maps_used) <= FEW
+        assert engine.stats().pages_sharing == 0
+
+
+@alone
 def test_small_number_is_kept():
     for name, tails in corpora().items():
         for budget in (0, 1, 2, 7, 40, 150):

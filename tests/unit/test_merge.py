@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from kernels_view import pss_bytes, pss_of
 
 import ksmcore
 from ksmcore import _sys, vmas
@@ -19,32 +20,6 @@ PAGE = ksmcore.Engine.page_bytes
 @pytest.fixture
 def guard(each_guard):
     return each_guard
-
-
-def pss_bytes() -> int:
-    # Without files: the share of a library changes whenever another process starts or ends. And a
-    # page that the kernel is moving just now counts in full at each of its mappings.
-    def own() -> int:
-        totals = vmas.smaps_rollup()
-        return totals["Pss"] - totals.get("Pss_File", 0)
-
-    return min(own() for _ in range(3))
-
-
-def pss_of(*arrays: np.ndarray) -> int:
-    """Of the mappings that these arrays lie in, and of the stores; nothing of what else the process
-    holds, or a library keeps for later. The least of three, as above."""
-    ranges = [(a.__array_interface__["data"][0], a.nbytes) for a in arrays]
-
-    def own() -> int:
-        return sum(
-            vma.pss
-            for vma in vmas.Snapshot().vmas_in(0, 1 << 64)
-            if vma.path.startswith(STORE_PATH)
-            or any(vma.start < start + size and vma.end > start for start, size in ranges)
-        )
-
-    return min(own() for _ in range(3))
 
 
 def store_maps(array: np.ndarray) -> list[vmas.Vma]:

@@ -376,7 +376,9 @@ class TestErrors:
         assert not any(thread.is_alive() for thread in threads)
         assert array.any()
 
-    def test_programs_that_join_all_threads_do_not_wait_for_it(self, quick, rng, caplog):
+    def test_programs_that_join_all_threads_do_not_wait_for_it(
+        self, quick, rng, caplog, monkeypatch
+    ):
         array = pages(quick, rng)
         before = threading.enumerate()
         with quick.start():
@@ -386,11 +388,15 @@ class TestErrors:
         # Also where somebody asks for the current thread, as each message that is logged does.
         quick.on_pass = lambda report: threading.current_thread()
         caplog.set_level(logging.DEBUG, "ksmcore")
+        seen = []
+        monkeypatch.setattr(caplog.handler, "emit", lambda _: seen.append(threading.enumerate()))
         with quick.start():
             passed = quick.stats().full_scans
             wait_until(lambda: quick.stats().full_scans > passed + 2)
             wait_until(lambda: threading.enumerate() == before)
         assert threading.enumerate() == before
+        assert len(seen) > 2
+        assert all(threads == before for threads in seen)
         assert array.any()
 
     def test_run_2_unmerges_though_the_scanner_had_died(self, quick, rng):
