@@ -110,8 +110,8 @@ def test_nothing_stays_behind(engine, rng):
     assert set(during) == {(1, True)}  # the handler rescues the scanner's own reads
     assert descriptors() == []
     assert not _guard.handler_installed()
-    # Fewer where an allocator's own mappings fused meanwhile.
-    assert vmas.count_maps() <= before
+    # One more or fewer where an allocator's own mappings fused meanwhile, or it made one.
+    assert vmas.count_maps() <= before + 1
     engine.dedup()
     for vma in vmas.Snapshot().vmas_in(a.ctypes.data, a.ctypes.data + a.nbytes):
         assert not {"um", "uw"} & set(vma.flags)
