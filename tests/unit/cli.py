@@ -1,6 +1,7 @@
 """What the tests of the command line share: running programs, with `ksmcore run` and without."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,15 @@ def own_directories(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Programs begin as from a terminal, also where the tests run in the background of a shell,
+    which has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def python(*arguments, cwd=None, **options):

@@ -10,9 +10,9 @@ import time
 import zipfile
 
 import pytest
-from cli import QUIETLY, own_directories, python, write
+from cli import QUIETLY, interruptible, own_directories, python, write
 
-__all__ = ["own_directories"]
+__all__ = ["interruptible", "own_directories"]
 
 
 # Python warns of forks where there are threads; there are more of those under ksmcore.

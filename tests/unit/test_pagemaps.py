@@ -157,3 +157,5 @@ def test_the_allocators_memory_is_named():
     titles = [one.title for one in page_maps(ksmcore.default_engine(), 100)]
     assert any(title.startswith("Arrays of the allocator at 0x") for title in titles)
     assert kept.all()
+    del kept
+    ksmcore.uninstall_allocator()  # gives its pages back: later tests merge what the engine has
