@@ -5,8 +5,10 @@ _forks, _sys.
 
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
 extents are clean, where they show zeros and hold no memory, or dirty. Dirty ones are handed out again first, since
-their pages are at hand; when they come to more than MAX_DIRTY_BYTES the longest are discarded: the core forgets what
-it knew of their pages, the kernel takes their memory. So of freed memory not more than that is kept, or scanned.
+their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are discarded: the core forgets what
+it knew of their pages, the kernel takes their memory. So is, from time to time, as much as was free all the while
+(`give_back_idle`): a program that frees and takes the same memory over and over keeps it, one that freed it for good
+does not.
 
 Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does.
 
@@ -212,8 +214,25 @@ cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcep
     return empty_range(&run, &ignored) == 0
 
 
+cdef void _discard_end(uint32_t page, size_t most_bytes) noexcept nogil:
+    """Discard the end of a dirty extent, or all of it, about so many bytes; where that is refused it stays dirty."""
+    cdef const chunk_t* chunk = &_table.all[page // _table.chunk_pages]
+    cdef uintptr_t addr = chunks_addr(&_table, page), start
+    cdef size_t len_bytes = chunks_tag(&_table, page).n_pages * _table.page_bytes, n_pages
+    if most_bytes >= len_bytes:
+        start = addr
+    else:
+        # What is handed out next comes from the beginning. Huge pages are not cut in two.
+        start = addr + (len_bytes - most_bytes) // _table.page_bytes * _table.page_bytes
+        if chunk.wants_huge:
+            start = min((start + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, addr + len_bytes)
+    n_pages = (addr + len_bytes - start) // _table.page_bytes
+    if n_pages > 0 and _discard(chunk, start, n_pages):
+        chunks_clean(&_table, page, n_pages)
+
+
 cdef void _trim(size_t target_bytes) noexcept nogil:
-    """Discard dirty extents, the longest first, until no more than target_bytes are left."""
+    """Discard dirty extents, the longest first, until no more than about target_bytes are left."""
     cdef int kind, number
     cdef uint32_t page, next
     global _trim_above
@@ -222,14 +241,12 @@ cdef void _trim(size_t target_bytes) noexcept nogil:
             page = _table.bins[kind][<int>DIRTY].heads[number]
             while page != <uint32_t>NO_PAGE and _table.dirty_bytes > target_bytes:
                 next = chunks_tag(&_table, page).next
-                if _discard(
-                    &_table.all[page // _table.chunk_pages], chunks_addr(&_table, page),
-                    chunks_tag(&_table, page).n_pages
-                ):
-                    chunks_clean(&_table, page)
+                _discard_end(page, _table.dirty_bytes - target_bytes)
                 page = next
     # What was refused is not asked for again with every array.
-    _trim_above = max(<size_t>MAX_DIRTY_BYTES, _table.dirty_bytes + MAX_DIRTY_BYTES // 2)
+    _trim_above = MAX_DIRTY_BYTES
+    if _table.dirty_bytes > target_bytes:
+        _trim_above = max(_trim_above, _table.dirty_bytes + MAX_DIRTY_BYTES // 2)
 
 
 cdef void arena_trim() noexcept nogil:
@@ -374,7 +391,7 @@ cdef void _in_child() noexcept nogil:
     global _n_pins, _pinned
     arena_renew()
     chunks_clear_bins(&_table)
-    _table.dirty_bytes = 0
+    _table.dirty_bytes = _table.idle_bytes = 0
     _n_pins = 0
     _pinned = NULL
 
@@ -433,6 +450,15 @@ def unpin():
             next = left.next
             sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
             left = next
+
+
+def give_back_idle():
+    """Discard as much free memory as there was at every moment since the last call."""
+    with nogil:
+        arena_lock()
+        _trim(_table.dirty_bytes - _table.idle_bytes)
+        _table.idle_bytes = _table.dirty_bytes
+        arena_unlock()
 
 
 def is_chunk(uint64_t region_id):

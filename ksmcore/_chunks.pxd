@@ -61,6 +61,7 @@ ctypedef struct chunk_table:
     size_t mapped_bytes
     size_t taken_bytes
     size_t dirty_bytes
+    size_t idle_bytes          # least that was dirty at any moment since this was set, by whoever reads it
 
 
 cdef void chunks_init(chunk_table* t, size_t page_bytes, size_t chunk_bytes) noexcept nogil
@@ -73,6 +74,6 @@ cdef extent_tag* chunks_tag(const chunk_table* t, uint32_t page) noexcept nogil
 cdef uint32_t chunks_find(const chunk_table* t, bint wants_huge, extent_state state, size_t n_pages) noexcept nogil
 cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
-cdef void chunks_clean(chunk_table* t, uint32_t first) noexcept nogil
+cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil
 cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil

@@ -138,12 +138,18 @@ cdef void _release(chunk_table* t, uint32_t first, size_t n_pages, extent_state 
     _hang(t, first, n_pages, state)
 
 
+cdef void _note_dirty(chunk_table* t) noexcept nogil:
+    """After extents ceased to be dirty, once those that go on to be so hang again."""
+    t.idle_bytes = min(t.idle_bytes, t.dirty_bytes)
+
+
 cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
     """Take the first pages of a free extent."""
     cdef extent_state state = <extent_state>chunks_tag(t, first).state
     cdef size_t length = _unhang(t, first)
     if length > n_pages:
         _hang(t, first + <uint32_t>n_pages, length - n_pages, state)
+    _note_dirty(t)
     _mark(t, first, n_pages, TAKEN)
     t.all[first // t.chunk_pages].n_taken += n_pages
     t.taken_bytes += n_pages * t.page_bytes
@@ -159,11 +165,13 @@ cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept n
     _release(t, first, n_pages, DIRTY)
 
 
-cdef void chunks_clean(chunk_table* t, uint32_t first) noexcept nogil:
-    """A dirty extent was discarded."""
-    cdef size_t n_pages = _unhang(t, first)
-    _mark(t, first, n_pages, TAKEN)
-    _release(t, first, n_pages, CLEAN)
+cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
+    """The last pages of a dirty extent, or all of it, were discarded."""
+    cdef size_t left = _unhang(t, first) - n_pages
+    if left > 0:
+        _hang(t, first, left, DIRTY)
+    _note_dirty(t)
+    _release(t, first + <uint32_t>left, n_pages, CLEAN)
 
 
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil:
@@ -171,6 +179,7 @@ cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil:
     cdef uint32_t page = entry * t.chunk_pages, end = page + t.chunk_pages
     while page < end:
         page += <uint32_t>_unhang(t, page)
+    _note_dirty(t)
 
 
 # ---- chunks -----------------------------------------------------------------------------------------
@@ -299,4 +308,6 @@ cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil:
                     page = chunks_tag(t, page).next
     if n_hanging != n_free:
         return 8
-    return 9 if dirty_bytes != t.dirty_bytes or taken_bytes != t.taken_bytes else 0
+    if dirty_bytes != t.dirty_bytes or taken_bytes != t.taken_bytes:
+        return 9
+    return 10 if t.idle_bytes > t.dirty_bytes else 0

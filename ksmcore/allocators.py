@@ -1,23 +1,25 @@
 """NumPy's arrays, made page-aligned and registered with the default engine, without a change of the
 program.
 
-Called by users. Calls _allocator, which NumPy then calls for the memory of every array (NEP 49).
+Called by users, and at the end of the default engine's passes. Calls _allocator, which NumPy then
+calls for the memory of every array (NEP 49), and _arena.
 """
 
 from __future__ import annotations
 
 import operator
 import threading
+import time
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
-from ksmcore import _allocator
+from ksmcore import _allocator, _arena
 
 if TYPE_CHECKING:
-    from ksmcore.registration import Registrar
+    from ksmcore.passes import PassMaker
 
 __all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
 
@@ -25,12 +27,16 @@ THRESHOLD_BYTES = 64 * 1024
 """Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
 merged."""
 
+# Freed memory that was not needed for so long goes back to the kernel with the next full pass.
+IDLE_SECONDS = 1.0
+
 # The blocks that a context is in, the innermost last: whose each is, and what it has put aside. One
 # for all allocators: each may be entered in several contexts at a time.
 _blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_blocks", default=())
 
 _beginning = threading.Lock()
 _begun = False
+_tidied_at = 0.0
 
 
 def _checked(threshold_bytes: SupportsIndex) -> int:
@@ -40,14 +46,25 @@ def _checked(threshold_bytes: SupportsIndex) -> int:
     return n_bytes
 
 
-def _begin(engine: Registrar) -> None:
+def _begin(engine: PassMaker) -> None:
     """Tie the arena to the default engine's core, once; with KSMCORE_DISABLE, to none."""
     global _begun
     with _beginning:
         if not _begun:
             core = None if engine._disabled else engine._core
             _allocator.begin(core, _numpy_wants_huge())
+            engine._tidiers.append(_tidy)
             _begun = True
+
+
+def _tidy() -> None:
+    """Called by the default engine's passes, one at a time. They may follow each other in less time
+    than a program takes to need its memory again."""
+    global _tidied_at
+    now = time.monotonic()
+    if now - _tidied_at >= IDLE_SECONDS:
+        _tidied_at = now
+        _arena.give_back_idle()
 
 
 def _numpy_wants_huge() -> bool:
@@ -66,7 +83,7 @@ class Allocator:
     """`with ksmcore.allocator():`; may be entered again and again, within itself and in several
     threads too."""
 
-    def __init__(self, engine: Registrar, threshold_bytes: SupportsIndex) -> None:
+    def __init__(self, engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
         self._threshold_bytes = _checked(threshold_bytes)
         self._engine = engine
 
@@ -94,7 +111,7 @@ class Allocator:
         _blocks.set((*blocks[:place], *inner))
 
 
-def install(engine: Registrar, threshold_bytes: SupportsIndex) -> None:
+def install(engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
     """See `ksmcore.install_allocator`."""
     n_bytes = _checked(threshold_bytes)
     _begin(engine)

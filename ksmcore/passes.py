@@ -58,6 +58,9 @@ class PassMaker(Registrar):
     def __init__(self, core: Core, settings: Settings) -> None:
         super().__init__(core)
         self._settings = settings
+        # Called at the end of each full pass: what keeps free memory that is registered here gives
+        # back what it does not need. Nothing is raised.
+        self._tidiers: list[Callable[[], object]] = []
 
     def _renew(self) -> None:
         self._pass_lock = threading.Lock()
@@ -251,6 +254,8 @@ class PassMaker(Registrar):
         left = self._core.snapshot()["skipped"]["map_budget"]
         more_left = left > begun.numbers["skipped"]["map_budget"]
         self._core.end_pass(full=True, spend_reserve=more_left)
+        for tidy in self._tidiers:
+            tidy()
         return self._report(begun)
 
     def _tell(self, report: PassReport) -> None:

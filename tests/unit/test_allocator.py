@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kernels_view import pss_bytes
 
 import ksmcore
-from ksmcore import _arena
+from ksmcore import _arena, allocators
 from ksmcore.allocators import is_here
 
 PAGE = ksmcore.Engine.page_bytes
@@ -329,6 +329,10 @@ class Arrays(RuleBasedStateMachine):
     def scan(self):
         ksmcore.scan()
 
+    @rule()
+    def give_back_what_is_idle(self):
+        _arena.give_back_idle()
+
     @invariant()
     def every_byte_is_right(self):
         for array, value in self.kept:
@@ -446,7 +450,8 @@ def test_reused_memory_takes_writes_where_merged_arrays_were():
     assert all((array == i).all() for i, array in enumerate(again))
 
 
-def test_many_threads_make_write_and_give_back_while_the_scanner_runs():
+def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatch):
+    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.0)  # discarding happens with every pass
     ksmcore.install_allocator()
     wrong = []
 
