@@ -10,7 +10,8 @@ it knew of their pages, the kernel takes their memory. So is, from time to time,
 (`give_back_idle`): a program that frees and takes the same memory over and over keeps it, one that freed it for good
 does not.
 
-Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does.
+Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does. Arrays of at most
+POPULATE_BYTES, which will hardly be left unwritten, get their new pages in one call, for half the time of a fault each.
 
 One lock guards all of it. It is taken with and without the GIL, and under it nothing runs that could want the GIL: so a
 chunk is made before the lock is taken. The core's lock may be taken under it, never the other way about. A fork
@@ -25,14 +26,15 @@ from libc.string cimport memset
 
 from ksmcore._chunks cimport (
     CLEAN, DIRTY, N_BINS, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_check, chunks_clean,
-    chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init, chunks_tag, chunks_take,
-    chunks_unhang_all, extent_tag,
+    chunks_clean_before, chunks_clean_behind, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give,
+    chunks_init, chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, page_range,
 )
 from ksmcore._forks cimport gate_generation
 from ksmcore._merge cimport REGION_HUGEPAGE, empty_range, run_t
 from ksmcore._registry cimport Registry
 from ksmcore._sys cimport (
-    ADVISE_DONTNEED, ADVISE_HUGEPAGE, error_clear, sys_advise, sys_error, sys_map_anon, sys_page_bytes, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, error_clear, sys_advise, sys_error, sys_map_anon,
+    sys_map_anon_aligned, sys_page_bytes, sys_unmap,
 )
 
 cdef extern from *:
@@ -57,6 +59,7 @@ cdef enum:
     HUGE_BYTES = 4 << 20
     HUGE_PAGE_BYTES = 2 << 20
     MAX_DIRTY_BYTES = 32 << 20
+    POPULATE_BYTES = 256 << 10
 
 # Stands in the memory of a chunk that was given back while chunks are pinned.
 ctypedef struct pinned_t:
@@ -76,22 +79,6 @@ cdef bint _wants_huge = False
 
 
 # ---- chunks -----------------------------------------------------------------------------------------
-
-cdef uintptr_t _map_aligned(size_t len_bytes, size_t align_bytes) noexcept nogil:
-    """Anonymous memory that begins at a multiple of align_bytes, or 0."""
-    cdef sys_error ignored
-    cdef uintptr_t addr, start
-    error_clear(&ignored)
-    addr = <uintptr_t>sys_map_anon(len_bytes + align_bytes, &ignored)
-    if addr == 0:
-        return 0
-    start = (addr + align_bytes - 1) // align_bytes * align_bytes
-    # Unchecked: what cannot be cut off takes addresses, no memory.
-    if start != addr:
-        sys_unmap(addr, start - addr, &ignored)
-    sys_unmap(start + len_bytes, addr + align_bytes - start, &ignored)
-    return start
-
 
 cdef void _register(const chunk_t* chunk) noexcept nogil:
     """With the core, if that can be: memory that is not registered is as good, it is only not merged."""
@@ -119,7 +106,7 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     global _last_region_id
     error_clear(&ignored)
     memset(&chunk, 0, sizeof(chunk))
-    chunk.addr = _map_aligned(len_bytes, HUGE_PAGE_BYTES)
+    chunk.addr = <uintptr_t>sys_map_anon_aligned(len_bytes, HUGE_PAGE_BYTES, &ignored)
     if chunk.addr == 0:
         return NO_PAGE
     chunk.n_pages = n_pages
@@ -215,19 +202,25 @@ cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcep
 
 
 cdef void _discard_end(uint32_t page, size_t most_bytes) noexcept nogil:
-    """Discard the end of a dirty extent, or all of it, about so many bytes; where that is refused it stays dirty."""
+    """Discard the end of a dirty extent, or all of it, about most_bytes > 0 bytes; where that is refused it stays dirty."""
     cdef const chunk_t* chunk = &_table.all[page // _table.chunk_pages]
-    cdef uintptr_t addr = chunks_addr(&_table, page), start
-    cdef size_t len_bytes = chunks_tag(&_table, page).n_pages * _table.page_bytes, n_pages
-    if most_bytes >= len_bytes:
-        start = addr
-    else:
-        # What is handed out next comes from the beginning. Huge pages are not cut in two.
-        start = addr + (len_bytes - most_bytes) // _table.page_bytes * _table.page_bytes
-        if chunk.wants_huge:
-            start = min((start + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, addr + len_bytes)
-    n_pages = (addr + len_bytes - start) // _table.page_bytes
-    if n_pages > 0 and _discard(chunk, start, n_pages):
+    cdef size_t page_bytes = _table.page_bytes, length = chunks_tag(&_table, page).n_pages
+    cdef size_t n_pages = min((most_bytes - 1) // page_bytes + 1, length)
+    cdef uintptr_t addr = chunks_addr(&_table, page), end = addr + length * page_bytes, start = end
+    # What is handed out next comes from the beginning.
+    start -= n_pages * page_bytes
+    if chunk.wants_huge:
+        # Huge pages are not cut in two. At both ends they may reach into clean neighbours.
+        if n_pages < length:
+            start = min((start + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, end)
+            n_pages = (end - start) // page_bytes
+        else:
+            start -= min(start % HUGE_PAGE_BYTES, chunks_clean_before(&_table, page) * page_bytes)
+        end += min(
+            (HUGE_PAGE_BYTES - end % HUGE_PAGE_BYTES) % HUGE_PAGE_BYTES,
+            chunks_clean_behind(&_table, page + <uint32_t>length - 1) * page_bytes
+        )
+    if n_pages > 0 and _discard(chunk, start, (end - start) // page_bytes):
         chunks_clean(&_table, page, n_pages)
 
 
@@ -281,6 +274,8 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     cdef size_t n_pages = (len_bytes - 1) // _table.page_bytes + 1
     cdef bint kind = _wants_huge and len_bytes >= HUGE_BYTES
     cdef uint32_t first = NO_PAGE, entry
+    cdef bint is_clean = False
+    cdef sys_error ignored
     cdef void* taken
     if len_bytes > <size_t>-1 // 2:
         return NULL
@@ -290,6 +285,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     if not zeroed:
         first = chunks_find(&_table, kind, DIRTY, n_pages)
     if first == <uint32_t>NO_PAGE:
+        is_clean = True
         first = chunks_find(&_table, kind, CLEAN, n_pages)
     if first == <uint32_t>NO_PAGE:
         arena_unlock()
@@ -300,6 +296,10 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     chunks_take(&_table, first, n_pages)
     taken = <void*>chunks_addr(&_table, first)
     arena_unlock()
+    if is_clean and not zeroed and len_bytes <= <size_t>POPULATE_BYTES:
+        # Unchecked: before Linux 5.14, or where there is no memory, the pages come with their first writes.
+        error_clear(&ignored)
+        sys_advise(<uintptr_t>taken, n_pages * _table.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
     return taken
 
 
@@ -410,25 +410,21 @@ cdef int arena_begin(Registry core, bint wants_huge) except -1:
 
 
 def pin():
-    """Keep all chunks mapped until `unpin` was called as often; returns (address, end) of those of this process."""
-    cdef uint32_t i, n = 0
-    cdef chunk_t* chunks
+    """Keep all chunks mapped until `unpin` was called as often; returns (address, end) of what is handed out of those
+    of this process."""
+    cdef size_t i, n = 0
+    cdef page_range* ranges
     global _n_pins
     # Copied first: to make objects may collect garbage, and so give memory back.
     with nogil:
         arena_lock()
         _n_pins += 1
-        chunks = <chunk_t*>malloc(_table.n * sizeof(chunk_t))
-        if chunks != NULL:
-            n = _table.n
-            for i in range(n):
-                chunks[i] = _table.all[_table.by_addr[i]]
+        ranges = <page_range*>malloc(chunks_taken(&_table, gate_generation(), NULL) * sizeof(page_range))
+        if ranges != NULL:
+            n = chunks_taken(&_table, gate_generation(), ranges)
         arena_unlock()
-    found = [
-        (chunks[i].addr, chunks[i].addr + chunks[i].n_pages * _table.page_bytes)
-        for i in range(n) if chunks[i].generation == gate_generation()
-    ]
-    free(chunks)
+    found = [(ranges[i].addr, ranges[i].addr + ranges[i].n_pages * _table.page_bytes) for i in range(n)]
+    free(ranges)
     return found
 
 
@@ -450,6 +446,12 @@ def unpin():
             next = left.next
             sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
             left = next
+
+
+def give_back():
+    """Discard all free memory."""
+    with nogil:
+        arena_trim()
 
 
 def give_back_idle():

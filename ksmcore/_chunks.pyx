@@ -174,6 +174,20 @@ cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept 
     _release(t, first + <uint32_t>left, n_pages, CLEAN)
 
 
+cdef size_t chunks_clean_before(const chunk_table* t, uint32_t first) noexcept nogil:
+    """Length of the clean extent before an extent that begins here, 0 if it has none."""
+    if first % t.chunk_pages == 0 or chunks_tag(t, first - 1).state != CLEAN:
+        return 0
+    return chunks_tag(t, first - 1).n_pages
+
+
+cdef size_t chunks_clean_behind(const chunk_table* t, uint32_t last) noexcept nogil:
+    """Length of the clean extent behind an extent that ends with this page, 0 if it has none."""
+    if (last + 1) % t.chunk_pages == 0 or chunks_tag(t, last + 1).state != CLEAN:
+        return 0
+    return chunks_tag(t, last + 1).n_pages
+
+
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil:
     """Before a chunk of free extents is dropped."""
     cdef uint32_t page = entry * t.chunk_pages, end = page + t.chunk_pages
@@ -261,6 +275,34 @@ cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil:
     t.mapped_bytes -= t.all[entry].n_pages * t.page_bytes
     t.taken_bytes -= t.all[entry].n_taken * t.page_bytes
     memset(&t.all[entry], 0, sizeof(chunk_t))
+
+
+cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* ranges) noexcept nogil:
+    """What is taken of the chunks of this process, by address, neighbours within a chunk as one; returns how many
+    ranges that are. NULL: they are only counted."""
+    cdef const chunk_t* chunk
+    cdef size_t n = 0, page
+    cdef uint32_t rank
+    cdef bint goes_on
+    for rank in range(t.n):
+        chunk = &t.all[t.by_addr[rank]]
+        page = 0
+        goes_on = False
+        while chunk.generation == generation and page < chunk.n_pages:
+            if chunk.tags != NULL and chunk.tags[page].state != TAKEN:
+                goes_on = False
+                page += chunk.tags[page].n_pages
+                continue
+            if not goes_on:
+                n += 1
+                if ranges != NULL:
+                    ranges[n - 1].addr = chunk.addr + page * t.page_bytes
+                    ranges[n - 1].n_pages = 0
+            goes_on = True
+            if ranges != NULL:
+                ranges[n - 1].n_pages += chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
+            page += chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
+    return n
 
 
 cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil:

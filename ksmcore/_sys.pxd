@@ -62,6 +62,7 @@ cdef enum advice:
 
 # Every function returns 0 (or the value asked for) on success and -1 (or NULL) on failure, with *err filled.
 cdef void* sys_map_anon(size_t len_bytes, sys_error* err) noexcept nogil
+cdef void* sys_map_anon_aligned(size_t len_bytes, size_t align_bytes, sys_error* err) noexcept nogil
 cdef int sys_map_anon_at(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_map_store_at(
     uintptr_t addr, size_t len_bytes, int fd, off_t offset, sys_error* err

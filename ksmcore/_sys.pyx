@@ -195,6 +195,21 @@ cdef void* sys_map_anon(size_t len_bytes, sys_error* err) noexcept nogil:
     return _map(0, len_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, err)
 
 
+cdef void* sys_map_anon_aligned(size_t len_bytes, size_t align_bytes, sys_error* err) noexcept nogil:
+    """The same, beginning at a multiple of align_bytes, which is one of pages."""
+    cdef sys_error ignored
+    cdef uintptr_t addr = <uintptr_t>sys_map_anon(len_bytes + align_bytes, err), start
+    if addr == 0:
+        return NULL
+    start = (addr + align_bytes - 1) // align_bytes * align_bytes
+    # Unchecked: what cannot be cut off takes addresses, no memory.
+    error_clear(&ignored)
+    if start != addr:
+        sys_unmap(addr, start - addr, &ignored)
+    sys_unmap(start + len_bytes, addr + align_bytes - start, &ignored)
+    return <void*>start
+
+
 cdef int sys_map_anon_at(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
     """Replace what is mapped at `addr` by private anonymous zeros."""
     cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED

@@ -1,7 +1,7 @@
 """NumPy's arrays, made page-aligned and registered with the default engine, without a change of the
 program.
 
-Called by users, and at the end of the default engine's passes. Calls _allocator, which NumPy then
+Called by users, and by the default engine before its passes. Calls _allocator, which NumPy then
 calls for the memory of every array (NEP 49), and _arena.
 """
 
@@ -27,7 +27,7 @@ THRESHOLD_BYTES = 64 * 1024
 """Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
 merged."""
 
-# Freed memory that was not needed for so long goes back to the kernel with the next full pass.
+# Freed memory that was not needed for so long goes back to the kernel while the scanner runs.
 IDLE_SECONDS = 1.0
 
 # The blocks that a context is in, the innermost last: whose each is, and what it has put aside. One
@@ -57,12 +57,13 @@ def _begin(engine: PassMaker) -> None:
             _begun = True
 
 
-def _tidy() -> None:
-    """Called by the default engine's passes, one at a time. They may follow each other in less time
-    than a program takes to need its memory again."""
+def _tidy(idle_only: bool) -> None:
+    """The scanner asks far more often than a program takes to need its memory again."""
     global _tidied_at
     now = time.monotonic()
-    if now - _tidied_at >= IDLE_SECONDS:
+    if not idle_only:
+        _arena.give_back()
+    elif now - _tidied_at >= IDLE_SECONDS:
         _tidied_at = now
         _arena.give_back_idle()
 

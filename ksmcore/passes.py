@@ -58,9 +58,9 @@ class PassMaker(Registrar):
     def __init__(self, core: Core, settings: Settings) -> None:
         super().__init__(core)
         self._settings = settings
-        # Called at the end of each full pass: what keeps free memory that is registered here gives
-        # back what it does not need. Nothing is raised.
-        self._tidiers: list[Callable[[], object]] = []
+        # What keeps free memory that is registered here gives it back: with True, what it did not
+        # need for a while, and now and then; with False, all. Nothing is raised.
+        self._tidiers: list[Callable[[bool], object]] = []
 
     def _renew(self) -> None:
         self._pass_lock = threading.Lock()
@@ -93,6 +93,7 @@ class PassMaker(Registrar):
         `progress`: True for a bar, or a callback (pages done, pages in all). Ctrl-C ends the pass
         between two batches; memory is right at any moment.
         """
+        self._tidy(idle_only=False)
         with self._passing() as begun:
             self._core.begin_pass()
             self._walk([(0, END_OF_MEMORY)], False, progress, "ksmcore scan")
@@ -109,6 +110,7 @@ class PassMaker(Registrar):
         Raises as `register` does, before anything is registered or merged.
         """
         self._check_open()
+        self._tidy(idle_only=bool(buffers))
         pages = self._register_all(buffers) if buffers else [(0, END_OF_MEMORY)]
         return self._merge_now(pages, progress)
 
@@ -140,9 +142,15 @@ class PassMaker(Registrar):
             RuntimeError: some of it is held.
         """
         self._check_open()
+        self._tidy(idle_only=False)
         with self._alone():
             for region_id, addr, _ in self._core.regions():
                 self._restore(region_id, addr, keep=True)
+
+    def _tidy(self, *, idle_only: bool) -> None:
+        """Have free memory neither merged nor counted."""
+        for tidy in self._tidiers:
+            tidy(idle_only)
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[Begun]:
@@ -254,8 +262,6 @@ class PassMaker(Registrar):
         left = self._core.snapshot()["skipped"]["map_budget"]
         more_left = left > begun.numbers["skipped"]["map_budget"]
         self._core.end_pass(full=True, spend_reserve=more_left)
-        for tidy in self._tidiers:
-            tidy()
         return self._report(begun)
 
     def _tell(self, report: PassReport) -> None:

@@ -315,9 +315,9 @@ class Registrar(ArrayMaker):
                 # One that another thread closes meanwhile is simply not counted.
                 with contextlib.suppress(ValueError):
                     hold(region._view())
+            arrays = _arena.pin()
             held.callback(_arena.unpin)
-            chunks = _arena.pin()
-            return ranges + [chunk for chunk in chunks if self._is_registered(*chunk)]
+            return ranges + [array for array in arrays if self._is_registered(*array)]
         unknown: list[object] = []
         for buffer in buffers:
             exported = buffer._view() if isinstance(buffer, Region) else buffer

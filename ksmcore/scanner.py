@@ -195,10 +195,12 @@ class Scanner:
                 return
             if self._is_resting and engine._core.n_enlisted != n_enlisted:
                 return
+            engine._tidy(idle_only=True)
             del engine  # nobody else may hold it any more
 
     def _step(self, engine: PassMaker) -> float | None:
         """One batch; returns for how long to rest then, None: until woken."""
+        engine._tidy(idle_only=True)
         _, n_pages = engine._core.pages_before(END_OF_MEMORY)
         if n_pages == 0:
             self._cursor = None
