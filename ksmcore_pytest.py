@@ -35,10 +35,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("min_saved")
     if marker is None:
         return
+    wrong = None
     try:
         _asked(marker)
     except (TypeError, ValueError) as error:
-        pytest.fail(f"min_saved: {error}", pytrace=False)
+        wrong = str(error)
+    if wrong is not None:  # failing in the handler would show both
+        pytest.fail(f"min_saved: {wrong}", pytrace=False)
     if "ksm" not in getattr(item, "fixturenames", ()):
         pytest.fail("min_saved needs the fixture `ksm`", pytrace=False)
 
@@ -51,9 +54,9 @@ def _asked(marker: pytest.Mark) -> int:
     return parse_bytes(marker.args[0])
 
 
-def _engine(item: pytest.Function) -> Engine | None:
+def _engine(item: pytest.Item) -> Engine | None:
     """The test's engine; None if it has none, or a fixture of that name that is another's."""
-    found: Any = item.funcargs.get("ksm")
+    found: Any = getattr(item, "funcargs", {}).get("ksm")
     library = sys.modules.get("ksmcore")
     return found if library is not None and isinstance(found, library.Engine) else None
 
@@ -68,14 +71,15 @@ def ksm() -> Iterator[Engine]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    # Not pytest_pyfunc_call, which methods of unittest.TestCase do not go through.
     result = yield
-    engine = _engine(pyfuncitem)
+    engine = _engine(item)
     if engine is not None:
         # Not what is saved now: arrays of the test's own have gone by the time it returns.
         saved = engine.peak_bytes_saved
-        pyfuncitem.user_properties.append((SAVED, saved))
-        marker = pyfuncitem.get_closest_marker("min_saved")
+        item.user_properties.append((SAVED, saved))
+        marker = item.get_closest_marker("min_saved")
         if marker is not None and saved < _asked(marker):
             pytest.fail(
                 f"{saved:,} bytes saved at most, of {_asked(marker):,} asked for", pytrace=False

@@ -34,7 +34,7 @@ cdef void core_tally(engine_core* c, const region_t* region, region_tally* tally
 
 
 cdef uint8_t _state_of(const engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
-    """What the record says, corrected by what the kernel does: a write since the last pass shows here at once."""
+    """What the record says, corrected by what the kernel does: a write to a merged page shows here at once."""
     cdef uint32_t state = c.rmap.tags[item].state if item != 0 else <uint32_t>PAGE_VOLATILE
     cdef bint is_private = flag & PAGE_PRESENT and not flag & (PAGE_OF_FILE | PAGE_UNSURE)
     if item != 0 and state == PAGE_SHARED:

@@ -42,7 +42,7 @@ _tidied_at = 0.0
 def _checked(threshold_bytes: SupportsIndex) -> int:
     n_bytes = operator.index(threshold_bytes)
     if not 1 <= n_bytes <= 2**63 - 1:
-        raise ValueError(f"threshold_bytes must be at least 1, not {n_bytes}")
+        raise ValueError(f"threshold_bytes must be from 1 to 2**63 - 1, not {n_bytes}")
     return n_bytes
 
 

@@ -83,8 +83,8 @@ SKIPPED = {
         "Nothing, unless there are many: then the machine has too little memory.",
     ),
     "pinned": (
-        "may have been written by a device at that time",
-        "End the direct input or output, or leave such buffers unregistered.",
+        "may have been written by a device at that time, or was shared with a child by a fork",
+        "Without forks: end direct input and output, or leave such buffers unregistered.",
     ),
     "altered": (
         "lies in memory that the program has since unmapped, moved, protected or locked",

@@ -116,8 +116,8 @@ class Region(Closing):
         return RegionStats(**self._engine._core.tally(self._id, self._addr))
 
     def page_map(self) -> NDArray[np.uint8]:
-        """What each of its pages is now: a `PageState` for each, in their order. Writes since the
-        last pass show at once. Faults nothing in.
+        """What each of its pages is now: a `PageState` for each, in their order. Writes to shared
+        and zero pages show at once, those to other pages with the next pass. Faults nothing in.
 
         Raises:
             ValueError: the region is closed.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from typing import SupportsIndex
 
 __all__ = ["counted", "human_bytes", "parse_bytes"]
 
@@ -23,14 +25,16 @@ def human_bytes(n_bytes: float) -> str:
     return f"{sign}{size:.1f} TiB"
 
 
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes: 4096, "64k" and "64 KiB" (of 1,024), "50 MB" (of millions), "1.5 GiB".
+def parse_bytes(size: SupportsIndex | float | str) -> int:
+    """A number of bytes: 4096, 1e6, "64k" and "64 KiB" (of 1,024), "50 MB" (of millions).
 
     Raises:
         ValueError: anything else.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
+    if isinstance(size, float) and size.is_integer():
+        size = int(size)
+    if isinstance(size, SupportsIndex) and not isinstance(size, bool) and operator.index(size) >= 0:
+        return operator.index(size)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
     if not isinstance(size, str) or found is None or found[2] not in _UNITS:
         raise ValueError(

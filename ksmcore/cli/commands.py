@@ -171,6 +171,8 @@ def run(
     """
     from ksmcore.cli.run import RunOptions, Session
 
+    if report is not None and json is not None and report.is_same_file(json):
+        raise click.UsageError("--report and --json name the same file")
     program = Program(script, args, is_module)
     options = RunOptions(
         threshold_bytes=threshold,

@@ -36,7 +36,7 @@ REASONS = {
     "max_shared_pages": "met the limit max_shared_pages",
     "partner": "had a partner that could not be merged",
     "away": "were swapped out, or on the move in the kernel",
-    "pinned": "were pinned for a device",
+    "pinned": "were pinned for a device, or a fork shared them with a child",
     "altered": "lay in memory that the program has mapped otherwise",
     "held": "were held",
     "smart_scan": "were not looked at (smart_scan)",

@@ -22,7 +22,7 @@ from rich.live import Live
 from ksmcore.cli.serving import NotAnsweringError, ask
 from ksmcore.cli.view import kernel_view, picture
 
-__all__ = ["Footer", "follow", "frame"]
+__all__ = ["Footer", "follow"]
 
 STDERR = 2
 # A footer takes so many rows at most, and leaves the program so many at least.
@@ -30,26 +30,25 @@ FOOTER_ROWS = 8
 PROGRAM_ROWS = 6
 
 
-def frame(pid: int) -> dict[str, Any]:
-    """What is to be known about a process now.
-
-    Raises:
-        ProcessLookupError: there is none.
-        NotAnsweringError: it serves its numbers, and does not answer.
-    """
-    return ask(pid) or kernel_view(pid)
-
-
 def follow(pid: int, interval_seconds: float, *, once: bool) -> None:
     """Show a process until it ends, or Ctrl-C is pressed; one picture if there is no terminal.
 
-    Raises as `frame` does, for the first picture.
+    Raises, for the first picture:
+        ProcessLookupError: there is no such process.
+        NotAnsweringError: it serves its numbers, and does not answer.
     """
     console = Console()
     ascii_only = not console.encoding.startswith("utf")
 
+    has_answered = False
+
     def draw(max_regions: int = 8) -> RenderableType:
-        figures = frame(pid)
+        nonlocal has_answered
+        answer = ask(pid)
+        figures = answer or kernel_view(pid)
+        if has_answered and not answer:
+            raise NotAnsweringError(f"process {pid} has no numbers any more: it is ending")
+        has_answered = bool(answer)
         try:
             return picture(figures, max_regions=max_regions, ascii_only=ascii_only)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 __all__ = ["Messages", "OutputFile"]
 
+STDOUT = 1
 STDERR = 2
 # Endings of what nobody wants a report written over.
 PROGRAMS = {".py", ".pyw", ".pyc", ".pyz", ".ipynb"}
@@ -47,6 +48,16 @@ class Messages:
                 data = data[os.write(STDERR, data) :]
 
 
+def _own_output(path: str) -> int | None:
+    """A duplicate of stdout or stderr, if that goes to this file: whoever else writes through it
+    then goes on behind what is written."""
+    for fd in (STDOUT, STDERR):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                return os.dup(fd)
+    return None
+
+
 class OutputFile:
     """A file that is written when the program has ended."""
 
@@ -63,6 +74,11 @@ class OutputFile:
         # Where it really lies: the program may go elsewhere, and a link stays one.
         self._real = Path(os.path.realpath(path))
         self._is_replaced = self._real.is_file() or not self._real.exists()
+        self._fd = None if os.path.isdir(path) else _own_output(path)
+        if self._fd is not None or (os.path.exists(path) and not os.path.isfile(path)):
+            # /dev/stdout, /dev/fd/3 and the like: what they lead to may have no name.
+            self._real = Path(os.path.abspath(path))
+            self._is_replaced = False
         if self._real.exists() and self._real.suffix in PROGRAMS:
             raise ValueError(f"{path} is a program, and would be overwritten")
         if self._real.is_dir():
@@ -72,10 +88,21 @@ class OutputFile:
         if not os.access(self._real.parent if self._is_replaced else self._real, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
+    def is_same_file(self, other: OutputFile) -> bool:
+        """Would one of the two be replaced by the other?"""
+        return self._is_replaced and self._real == other._real
+
     def write(self, text: str) -> None:
         """All at once: what was there before stays until it is replaced. Raises OSError."""
         if not self._is_replaced:
-            self._real.write_text(text, encoding="utf-8")  # a terminal, a pipe, /dev/null
+            # A terminal, a pipe, /dev/null, or where the program's own output goes.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            target = self._real if self._fd is None else self._fd
+            with open(target, "w", encoding="utf-8") as file:
+                file.write(text)
+            self._fd = None
             return
         unfinished = self._real.with_name(f".{self._real.name}.{os.getpid()}")
         try:

@@ -9,6 +9,7 @@ program are taken off its traceback first.
 from __future__ import annotations
 
 import builtins
+import io
 import os
 import pkgutil
 import runpy
@@ -99,13 +100,12 @@ class Program:
             return code, _become_main(spec=spec)
         try:
             with open(path, "rb") as stream:
-                # What was compiled before (a .pyc), else None.
-                code = pkgutil.read_code(stream)
-                stream.seek(0)
-                source = stream.read()
+                source = stream.read()  # at once: it may be a pipe
         except OSError as error:
             message = f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
             raise CannotStartError(message, 2) from None
+        # What was compiled before (a .pyc), else None.
+        code = pkgutil.read_code(io.BytesIO(source))
         _set_first_path(os.path.dirname(os.path.realpath(path)))
         main = _become_main(file=path, is_compiled=code is not None)
         return code or compile(source, path, "exec", dont_inherit=True), main

@@ -310,6 +310,48 @@ def test_a_run_is_shown_and_then_gone(tmp_path):
     assert sockets(tmp_path) == []
 
 
+def test_the_last_numbers_stay_while_the_process_ends(monkeypatch):
+    """Its server is gone before it is."""
+    waits = iter([lambda: None, lambda: None, stop])
+    seen = []
+    answers = iter([{"served": 1}, {"served": 2}, None, None])
+    monkeypatch.setattr(live, "ask", lambda pid: next(answers))
+    monkeypatch.setattr(live, "kernel_view", lambda pid: {"kernel": pid})
+    monkeypatch.setattr(live, "picture", lambda figures, **_: str(figures))
+    monkeypatch.setattr(live.time, "sleep", lambda seconds: next(waits)())
+    monkeypatch.setattr(live, "Console", lambda: Screen(seen))
+    monkeypatch.setattr(live, "Live", Screen)
+    live.follow(os.getpid(), 1.0, once=False)
+    assert seen[-1] == "{'served': 2}"
+    assert not any("kernel" in one for one in seen)
+    assert "no numbers any more" in seen[-2]
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+class Screen:
+    """A terminal, and a live view of it, that note what is shown."""
+
+    encoding, is_terminal, height = "utf-8", True, 24
+
+    def __init__(self, seen=None, *, console=None, screen=None):
+        self.seen = seen if console is None else console.seen
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, shown, refresh):
+        self.seen.append(" ".join(getattr(shown, "renderables", [shown])))
+
+    def print(self, shown):
+        self.seen.append(shown)
+
+
 @pytest.mark.parametrize("end", ["1/0", "sys.exit(3)", "import os; os.kill(os.getpid(), 2)"])
 def test_the_socket_goes_with_the_process(tmp_path, end):
     write(tmp_path, f"import sys, pathlib; print(*pathlib.Path(sys.argv[1]).glob('k*/*')); {end}")

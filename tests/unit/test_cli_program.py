@@ -10,7 +10,7 @@ import time
 import zipfile
 
 import pytest
-from cli import QUIETLY, interruptible, own_directories, python, write
+from cli import QUIETLY, interruptible, ksmcore, own_directories, python, write
 
 __all__ = ["interruptible", "own_directories"]
 
@@ -138,6 +138,18 @@ def test_compiled(tmp_path):
     write(tmp_path, WHERE_AM_I)
     py_compile.compile(str(tmp_path / "program.py"), cfile=str(tmp_path / "program.pyc"))
     assert compare(["program.pyc", "1"], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_from_a_pipe(tmp_path, command):
+    """As a shell's <(...) has it."""
+    reading, writing = os.pipe()
+    os.write(writing, b"import sys; print(sys.argv, __name__)")
+    os.close(writing)
+    done = ksmcore(command, f"/dev/fd/{reading}", "a", pass_fds=[reading], cwd=tmp_path)
+    os.close(reading)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"['/dev/fd/{reading}', 'a'] __main__\n"
 
 
 def test_from_stdin_is_refused(tmp_path):

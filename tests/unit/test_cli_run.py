@@ -177,6 +177,53 @@ def test_a_report_through_a_link_and_to_what_is_no_file(tmp_path):
     assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_numbers_on_a_pipe(tmp_path, command):
+    write(tmp_path, "import os; print('output'); os.chdir('/')")
+    done = ksmcore(command, "--json", "/dev/stdout", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not written" not in done.stderr
+    begun, rest = done.stdout.split("\n", 1)
+    assert begun == "output"
+    assert json.loads(rest)["schema"] == 1
+
+
+def test_numbers_where_the_output_goes(tmp_path):
+    """What the program wrote there stays, and so do the numbers when somebody goes on."""
+    write(tmp_path, "print('output')")
+    command = [sys.executable, "-m", "ksmcore", "run", "--json", "out", "program.py"]
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run(command, stdout=out, cwd=tmp_path, timeout=60, check=True)
+        out.write("later")
+    begun, rest = (tmp_path / "out").read_text().split("\n", 1)
+    assert begun == "output"
+    assert rest.endswith("}\nlater")
+    assert json.loads(rest.removesuffix("later"))["schema"] == 1
+
+
+def test_one_file_for_two_reports_is_refused(tmp_path):
+    write(tmp_path, "print('output')")
+    (tmp_path / "link").symlink_to("out")
+    both = ("--json", "out", "--report", "./link")
+    done = ksmcore("run", *both, "program.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--report and --json name the same file" in done.stderr
+    both = ("--json", "/dev/null", "--report", "/dev/null")
+    assert ksmcore("run", *both, "program.py", cwd=tmp_path).returncode == 0
+
+
+def test_arrays_that_have_gone_are_no_saving_at_the_end(tmp_path):
+    program = MERGED + "    del base, models\n"
+    write(tmp_path, program)
+    done = ksmcore("run", "--json", "out.json", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["peak_bytes_saved"] >= SAVED_BYTES
+    assert found["bytes_saved"] == 0
+    assert found["allocator"]["dirty_bytes"] == 0
+    assert "0 B at the end" in done.stderr
+
+
 def test_a_report_that_fails(tmp_path):
     write(tmp_path, "print('output')")
     write(tmp_path, REPORT.replace("return f", "1/0; f"), "start.py")

@@ -80,6 +80,40 @@ def test_wrong_use(run, marker, parameter, said):
     assert code == 1
     assert "1 passed, 1 error" in output
     assert said in output
+    assert "another exception" not in output
+
+
+def test_methods_of_unittest(run):
+    code, output = run("""
+import unittest
+
+class T(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _take(self, ksm):
+        self.ksm = ksm
+
+    @pytest.mark.min_saved("400 kB")
+    def test_enough(self):
+        fill(self.ksm, 100)
+
+    @pytest.mark.min_saved(1e9)
+    def test_too_little(self):
+        fill(self.ksm, 100)
+
+    @pytest.mark.min_saved(1e9)
+    def test_wrong(self):
+        self.fail("mine")
+
+    @pytest.mark.min_saved(1e9)
+    def test_skipped(self):
+        self.skipTest("mine")
+""")
+    assert code == 1
+    assert "2 failed, 1 passed, 1 skipped" in output
+    assert "409,600 bytes saved at most, of 1,000,000,000 asked for" in output
+    assert "AssertionError: mine" in output
+    summary = output.split("ksmcore: memory saved")[1]
+    assert "400.0 KiB  test_it.py::T::test_enough" in summary
 
 
 def test_a_fixture_of_that_name_may_be_anothers(run):

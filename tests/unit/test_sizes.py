@@ -1,5 +1,6 @@
 """Sizes as text, and back."""
 
+import numpy as np
 import pytest
 
 from ksmcore.sizes import counted, human_bytes, parse_bytes
@@ -10,6 +11,8 @@ from ksmcore.sizes import counted, human_bytes, parse_bytes
     [
         (0, 0),
         (4096, 4096),
+        (1e6, 1_000_000),
+        (np.int64(5), 5),
         ("17", 17),
         ("50 MB", 50_000_000),
         ("1.5GiB", 3 << 29),
@@ -23,7 +26,10 @@ def test_sizes(text, n_bytes):
     assert parse_bytes(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", [-1, True, 1.5, None, "", "MB", "1 XB", "-3 MB", "1 2 MB"])
+@pytest.mark.parametrize(
+    "text",
+    [-1, -1.0, True, 1.5, float("inf"), float("nan"), None, "", "MB", "1 XB", "-3 MB", "1 2 MB"],
+)
 def test_wrong_sizes(text):
     with pytest.raises(ValueError, match="a size is"):
         parse_bytes(text)
