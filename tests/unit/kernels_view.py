@@ -1,5 +1,7 @@
 """What the kernel says of this process's memory, for tests that prove by it."""
 
+import mmap
+
 import numpy as np
 
 from ksmcore import vmas
@@ -30,3 +32,13 @@ def pss_of(*arrays: np.ndarray) -> int:
         )
 
     return min(own() for _ in range(3))
+
+
+def present_pages(array: np.ndarray) -> int:
+    """Of an array that begins on a page: the whole pages that the kernel has memory for, a mapped
+    zero page among them. Exact, whatever mapping the array shares with others."""
+    addr, page_bytes = array.__array_interface__["data"][0], mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(addr // page_bytes * 8)
+        entries = np.frombuffer(file.read(array.nbytes // page_bytes * 8), np.uint64)
+    return int((entries >> np.uint64(63)).sum())

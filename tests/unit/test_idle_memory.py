@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from kernels_view import pss_bytes
+from kernels_view import present_pages, pss_bytes
 
 import ksmcore
 from ksmcore import _arena, allocators
@@ -205,17 +205,8 @@ def test_small_arrays_have_their_pages_at_once_and_large_ones_and_zeros_do_not()
             ksmcore.scan()  # nothing dirty is left
             for _ in range(rounds):
                 arrays.append(make(n_bytes, np.uint8))
-                addr = arrays[-1].__array_interface__["data"][0]
-                found += n_present(addr, n_bytes)
+                found += present_pages(arrays[-1])
             assert (found > 0) == at_once, (n_bytes, make, found)
-
-
-def n_present(addr, n_bytes):
-    """Pages that the kernel has for these addresses."""
-    with open("/proc/self/pagemap", "rb") as file:
-        file.seek(addr // PAGE * 8)
-        entries = np.frombuffer(file.read(n_bytes // PAGE * 8), np.uint64)
-    return int((entries >> np.uint64(63)).sum())
 
 
 def test_other_engines_have_nothing_to_do_with_it(rng):
