@@ -35,13 +35,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("min_saved")
     if marker is None:
         return
-    wrong = None
     try:
         _asked(marker)
     except (TypeError, ValueError) as error:
-        wrong = str(error)
-    if wrong is not None:  # failing in the handler would show both
-        pytest.fail(f"min_saved: {wrong}", pytrace=False)
+        raise pytest.fail.Exception(f"min_saved: {error}", pytrace=False) from None
     if "ksm" not in getattr(item, "fixturenames", ()):
         pytest.fail("min_saved needs the fixture `ksm`", pytrace=False)
 

@@ -4,11 +4,11 @@ Called by: _allocator. Calls: _chunks, _registry (the core that the chunks are r
 _forks, _sys.
 
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
-extents are clean, where they show zeros and hold no memory, or dirty. Dirty ones are handed out again first, since
-their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are discarded: the core forgets what
-it knew of their pages, the kernel takes their memory. So is, from time to time, as much as was free all the while
-(`give_back_idle`): a program that frees and takes the same memory over and over keeps it, one that freed it for good
-does not.
+extents are clean, where they show zeros and hold no memory but what a huge page brought, or dirty. Dirty ones are
+handed out again first, since their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are
+discarded: the core forgets what it knew of their pages, the kernel takes their memory. So is, from time to time, as
+much as was free all the while (`give_back_idle`): a program that frees and takes the same memory over and over keeps
+it, one that freed it for good does not.
 
 Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does. Arrays of at most
 POPULATE_BYTES, which will hardly be left unwritten, get their new pages in one call, for half the time of a fault each.
@@ -25,9 +25,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ksmcore._chunks cimport (
-    CLEAN, DIRTY, N_BINS, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_check, chunks_clean,
-    chunks_clean_before, chunks_clean_behind, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give,
-    chunks_init, chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, page_range,
+    CLEAN, DIRTY, N_BINS, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
+    chunks_check, chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init,
+    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, page_range,
 )
 from ksmcore._forks cimport gate_generation
 from ksmcore._merge cimport REGION_HUGEPAGE, empty_range, run_t
@@ -215,10 +215,10 @@ cdef void _discard_end(uint32_t page, size_t most_bytes) noexcept nogil:
             start = min((start + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, end)
             n_pages = (end - start) // page_bytes
         else:
-            start -= min(start % HUGE_PAGE_BYTES, chunks_clean_before(&_table, page) * page_bytes)
+            start -= min(start % HUGE_PAGE_BYTES, chunks_before(&_table, page, CLEAN) * page_bytes)
         end += min(
             (HUGE_PAGE_BYTES - end % HUGE_PAGE_BYTES) % HUGE_PAGE_BYTES,
-            chunks_clean_behind(&_table, page + <uint32_t>length - 1) * page_bytes
+            chunks_behind(&_table, page + <uint32_t>length, CLEAN) * page_bytes
         )
     if n_pages > 0 and _discard(chunk, start, (end - start) // page_bytes):
         chunks_clean(&_table, page, n_pages)

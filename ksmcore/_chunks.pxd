@@ -79,8 +79,8 @@ cdef uint32_t chunks_find(const chunk_table* t, bint wants_huge, extent_state st
 cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
-cdef size_t chunks_clean_before(const chunk_table* t, uint32_t first) noexcept nogil
-cdef size_t chunks_clean_behind(const chunk_table* t, uint32_t last) noexcept nogil
+cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
+cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
 cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* ranges) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil
 cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil

@@ -124,16 +124,27 @@ cdef uint32_t chunks_find(
     return bins.heads[word * 64 + <uint32_t>__builtin_ctzll(filled)]
 
 
+cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil:
+    """Length of the extent before one that begins with page `first`, 0 if there is none in this state."""
+    if first % t.chunk_pages == 0 or chunks_tag(t, first - 1).state != state:
+        return 0
+    return chunks_tag(t, first - 1).n_pages
+
+
+cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil:
+    """Length of the extent that begins with page `end`, where another ends; 0 if there is none in this state."""
+    if end % t.chunk_pages == 0 or chunks_tag(t, end).state != state:
+        return 0
+    return chunks_tag(t, end).n_pages
+
+
 cdef void _release(chunk_table* t, uint32_t first, size_t n_pages, extent_state state) noexcept nogil:
     """Pages become a free extent, one with its free neighbours of the same state."""
-    cdef uint32_t within = first % t.chunk_pages, length
-    if within > 0 and chunks_tag(t, first - 1).state == state:
-        length = chunks_tag(t, first - 1).n_pages
-        _unhang(t, first - length)
-        first -= length
-        within -= length
-        n_pages += length
-    if within + n_pages < t.chunk_pages and chunks_tag(t, first + <uint32_t>n_pages).state == state:
+    cdef size_t before = chunks_before(t, first, state)
+    if before > 0:
+        first -= <uint32_t>before
+        n_pages += _unhang(t, first)
+    if chunks_behind(t, first + <uint32_t>n_pages, state) > 0:
         n_pages += _unhang(t, first + <uint32_t>n_pages)
     _hang(t, first, n_pages, state)
 
@@ -172,20 +183,6 @@ cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept 
         _hang(t, first, left, DIRTY)
     _note_dirty(t)
     _release(t, first + <uint32_t>left, n_pages, CLEAN)
-
-
-cdef size_t chunks_clean_before(const chunk_table* t, uint32_t first) noexcept nogil:
-    """Length of the clean extent before an extent that begins here, 0 if it has none."""
-    if first % t.chunk_pages == 0 or chunks_tag(t, first - 1).state != CLEAN:
-        return 0
-    return chunks_tag(t, first - 1).n_pages
-
-
-cdef size_t chunks_clean_behind(const chunk_table* t, uint32_t last) noexcept nogil:
-    """Length of the clean extent behind an extent that ends with this page, 0 if it has none."""
-    if (last + 1) % t.chunk_pages == 0 or chunks_tag(t, last + 1).state != CLEAN:
-        return 0
-    return chunks_tag(t, last + 1).n_pages
 
 
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil:
@@ -281,27 +278,26 @@ cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* 
     """What is taken of the chunks of this process, by address, neighbours within a chunk as one; returns how many
     ranges that are. NULL: they are only counted."""
     cdef const chunk_t* chunk
-    cdef size_t n = 0, page
-    cdef uint32_t rank
-    cdef bint goes_on
+    cdef size_t n = 0, page, length
+    cdef uint32_t rank, state, before
     for rank in range(t.n):
         chunk = &t.all[t.by_addr[rank]]
+        if chunk.generation != generation:
+            continue
         page = 0
-        goes_on = False
-        while chunk.generation == generation and page < chunk.n_pages:
-            if chunk.tags != NULL and chunk.tags[page].state != TAKEN:
-                goes_on = False
-                page += chunk.tags[page].n_pages
-                continue
-            if not goes_on:
-                n += 1
-                if ranges != NULL:
+        before = CLEAN
+        while page < chunk.n_pages:
+            state = TAKEN if chunk.tags == NULL else chunk.tags[page].state
+            length = chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
+            if state == TAKEN:
+                n += before != TAKEN
+                if ranges != NULL and before != TAKEN:
                     ranges[n - 1].addr = chunk.addr + page * t.page_bytes
                     ranges[n - 1].n_pages = 0
-            goes_on = True
-            if ranges != NULL:
-                ranges[n - 1].n_pages += chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
-            page += chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
+                if ranges != NULL:
+                    ranges[n - 1].n_pages += length
+            before = state
+            page += length
     return n
 
 

@@ -60,11 +60,10 @@ def _begin(engine: PassMaker) -> None:
 def _tidy(idle_only: bool) -> None:
     """The scanner asks far more often than a program takes to need its memory again."""
     global _tidied_at
-    now = time.monotonic()
     if not idle_only:
         _arena.give_back()
-    elif now - _tidied_at >= IDLE_SECONDS:
-        _tidied_at = now
+    elif time.monotonic() - _tidied_at >= IDLE_SECONDS:
+        _tidied_at = time.monotonic()
         _arena.give_back_idle()
 
 

@@ -45,7 +45,7 @@ def follow(pid: int, interval_seconds: float, *, once: bool) -> None:
     def draw(max_regions: int = 8) -> RenderableType:
         nonlocal has_answered
         answer = ask(pid)
-        figures = answer or kernel_view(pid)
+        figures = answer or kernel_view(pid)  # which raises if there is no such process (any more)
         if has_answered and not answer:
             raise NotAnsweringError(f"process {pid} has no numbers any more: it is ending")
         has_answered = bool(answer)

@@ -37,15 +37,20 @@ class Messages:
     def say(self, *lines: str) -> None:
         """Write lines, after what the program wrote so far. Nothing if stderr is not what it was:
         it may be a file of the program's own now."""
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
+        _flush()
         if self._identity is None or self._identify() != self._identity:
             return
         data = "".join(f"{line}\n" for line in lines).encode(errors="replace")
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(STDERR, data) :]
+
+
+def _flush() -> None:
+    """What the program wrote so far comes first."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def _own_output(path: str) -> int | None:
@@ -71,14 +76,11 @@ class OutputFile:
         if path in ("", "-"):
             raise ValueError(f"{path!r} is no file's name")
         self.path = Path(path)
-        # Where it really lies: the program may go elsewhere, and a link stays one.
-        self._real = Path(os.path.realpath(path))
-        self._is_replaced = self._real.is_file() or not self._real.exists()
-        self._fd = None if os.path.isdir(path) else _own_output(path)
-        if self._fd is not None or (os.path.exists(path) and not os.path.isfile(path)):
-            # /dev/stdout, /dev/fd/3 and the like: what they lead to may have no name.
-            self._real = Path(os.path.abspath(path))
-            self._is_replaced = False
+        self._fd = _own_output(path)
+        self._is_replaced = self._fd is None and (self.path.is_file() or not self.path.exists())
+        # Where it really lies: the program may go elsewhere, and a link stays one. What /dev/stdout
+        # and /dev/fd/3 lead to may have no name.
+        self._real = Path(os.path.realpath(path) if self._is_replaced else os.path.abspath(path))
         if self._real.exists() and self._real.suffix in PROGRAMS:
             raise ValueError(f"{path} is a program, and would be overwritten")
         if self._real.is_dir():
@@ -96,9 +98,7 @@ class OutputFile:
         """All at once: what was there before stays until it is replaced. Raises OSError."""
         if not self._is_replaced:
             # A terminal, a pipe, /dev/null, or where the program's own output goes.
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
-                    stream.flush()
+            _flush()
             target = self._real if self._fd is None else self._fd
             with open(target, "w", encoding="utf-8") as file:
                 file.write(text)

@@ -1,6 +1,8 @@
 """What the kernel says of this process's memory, for tests that prove by it."""
 
 import mmap
+import os
+import struct
 
 import numpy as np
 
@@ -34,11 +36,9 @@ def pss_of(*arrays: np.ndarray) -> int:
     return min(own() for _ in range(3))
 
 
-def present_pages(array: np.ndarray) -> int:
-    """Of an array that begins on a page: the whole pages that the kernel has memory for, a mapped
-    zero page among them. Exact, whatever mapping the array shares with others."""
-    addr, page_bytes = array.__array_interface__["data"][0], mmap.PAGESIZE
-    with open("/proc/self/pagemap", "rb") as file:
-        file.seek(addr // page_bytes * 8)
-        entries = np.frombuffer(file.read(array.nbytes // page_bytes * 8), np.uint64)
-    return int((entries >> np.uint64(63)).sum())
+def present_pages(addr: int, n_pages: int) -> list[bool]:
+    """For each page whether it is present or swapped, from /proc/self/pagemap; exact, whatever
+    mapping the pages share with others."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = os.pread(pagemap.fileno(), 8 * n_pages, addr // mmap.PAGESIZE * 8)
+    return [entry >> 62 != 0 for (entry,) in struct.iter_unpack("=Q", entries)]

@@ -2,10 +2,6 @@
 
 import asyncio
 import gc
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kernels_view import pss_bytes
+from processes import run_python
 
 import ksmcore
 from ksmcore import _arena, allocators
@@ -44,17 +41,6 @@ def handler_name(array=None):
 
 def address(array):
     return array.__array_interface__["data"][0]
-
-
-def run_python(code, **env):
-    return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code)],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 # ---- which arrays -------------------------------------------------------------------------------
@@ -451,7 +437,7 @@ def test_reused_memory_takes_writes_where_merged_arrays_were():
 
 
 def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatch):
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.0)  # discarding happens with every pass
+    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.0)  # discarding happens with every batch
     ksmcore.install_allocator()
     wrong = []
 
@@ -571,6 +557,7 @@ def test_forks_beside_threads_that_allocate():
         import os, threading, warnings
         import numpy as np
         import ksmcore
+        from ksmcore import _arena
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
 
         ksmcore.install_allocator()
@@ -578,7 +565,11 @@ def test_forks_beside_threads_that_allocate():
         def work():
             while not over.is_set():
                 np.ones(200_000, np.uint8)
-        threads = [threading.Thread(target=work) for _ in range(3)]
+        def tidy():
+            while not over.is_set():
+                _arena.give_back_idle()
+                _arena.give_back()
+        threads = [threading.Thread(target=one) for one in (work, work, work, tidy)]
         for thread in threads:
             thread.start()
         statuses = []
@@ -586,7 +577,8 @@ def test_forks_beside_threads_that_allocate():
             pid = os.fork()
             if pid == 0:
                 ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
-                os._exit(0 if ok else 1)
+                _arena.give_back()
+                os._exit(0 if ok and _arena.check() == 0 else 1)
             statuses.append(os.waitpid(pid, 0)[1])
         over.set()
         for thread in threads:

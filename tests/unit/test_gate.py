@@ -18,6 +18,7 @@ import warnings
 
 import numpy as np
 import pytest
+from kernels_view import present_pages
 
 from ksmcore import gate, mappings, phase, vmas
 
@@ -112,13 +113,6 @@ def mapped():
 
 def private_mmap(len_bytes=LEN_BYTES):
     return mmap.mmap(-1, len_bytes, flags=PRIVATE)
-
-
-def present_pages(addr, n_pages):
-    """For each page whether it is present or swapped, from /proc/self/pagemap."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        entries = os.pread(pagemap.fileno(), 8 * n_pages, addr // PAGE * 8)
-    return [entry >> 62 != 0 for (entry,) in struct.iter_unpack("=Q", entries)]
 
 
 def told_advice(admission):
