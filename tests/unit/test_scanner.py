@@ -96,17 +96,21 @@ class TestLife:
             wait_until(lambda: quick.stats().pages_hashed == 64)
 
     def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, full_buffer, monkeypatch):
-        monkeypatch.setattr("ksmcore.pacing.IDLE_SHARE", 1e-9)  # for as long as ever
+        rests = []
+
+        def idle_rest(self, settings):
+            rests.append(quick.stats().full_scans)
+            return 3600.0
+
+        monkeypatch.setattr("ksmcore.pacing.Pacer.idle_rest", idle_rest)
         first, second = full_buffer(), full_buffer()
         quick.register(first)
         with quick.start():
             # With tracking the fourth pass reads nothing; without, every pass reads.
             if quick.stats().dirty == "pagemap":
-                wait_until(lambda: quick._scanner._is_resting)
-                scans = quick.stats().full_scans
+                wait_until(lambda: rests)
                 quick.register(second)
-                wait_until(lambda: quick.stats().pages_hashed >= 4 * 64)
-                assert quick.stats().full_scans > scans
+                wait_until(lambda: quick.stats().full_scans > rests[0])
 
     def test_close_stops_it(self, rng):
         engine = ksmcore.Engine(run=1, sleep_millisecs=0)
@@ -140,8 +144,12 @@ class TestLife:
         known, thread = weakref.ref(engine), engine._scanner._thread
         time.sleep(3 * LOOK_SECONDS)
         del engine
-        gc.collect()
-        assert known() is None
+
+        def is_gone():
+            gc.collect()
+            return known() is None
+
+        wait_until(is_gone)  # the scanner holds it for a moment at each look
         wait_until(lambda: not thread.is_alive())
 
     @pytest.mark.parametrize("ending", ["", "import sys; sys.exit(3)", "raise KeyError(1)"])
@@ -442,22 +450,36 @@ class TestForks:
             wait_until(lambda: quick.stats().pages_sharing == 64)
         quick._core.check()
 
-    def test_no_batch_runs_during_a_fork(self, quick, rng):
-        """Between the fork hooks the scanner's lock is held: nothing of a batch is in progress."""
+    def test_no_batch_runs_during_a_fork(self, quick, rng, monkeypatch):
+        """A fork waits for the end of the batch: the child never finds itself in the midst of one."""
         array = pages(quick, rng)
-        states = []
-        os.register_at_fork(
-            before=lambda: None,
-            after_in_parent=lambda: states.append(quick._scanner._in_batch.locked()),
-        )
+        inside = []
+
+        class Batch:
+            def __init__(self, lock):
+                self.lock = lock
+
+            def __enter__(self):
+                self.lock.acquire()
+                inside.append(True)
+                time.sleep(0.002)  # most of the time goes by in batches
+
+            def __exit__(self, *_):
+                inside.clear()
+                self.lock.release()
+
+        def make_batch(lock, cursor, n_pages):
+            return type(quick)._make_batch(quick, Batch(lock), cursor, n_pages)
+
+        monkeypatch.setattr(quick, "_make_batch", make_batch)
         with quick.start():
-            for _ in range(10):
+            pass_over(quick)
+            for _ in range(30):
                 pid = os.fork()
                 if pid == 0:
-                    os._exit(0)
-                os.waitpid(pid, 0)
+                    os._exit(len(inside))
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
             pass_over(quick)
-        assert states[:10]
         assert array.any()
 
     def test_two_threads_fork(self, quick, rng):
