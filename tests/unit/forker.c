@@ -1,4 +1,5 @@
-/* Forks of plain C, in a thread that Python knows nothing of. The children use raw reads and writes only. */
+/* Forks of plain C, in a thread that Python knows nothing of. The children use raw reads and writes only.
+   And a thread of C that allocates, for forks that Python makes. */
 
 #define _DEFAULT_SOURCE
 #include <pthread.h>
@@ -85,4 +86,15 @@ long forker_many(unsigned char *bytes, const unsigned char *expected, size_t len
 long forker_one(unsigned char *bytes, const unsigned char *expected, size_t len, int news, int orders) {
     struct job job = {bytes, expected, len, 0, 0, news, orders, 0};
     return in_a_thread(&job);
+}
+
+/* Take and give back as NumPy does, but without the GIL, until it is over. */
+void forker_allocate(void *(*take)(void *, size_t), void (*give)(void *, void *, size_t), void *context, size_t len,
+                     const volatile int *over) {
+    void *taken[8];
+    while (!*over) {
+        for (int i = 0; i < 8; i++) taken[i] = take(context, len + ((size_t)i << 13));
+        for (int i = 0; i < 8; i += 2) give(context, taken[i], 0);
+        for (int i = 1; i < 8; i += 2) give(context, taken[i], 0);
+    }
 }

@@ -1,4 +1,5 @@
-"""Forks that Python does not make: fork() and vfork() of C, from a thread of C, through ctypes."""
+"""Forks that Python does not make: fork() and vfork() of C, from a thread of C, through ctypes;
+and forks of Python while threads of C allocate."""
 
 import ctypes
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
+from processes import run_python
 
 import ksmcore
 from ksmcore import _forks
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
 
 @pytest.fixture(scope="module")
-def forker(tmp_path_factory):
+def library(tmp_path_factory):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -25,6 +27,11 @@ def forker(tmp_path_factory):
     source = Path(__file__).with_name("forker.c")
     command = [compiler, "-O2", "-Wall", "-shared", "-fPIC", "-pthread", "-o", library, source]
     subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def forker(library):
     loaded = ctypes.CDLL(str(library))
     loaded.forker_many.restype = loaded.forker_one.restype = ctypes.c_long
     return loaded
@@ -93,3 +100,46 @@ def test_a_vfork_freezes_nothing(engine, memory, forker):
     assert forker.forker_many(*pointers(memory.arrays[0], memory.expected[0]), 3, 1) == 0
     live(memory, 100)
     assert engine.stats().store_pages_frozen == 0
+
+
+def test_forks_wait_for_threads_that_allocate_without_the_gil(library):
+    """In the child the arena is never in the midst of a change."""
+    done = run_python(f"""
+        import ctypes, os, threading, warnings
+        import numpy as np
+        import ksmcore
+        from ksmcore import _allocator, _arena
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
+
+        ksmcore.install_allocator()
+        others = _allocator.use_here(65536)
+        capsule = _allocator.use_here(65536)
+        _allocator.use_again(others)
+
+        # PyDataMem_Handler: name[127], version, context, malloc, calloc, realloc, free
+        pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer_of.restype = ctypes.c_void_p
+        address = pointer_of(ctypes.py_object(capsule), b"mem_handler")
+        handler = (ctypes.c_void_p * 5).from_address(address + 128)
+        context, take, _, _, give = map(ctypes.c_void_p, handler)
+        allocate = ctypes.CDLL({str(library)!r}).forker_allocate
+        over = ctypes.c_int(0)
+        def work(n_bytes):
+            allocate(take, give, context, ctypes.c_size_t(n_bytes), ctypes.byref(over))
+        threads = [threading.Thread(target=work, args=(n,)) for n in (70_000, 80_000, 200_000)]
+        for thread in threads:
+            thread.start()
+        statuses = []
+        for _ in range(300):
+            pid = os.fork()
+            if pid == 0:
+                ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
+                _arena.give_back()
+                os._exit(0 if ok and _arena.check() == 0 else 1)
+            statuses.append(os.waitpid(pid, 0)[1])
+        over.value = 1
+        for thread in threads:
+            thread.join()
+        assert statuses == [0] * 300, statuses
+    """)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -451,7 +451,7 @@ class TestForks:
         quick._core.check()
 
     def test_no_batch_runs_during_a_fork(self, quick, rng, monkeypatch):
-        """A fork waits for the end of the batch: the child never finds itself in the midst of one."""
+        """A fork waits for the end of the batch: the child is never in the midst of one."""
         array = pages(quick, rng)
         inside = []
 
