@@ -337,5 +337,5 @@ def test_true_faults_of_other_threads_still_end_the_process(guard):
         threading.Thread(target=scan, daemon=True).start()
         ctypes.string_at(8)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120, check=False)
     assert done.returncode == -11

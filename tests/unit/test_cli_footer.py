@@ -37,8 +37,16 @@ PROGRAM = """
     for i in range(100):
         print("line", i)
         time.sleep(0.01)
+    if "resized" in sys.argv:
+        while os.get_terminal_size().lines == 30:
+            time.sleep(0.01)
+        time.sleep(2)
     print(sys.stdout.isatty(), os.get_terminal_size().lines)
 """
+
+
+def set_size(terminal, rows, columns):
+    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
 def in_terminal(*command, rows=30, columns=100, term="xterm-256color", cwd=None, resize=None):
@@ -48,16 +56,15 @@ def in_terminal(*command, rows=30, columns=100, term="xterm-256color", cwd=None,
         try:
             os.chdir(cwd)
             os.environ["TERM"] = term
-            time.sleep(0.2)  # until the size is set
+            set_size(0, rows, columns)
             os.execv(sys.executable, [sys.executable, *map(str, command)])
         finally:
             os._exit(99)
-    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     shown = bytearray()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if resize is not None and b"two parts" in shown:
-            ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *resize, 0, 0))
+            set_size(terminal, *resize)
             resize = None
         if select.select([terminal], [], [], 1)[0]:
             try:
@@ -77,7 +84,7 @@ def test_everything_that_the_program_writes_is_as_without(tmp_path):
     assert status == 0
     assert OURS.sub(b"", ours) == plain
     frames = OURS.findall(ours)
-    assert len(frames) >= 4
+    assert len(frames) >= 3
     assert b"Scanner" in frames[0]
     # The program is left the upper rows, and all of them in the end.
     assert b"\x1b[1;22r" in frames[0]
@@ -87,7 +94,7 @@ def test_everything_that_the_program_writes_is_as_without(tmp_path):
 
 def test_a_terminal_that_changes_its_size(tmp_path):
     write(tmp_path, PROGRAM)
-    run = (*KSMCORE, "run", "--quiet", "--live", "program.py")
+    run = (*KSMCORE, "run", "--quiet", "--live", "program.py", "resized")
     ours, status = in_terminal(*run, cwd=tmp_path, resize=(40, 80))
     assert status == 0
     assert b"\x1b[1;32r" in ours

@@ -345,7 +345,7 @@ def test_ctrl_c_from_outside(tmp_path):
             assert process.stdout.readline() == b"ready\n"
             time.sleep(0.5)  # until it sleeps
             process.send_signal(signal.SIGINT)
-            ends.append((*process.communicate(timeout=30), process.returncode))
+            ends.append((*process.communicate(timeout=60), process.returncode))
     assert ends[0] == ends[1]
     assert ends[0][0] == b"cleaned up True\n"
     assert ends[0][2] == -signal.SIGINT

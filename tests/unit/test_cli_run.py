@@ -40,17 +40,17 @@ def test_memory_is_saved_by_the_kernels_figures(tmp_path):
     script = """
         import sys, time
         import numpy as np
-        base = np.random.default_rng(1).random(250_000)
-        models = [base.copy() for _ in range(30)]
         def pss():
             with open("/proc/self/smaps_rollup") as lines:
                 return next(int(line.split()[1]) * 1024 for line in lines if line[:4] == "Pss:")
-        deadline = time.monotonic() + (20 if "wait" in sys.argv else 0)
+        deadline = time.monotonic() + (60 if "wait" in sys.argv else 0)
         before = pss()
-        while (after := pss()) > before - 25 * base.nbytes and time.monotonic() < deadline:
+        base = np.random.default_rng(1).random(250_000)
+        models = [base.copy() for _ in range(30)]
+        while pss() - before > 5 * base.nbytes and time.monotonic() < deadline:
             time.sleep(0.05)
         assert all((model == base).all() for model in models)
-        print(before - pss() > 25 * base.nbytes)
+        print(pss() - before <= 5 * base.nbytes)
     """
     write(tmp_path, script)
     plain = python("program.py", cwd=tmp_path, text=True)
@@ -193,7 +193,7 @@ def test_numbers_where_the_output_goes(tmp_path):
     write(tmp_path, "print('output')")
     command = [sys.executable, "-m", "ksmcore", "run", "--json", "out", "program.py"]
     with open(tmp_path / "out", "w") as out:
-        subprocess.run(command, stdout=out, cwd=tmp_path, timeout=60, check=True)
+        subprocess.run(command, stdout=out, cwd=tmp_path, timeout=120, check=True)
         out.write("later")
     begun, rest = (tmp_path / "out").read_text().split("\n", 1)
     assert begun == "output"
@@ -256,12 +256,13 @@ HELD = """
     import ksmcore
     rng = np.random.default_rng(1)
     def passes(n):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while ksmcore.stats().full_scans < n:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 """
 UNIQUE = "\n    kept = [rng.random(50_000) for _ in range(4)]; passes(3)"
+LEFT = "\n    kept = [np.arange(100_000) for _ in range(12)]; passes(3)"
 EQUAL = """
     import time
     import numpy as np
@@ -279,7 +280,7 @@ EQUAL = """
         (EQUAL.format(seconds=0), ("--no-scan",), {}, "with --no-scan nothing looks for equal"),
         (EQUAL.format(seconds=0.5), ("--interval", "60000"), {}, "so it takes two"),
         (EQUAL.format(seconds=0), (), {"KSMCORE_DISABLE": "1"}, "KSMCORE_DISABLE is set"),
-        (EQUAL.format(seconds=2), (), {"KSMCORE_MAP_BUDGET": "0"}, "for the reasons below"),
+        (HELD + LEFT, (), {"KSMCORE_MAP_BUDGET": "0"}, "for the reasons below"),
     ],
 )
 def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
@@ -369,7 +370,7 @@ def test_output_of_the_program_comes_first(tmp_path):
     write(tmp_path, "import sys; sys.stdout.write('output without an end'); 1/0")
     with open(tmp_path / "both", "wb") as both:
         command = [sys.executable, *KSMCORE, "run", "program.py"]
-        subprocess.run(command, cwd=tmp_path, stdout=both, stderr=both, check=False, timeout=60)
+        subprocess.run(command, cwd=tmp_path, stdout=both, stderr=both, check=False, timeout=120)
     text = (tmp_path / "both").read_text()
     assert text.index("ZeroDivisionError") < text.index("ksmcore: ")
     assert text.index("output without an end") < text.index("ksmcore: ")

@@ -42,7 +42,7 @@ def examined(*, before="", prefix=()):
         [*prefix, sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         cwd="/",
     )

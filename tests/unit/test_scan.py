@@ -374,7 +374,7 @@ for fd, name in zip(mine, names):
         assert file.read() == b"mine" * 100_000
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stderr == ""
     assert int(done.stdout) > 0
