@@ -40,10 +40,12 @@ def write(array, count):
 
 
 def settle(engine, arrays, n_known):
-    """Let the scanner make five passes more, with all busy pages written in between; check what
-    must hold after each. More, where the kernel was moving pages, so that they were not there."""
+    """Let the scanner make five passes, with all busy pages written in between; check what must
+    hold after each. More, where the kernel was moving pages, so that they were not there. It ends
+    with its last pass: in a further one pages that nobody writes any more would be quiet."""
     reports, broken = [], []
     last = [engine.stats()]
+    deadline = time.monotonic() + 60
 
     def after_pass(report):
         before, stats = last[-1], engine.stats()
@@ -52,15 +54,19 @@ def settle(engine, arrays, n_known):
         broken.extend(s for s, n in before.seconds.items() if stats.seconds[s] < n)
         last.append(stats)
         reports.append(report)
+        if len(reports) >= 5 and stats.pages_volatile == n_known:
+            engine.stop()
+            return
         for array in arrays:
             write(array, stats.full_scans)
 
     engine.on_pass = after_pass
-    deadline = time.monotonic() + 60
-    while len(reports) < 5 or engine.stats().pages_volatile != n_known:
+    engine.start()
+    while engine.scanning:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    engine.on_pass = None
+    engine.stop()
+    assert len(reports) >= 5
     assert not broken
 
 
@@ -74,8 +80,7 @@ def test_four_buffers_join_one_after_the_other(rng, use_zero_pages, dirty):
             array = engine.empty((SIZE, PAGE), np.uint8)
             fill(array, rng, common)
             arrays.append(array)
-            with engine.start():
-                settle(engine, arrays, n * BUSY)
+            settle(engine, arrays, n * BUSY)
             if n == 1:
                 shared, sharing, unshared = 0, 0, COMMON + OWN
             else:
