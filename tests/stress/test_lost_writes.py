@@ -234,7 +234,7 @@ def test_no_word_is_lost_while_the_process_forks(writers, guard, record_property
         with threads.running():
             forker.start()
             try:
-                for _ in rounds(2.0):
+                for _ in rounds(2.0, lambda: len(statuses) > 3):
                     engine.dedup()
                     assert np.array_equal(still, expected)
             finally:
