@@ -7,7 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define WATCHDOG_SECONDS 6
+#define WATCHDOG_SECONDS 60
 
 struct job {
     unsigned char *bytes;

@@ -25,7 +25,7 @@ PAGE = ksmcore.Engine.page_bytes
 # What Python warns of, from 3.12 on, when a process with threads forks: just what is tested.
 THREADS_RUN = "ignore:.*fork:DeprecationWarning"
 # A child that hangs is ended by a signal, and its exit status is -14. None is near it otherwise.
-WATCHDOG_SECONDS = 40
+WATCHDOG_SECONDS = 120
 
 
 def fork() -> int:

@@ -26,7 +26,7 @@ from forks import (
 )
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
-SECONDS = 8  # after which something hangs
+SECONDS = 90  # after which something hangs
 
 
 @pytest.fixture
