@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import ksmcore
-
 SEED = 2009
 MIB = 1 << 20
 
@@ -32,8 +30,14 @@ def mib(n_bytes: float) -> str:
 
 
 def pss() -> int:
-    """Bytes that this process has by the kernel's account; a shared page counts once in all."""
-    return ksmcore.memory_info().pss
+    """Bytes that this process has by the kernel's account; a shared page counts once in all.
+
+    Without mapped files: their share changes whenever another process with the same libraries
+    starts or ends.
+    """
+    with open("/proc/self/smaps_rollup") as lines:
+        kib = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Pss")}
+    return (kib["Pss:"] - kib.get("Pss_File:", 0)) * 1024
 
 
 def digest(array: NDArray[Any]) -> bytes:

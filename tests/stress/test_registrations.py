@@ -23,7 +23,8 @@ PATIENCE_SECONDS = 300
 
 def pss_bytes():
     gc.collect()
-    return vmas.smaps_rollup()["Pss"]
+    totals = vmas.smaps_rollup()
+    return totals["Pss"] - totals.get("Pss_File", 0)
 
 
 def come_and_go(engine, seed, n_regions, failed):

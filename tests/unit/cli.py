@@ -43,7 +43,7 @@ def python(*arguments, cwd=None, **options):
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
-        timeout=120,
+        timeout=180,
         check=False,
         **options,
     )
@@ -95,7 +95,7 @@ MERGED = """
     import ksmcore
     base = np.random.default_rng(1).random(100_000)
     models = [base.copy() for _ in range(12)]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while ksmcore.stats().bytes_saved < 10 * base.nbytes or ksmcore.stats().full_scans < 2:
         assert time.monotonic() < deadline, ksmcore.stats()
         time.sleep(0.02)

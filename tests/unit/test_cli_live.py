@@ -393,14 +393,15 @@ def test_forks_of_a_run(tmp_path):
 
 
 def test_a_process_that_does_not_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving, "PATIENCE_SECONDS", 0.3)
     write(tmp_path, f"import sys{WAITING.replace(chr(10) + '    ', chr(10))}")
     with running(*KSMCORE, "run", "program.py", cwd=tmp_path) as process:
         ready(process)
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: ") T " in Path(f"/proc/{process.pid}/stat").read_text())
-        with pytest.raises(serving.NotAnsweringError, match="has not answered"):
-            serving.ask(process.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, "PATIENCE_SECONDS", 0.3)
+            with pytest.raises(serving.NotAnsweringError, match="has not answered"):
+                serving.ask(process.pid)
         process.send_signal(signal.SIGCONT)
         assert serving.ask(process.pid)["pid"] == process.pid
 
