@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ksmcore import vmas
+
 SEED = 2009
 MIB = 1 << 20
 
@@ -35,9 +37,8 @@ def pss() -> int:
     Without mapped files: their share changes whenever another process with the same libraries
     starts or ends.
     """
-    with open("/proc/self/smaps_rollup") as lines:
-        kib = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Pss")}
-    return (kib["Pss:"] - kib.get("Pss_File:", 0)) * 1024
+    totals = vmas.smaps_rollup()
+    return totals["Pss"] - totals.get("Pss_File", 0)
 
 
 def digest(array: NDArray[Any]) -> bytes:

@@ -46,6 +46,12 @@ def rounds(seconds: float, enough: Callable[[], bool] = lambda: True) -> Iterato
         n_rounds += 1
 
 
+def has_merged(engine: ksmcore.Engine, n_pages: int) -> bool:
+    """More pages than that, some of which were written again and copied."""
+    stats = engine.stats()
+    return stats.pages_merged + stats.pages_zeroed > n_pages and stats.cow_breaks > 0
+
+
 def at_least(n_long: int, n_short: int) -> int:
     """What a count must reach in the form that runs."""
     return n_long if LONG else n_short

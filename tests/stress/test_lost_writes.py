@@ -12,12 +12,14 @@ import time
 
 import numpy as np
 import pytest
-from detector import WORDS, Writers, address, at_least, private_pages, rounds, running
+from detector import WORDS, Writers, address, at_least, has_merged, private_pages, rounds, running
 
 import ksmcore
 from ksmcore import _sys
 
 N_PAGES = 600
+# So often that writers met windows, and copied what was merged.
+N_MERGED = N_PAGES // 4
 # Words that each guard has to see written in the long form, by C and by NumPy.
 N_WRITES = 10_000_000
 
@@ -30,12 +32,6 @@ CASES = [
     ("content", "three contents", "mincore"),
     ("content", "zero", "pagemap"),
 ]
-
-
-def has_merged(engine: ksmcore.Engine) -> bool:
-    """So often that writers met windows, and copied what was merged."""
-    stats = engine.stats()
-    return stats.pages_merged + stats.pages_zeroed > N_PAGES // 4 and stats.cow_breaks > 0
 
 
 @pytest.mark.parametrize(("order", "fill", "presence"), CASES)
@@ -57,7 +53,9 @@ def test_no_word_is_lost(writers, guard, order, fill, presence, record_property)
         enough = at_least(N_WRITES // len(CASES), 1000)
         waited = engine.stats().guard_waits
         with threads.running():
-            for n in rounds(1.2, lambda: threads.n_writes >= enough and has_merged(engine)):
+            for n in rounds(
+                1.2, lambda: threads.n_writes >= enough and has_merged(engine, N_MERGED)
+            ):
                 (engine.scan if n % 2 else engine.dedup)()
                 if n % 16 == 0:
                     engine._core.check()
@@ -69,7 +67,7 @@ def test_no_word_is_lost(writers, guard, order, fill, presence, record_property)
         assert np.array_equal(pages[:, 64:], fixed)
         assert np.array_equal(bystander, expected)
         assert threads.n_writes >= enough
-        assert has_merged(engine)
+        assert has_merged(engine, N_MERGED)
         engine._core.check()
 
 
@@ -142,7 +140,7 @@ def test_no_word_of_numpy_is_lost(guard, record_property):
             thread.start()
         try:
             enough = at_least(N_WRITES, 1000)
-            for n in rounds(1.5, lambda: n_writes() >= enough and has_merged(engine)):
+            for n in rounds(1.5, lambda: n_writes() >= enough and has_merged(engine, N_MERGED)):
                 (engine.scan if n % 2 else engine.dedup)()
         finally:
             for thread in threads:
@@ -152,7 +150,7 @@ def test_no_word_of_numpy_is_lost(guard, record_property):
         record_property("words", f"{n_writes():,}")
         assert [thread.n_wrong for thread in threads] == [0] * len(threads)
         assert n_writes() >= enough
-        assert has_merged(engine)
+        assert has_merged(engine, N_MERGED)
         engine._core.check()
 
 

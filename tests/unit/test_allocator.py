@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kernels_view import pss_bytes
-from processes import run_python
+from processes import FORK_OFTEN, run_python
 
 import ksmcore
 from ksmcore import _arena, allocators
@@ -553,12 +553,9 @@ def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
 
 
 def test_forks_beside_threads_that_allocate():
-    done = run_python("""
-        import os, threading, warnings
-        import numpy as np
+    program = """
+        import threading
         import ksmcore
-        from ksmcore import _arena
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
 
         ksmcore.install_allocator()
         over = threading.Event()
@@ -570,21 +567,9 @@ def test_forks_beside_threads_that_allocate():
                 _arena.give_back_idle()
                 _arena.give_back()
         threads = [threading.Thread(target=one) for one in (work, work, work, tidy)]
-        for thread in threads:
-            thread.start()
-        statuses = []
-        for _ in range(40):
-            pid = os.fork()
-            if pid == 0:
-                ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
-                _arena.give_back()
-                os._exit(0 if ok and _arena.check() == 0 else 1)
-            statuses.append(os.waitpid(pid, 0)[1])
-        over.set()
-        for thread in threads:
-            thread.join()
-        assert statuses == [0] * 40, statuses
-    """)
+        fork_often(threads, over.set, 40)
+    """
+    done = run_python(FORK_OFTEN, program)
     assert (done.returncode, done.stderr) == (0, "")
 
 

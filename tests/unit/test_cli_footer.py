@@ -9,6 +9,7 @@ import sys
 import termios
 import time
 from fcntl import ioctl
+from pathlib import Path
 
 import pytest
 from cli import KSMCORE, ksmcore, own_directories, python, write
@@ -37,10 +38,8 @@ PROGRAM = """
     for i in range(100):
         print("line", i)
         time.sleep(0.01)
-    if "resized" in sys.argv:
-        while os.get_terminal_size().lines == 30:
-            time.sleep(0.01)
-        time.sleep(2)
+    while not os.path.exists("seen"):
+        time.sleep(0.01)
     print(sys.stdout.isatty(), os.get_terminal_size().lines)
 """
 
@@ -49,8 +48,13 @@ def set_size(terminal, rows, columns):
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def in_terminal(*command, rows=30, columns=100, term="xterm-256color", cwd=None, resize=None):
-    """What a command writes to a terminal of that size, and its exit status."""
+def in_terminal(
+    *command, cwd, rows=30, columns=100, term="xterm-256color", resize=None, until=lambda _: True
+):
+    """What a command writes to a terminal of that size, and its exit status. PROGRAM goes on to its
+    end when what was written is enough for `until`."""
+    seen = Path(cwd, "seen")
+    seen.unlink(missing_ok=True)
     pid, terminal = pty.fork()
     if pid == 0:
         try:
@@ -66,6 +70,8 @@ def in_terminal(*command, rows=30, columns=100, term="xterm-256color", cwd=None,
         if resize is not None and b"two parts" in shown:
             set_size(terminal, *resize)
             resize = None
+        if until(bytes(shown)):
+            seen.touch()
         if select.select([terminal], [], [], 1)[0]:
             try:
                 shown += os.read(terminal, 65536)
@@ -80,11 +86,13 @@ def test_everything_that_the_program_writes_is_as_without(tmp_path):
     plain, status = in_terminal("program.py", cwd=tmp_path)
     assert status == 0
     run = (*KSMCORE, "run", "--quiet", "--live", "program.py")
-    ours, status = in_terminal(*run, cwd=tmp_path)
+    ours, status = in_terminal(
+        *run, cwd=tmp_path, until=lambda shown: len(OURS.findall(shown)) >= 4
+    )
     assert status == 0
     assert OURS.sub(b"", ours) == plain
     frames = OURS.findall(ours)
-    assert len(frames) >= 3
+    assert len(frames) >= 4
     assert b"Scanner" in frames[0]
     # The program is left the upper rows, and all of them in the end.
     assert b"\x1b[1;22r" in frames[0]
@@ -94,14 +102,18 @@ def test_everything_that_the_program_writes_is_as_without(tmp_path):
 
 def test_a_terminal_that_changes_its_size(tmp_path):
     write(tmp_path, PROGRAM)
-    run = (*KSMCORE, "run", "--quiet", "--live", "program.py", "resized")
-    ours, status = in_terminal(*run, cwd=tmp_path, resize=(40, 80))
+    run = (*KSMCORE, "run", "--quiet", "--live", "program.py")
+    ours, status = in_terminal(
+        *run, cwd=tmp_path, resize=(40, 80), until=lambda shown: b"\x1b[1;32r" in shown
+    )
     assert status == 0
     assert b"\x1b[1;32r" in ours
     last = OURS.findall(ours)[-1]
     assert b"\x1b[33;1H\x1b[J" in last
     # Less room than is needed for both: all of it is the program's.
-    ours, status = in_terminal(*run, cwd=tmp_path, resize=(10, 80))
+    ours, status = in_terminal(
+        *run, cwd=tmp_path, resize=(10, 80), until=lambda shown: b"\x1b[r" in shown
+    )
     assert status == 0
     assert b"True 10" in ours
 

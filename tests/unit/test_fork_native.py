@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
-from processes import run_python
+from processes import FORK_OFTEN, run_python
 
 import ksmcore
 from ksmcore import _forks
@@ -106,12 +106,10 @@ def test_a_vfork_freezes_nothing(engine, memory, forker):
 
 def test_forks_wait_for_threads_that_allocate_without_the_gil(library):
     """In the child the arena is never in the midst of a change."""
-    done = run_python(f"""
-        import ctypes, os, threading, warnings
-        import numpy as np
+    program = f"""
+        import ctypes, threading
         import ksmcore
-        from ksmcore import _allocator, _arena
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
+        from ksmcore import _allocator
 
         ksmcore.install_allocator()
         others = _allocator.use_here(65536)
@@ -128,20 +126,10 @@ def test_forks_wait_for_threads_that_allocate_without_the_gil(library):
         over = ctypes.c_int(0)
         def work(n_bytes):
             allocate(take, give, context, ctypes.c_size_t(n_bytes), ctypes.byref(over))
+        def end():
+            over.value = 1
         threads = [threading.Thread(target=work, args=(n,)) for n in (70_000, 80_000, 200_000)]
-        for thread in threads:
-            thread.start()
-        statuses = []
-        for _ in range(300):
-            pid = os.fork()
-            if pid == 0:
-                ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
-                _arena.give_back()
-                os._exit(0 if ok and _arena.check() == 0 else 1)
-            statuses.append(os.waitpid(pid, 0)[1])
-        over.value = 1
-        for thread in threads:
-            thread.join()
-        assert statuses == [0] * 300, statuses
-    """)
+        fork_often(threads, end, 300)
+    """
+    done = run_python(FORK_OFTEN, program)
     assert (done.returncode, done.stderr) == (0, "")
