@@ -32,6 +32,8 @@ log = logging.getLogger("ksmcore")
 
 # How long it takes at most until it sees that the arena has registered something.
 LOOK_SECONDS = 0.25
+# How often a new one looks whether the one before has ended.
+OVERLAP_SECONDS = 0.005
 
 _scanners: weakref.WeakSet[Scanner] = weakref.WeakSet()
 _forking = threading.Lock()
@@ -105,8 +107,12 @@ class Scanner:
 
     def __init__(self, engine: PassMaker) -> None:
         self._engine = weakref.ref(engine)
-        self._thread: HiddenThread | None = None
+        self._thread: HiddenThread | None = None  # the last one
+        self._is_stopped = True
+        # Held for moments only: whoever stops waits for the thread, and that may be in a callback
+        # that stops or starts as well.
         self._control = threading.RLock()
+        self._at_work = threading.Lock()
         self._in_batch = threading.Lock()
         self._wake = threading.Event()
         # True whenever a registration should wake it: there may be nothing to do at present.
@@ -122,7 +128,7 @@ class Scanner:
     @property
     def is_running(self) -> bool:
         thread = self._thread
-        return thread is not None and thread.is_alive()
+        return not self._is_stopped and thread is not None and thread.is_alive()
 
     @property
     def error(self) -> BaseException | None:
@@ -135,20 +141,23 @@ class Scanner:
             if self.is_running:
                 return
             self._error = None
-            self._cursor = None
+            # In this order: the one before must not take itself for wanted again.
             self._thread = HiddenThread(self._run)
+            self._is_stopped = False
             self._thread.start()
         log.info("scanner started")
 
     def stop(self) -> None:
         """End after the present batch; raises what it died of, once. Nothing if it does not run."""
         with self._control:
-            thread, self._thread = self._thread, None
+            thread, was_stopped = self._thread, self._is_stopped
+            self._is_stopped = True
             self._wake.set()
-            if thread is not None and not thread.is_current():
-                thread.join()
+        if thread is not None and not thread.is_current():
+            thread.join()
+        with self._control:
             error, self._error = self._error, None
-        if thread is not None:
+        if not was_stopped:
             log.info("scanner stopped")
         if error is not None:
             raise error
@@ -161,10 +170,16 @@ class Scanner:
     def _is_wanted(self) -> bool:
         """Is this thread still the scanner? Not after `stop`, even if another was started since."""
         thread = self._thread
-        return thread is not None and thread.is_current()
+        return not self._is_stopped and thread is not None and thread.is_current()
 
     def _run(self) -> None:
+        # One that was stopped may still be in its last batch. No plain wait: it may be in a
+        # callback that has started this one, and stops it again.
+        while not self._at_work.acquire(timeout=OVERLAP_SECONDS):
+            if not self._is_wanted():
+                return
         try:
+            self._cursor = None
             self._cpu_at = time.thread_time()
             while self._is_wanted():
                 engine = self._engine()
@@ -182,6 +197,8 @@ class Scanner:
         except BaseException as error:
             log.exception("the scanner has ended")
             self._error = error
+        finally:
+            self._at_work.release()
 
     def _rest(self, seconds: float | None, n_enlisted: int) -> None:
         """Until `wake`, or so long; where a registration should wake, until there is one."""

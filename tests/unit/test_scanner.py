@@ -112,6 +112,7 @@ class TestLife:
                 wait_until(lambda: rests)
                 quick.register(second)
                 wait_until(lambda: quick.stats().full_scans > rests[0])
+                wait_until(lambda: quick.stats().pages_hashed >= 4 * 64)
 
     def test_close_stops_it(self, rng):
         engine = ksmcore.Engine(run=1, sleep_millisecs=0)
@@ -383,6 +384,60 @@ class TestErrors:
         wait_until(lambda: sum(thread.is_alive() for thread in threads) == 1)
         quick.stop()
         assert not any(thread.is_alive() for thread in threads)
+        assert array.any()
+
+    @pytest.mark.parametrize("orders", ["stop", "start", "stop start", "stop start stop", "close"])
+    def test_the_callback_may_do_so_while_another_thread_stops_it(self, quick, rng, orders):
+        inside, seen = threading.Event(), []
+
+        def note(report):
+            quick.on_pass = None
+            inside.set()
+            wait_until(lambda: not quick.scanning)  # `stop` waits for this thread
+            for order in orders.split():
+                getattr(quick, order)()
+            seen.append(report)
+
+        array = pages(quick, rng)
+        expected = array.copy()
+        quick.on_pass = note
+        quick.start()
+        assert inside.wait(WAIT_SECONDS)
+        stopper = threading.Thread(target=quick.stop, daemon=True)
+        stopper.start()
+        stopper.join(WAIT_SECONDS)
+        assert not stopper.is_alive()
+        assert len(seen) == 1
+        if orders != "close":
+            assert quick.scanning == orders.endswith("start")
+            if quick.scanning:
+                pass_over(quick, 2)
+            quick.stop()
+        assert np.array_equal(array, expected)
+
+    def test_whoever_stops_waits_for_the_end_of_the_batch(self, quick, rng):
+        """Also where another has stopped it already."""
+        array = pages(quick, rng)
+        ends, inside = threading.Event(), threading.Event()
+
+        def note(report):
+            quick.on_pass = None
+            inside.set()
+            assert ends.wait(WAIT_SECONDS)
+
+        quick.on_pass = note
+        quick.start()
+        assert inside.wait(WAIT_SECONDS)
+        stoppers = [threading.Thread(target=quick.stop) for _ in range(2)]
+        for stopper in stoppers:
+            stopper.start()
+            stopper.join(0.1)
+            assert stopper.is_alive()
+        ends.set()
+        for stopper in stoppers:
+            stopper.join(WAIT_SECONDS)
+            assert not stopper.is_alive()
+        assert not quick._scanner._thread.is_alive()
         assert array.any()
 
     def test_programs_that_join_all_threads_do_not_wait_for_it(
