@@ -1,6 +1,7 @@
 """What all tests share: the report header, fixed seeds, and fixtures that leave nothing behind."""
 
 import contextlib
+import gc
 import mmap
 import os
 import platform
@@ -86,6 +87,13 @@ def engine(guard):
         _sys.inject_clear()
         engine.close()
     assert not _guard.handler_installed()
+
+
+@pytest.fixture
+def collected():
+    """Nothing waits for the collector: what a forgotten engine still has mapped is taken from the
+    map budget of the others."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -262,6 +262,7 @@ class TestMaxSharedPages:
         assert engine.dedup(*arrays).pages_skipped == 0
 
 
+@pytest.mark.usefixtures("collected")
 class TestMapBudget:
     def store_maps(self):
         return [

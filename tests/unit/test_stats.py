@@ -280,6 +280,7 @@ class TestArithmetic:
             assert np.array_equal(array, expected)
             check_arithmetic(engine, [array])
 
+    @pytest.mark.usefixtures("collected")
     def test_with_a_limit(self, engine, rng):
         engine.configure(max_shared_pages=10, map_budget=50)
         arrays = mixture(engine, rng)
