@@ -22,11 +22,11 @@ DEV_STAMP := $(VENV)/.stamp-dev
 # With the modules, which all venvs share.
 SANITIZE_STAMP := build/sanitize/.stamp-$(VERSION)
 
-SOURCES := $(wildcard ksmcore/*.pyx ksmcore/*.pxd ksmcore/*.h)
+SOURCES := $(wildcard $(foreach kind,pyx pxd h,ksmcore/*.$(kind) ksmcore/*/*.$(kind)))
 # The build requirements of pyproject.toml, as arguments for pip.
 BUILD_REQUIRES = $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 # Compiled modules that have a stub next to them.
-STUBBED := $(subst /,.,$(filter $(basename $(wildcard ksmcore/*.pyx)),$(basename $(wildcard ksmcore/*.pyi))))
+STUBBED := $(subst /,.,$(filter $(basename $(SOURCES)),$(basename $(wildcard ksmcore/*.pyi ksmcore/*/*.pyi))))
 # Only what really is a virtual environment, whatever VENV says.
 REMOVE_VENV = if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); \
     elif [ -e $(VENV) ]; then echo "$(VENV) is no virtual environment" >&2; exit 1; fi
@@ -89,7 +89,7 @@ sdist: dev ## Build the source distribution into dist/
 
 clean: ## Remove all that was built, the virtual environment included
 	$(REMOVE_VENV)
-	rm -rf build dist *.egg-info ksmcore/*.so
+	rm -rf build dist *.egg-info ksmcore/*.so ksmcore/*/*.so
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

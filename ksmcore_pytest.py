@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from ksmcore.engine import Engine
+    from ksmcore._engine.engine import Engine
 
 SAVED = "ksmcore bytes saved"  # a property of a test's report
 

@@ -1,6 +1,6 @@
 """Builds the compiled modules; everything else about the package is in pyproject.toml.
 
-Every ``ksmcore/*.pyx`` becomes one extension module. The C that Cython writes goes to
+Every ``.pyx`` under ``ksmcore`` becomes one extension module. The C that Cython writes goes to
 ``build`` and never into the source tree or the sdist.
 
 Environment:
@@ -57,17 +57,18 @@ SETTINGS_FILE = BUILD / "settings.txt"
 
 def extensions():
     """One extension per .pyx; a change of any header rebuilds all of them."""
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / PACKAGE).glob("*.h"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / PACKAGE).rglob("*.h"))
+    sources = sorted(path.relative_to(ROOT) for path in (ROOT / PACKAGE).rglob("*.pyx"))
     return [
         Extension(
-            f"{PACKAGE}.{path.stem}",
-            [str(PACKAGE / path.name)],
+            ".".join(path.with_suffix("").parts),
+            [str(path)],
             depends=headers,
             include_dirs=[str(PACKAGE)],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
         )
-        for path in sorted((ROOT / PACKAGE).glob("*.pyx"))
+        for path in sources
     ]
 
 
@@ -114,7 +115,7 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             vars(extension).update(vars(by_name[extension.name]))
             extension.depends = [*extension.depends, str(SETTINGS_FILE)]
-            if extension.name == f"{PACKAGE}._allocator":
+            if extension.name == f"{PACKAGE}._arrays.allocator":
                 extension.include_dirs = [*extension.include_dirs, numpy.get_include()]
                 # The first that has replaceable allocators: it runs with all later ones too.
                 extension.define_macros = [

@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import corpora, measure
 from bench.corpora import PAGE, Pages
 from bench.measure import Kernel, Merged
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 N = corpora.n_pages_asked()
 # So many pages may have mappings of their own, two each, far within the kernel's limit.
@@ -44,7 +44,7 @@ def in_store(pages: Pages) -> int:
     end = start + pages.nbytes
     return sum(
         min(vma.end, end) - max(vma.start, start)
-        for vma in vmas.vmas_in(start, end)
+        for vma in smaps.vmas_in(start, end)
         if vma.path.startswith(STORE)
     )
 

@@ -27,7 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import ksmcore
 from bench import measure
 from bench.corpora import PAGE, SEED
-from ksmcore import settings
+from ksmcore._engine import settings
 
 Words = NDArray[np.uint64]
 

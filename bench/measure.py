@@ -16,7 +16,7 @@ import numpy as np
 
 import ksmcore
 from bench.corpora import PAGE, Pages
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -45,7 +45,7 @@ class Kernel:
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
         # Not ksmcore.memory_info(): its list of some thousand mappings would take memory itself.
-        return cls(vmas.smaps_rollup()["Pss"], vmas.count_maps())
+        return cls(smaps.smaps_rollup()["Pss"], smaps.count_maps())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 SEED = 2009
 MIB = 1 << 20
@@ -37,7 +37,7 @@ def pss() -> int:
     Without mapped files: their share changes whenever another process with the same libraries
     starts or ends.
     """
-    totals = vmas.smaps_rollup()
+    totals = smaps.smaps_rollup()
     return totals["Pss"] - totals.get("Pss_File", 0)
 
 

@@ -20,25 +20,25 @@ import operator  # noqa: E402
 from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from ksmcore import allocators as _allocating  # noqa: E402
-from ksmcore.allocators import THRESHOLD_BYTES, Allocator  # noqa: E402
-from ksmcore.areas import Area  # noqa: E402
-from ksmcore.engine import Engine  # noqa: E402
-from ksmcore.engine import process_memory_info as memory_info  # noqa: E402
-from ksmcore.errors import InternalError  # noqa: E402
-from ksmcore.features import features  # noqa: E402
-from ksmcore.history import History, Sample  # noqa: E402
-from ksmcore.phase import PhaseWarning  # noqa: E402
-from ksmcore.progress import Progress  # noqa: E402
-from ksmcore.regions import PageState, Region  # noqa: E402
-from ksmcore.settings import Settings  # noqa: E402
-from ksmcore.stats import (  # noqa: E402
+from ksmcore._arrays import installing as _allocating  # noqa: E402
+from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
+from ksmcore._engine.area import Area  # noqa: E402
+from ksmcore._engine.engine import Engine  # noqa: E402
+from ksmcore._engine.engine import process_memory_info as memory_info  # noqa: E402
+from ksmcore._engine.features import features  # noqa: E402
+from ksmcore._engine.history import History, Sample  # noqa: E402
+from ksmcore._engine.progress import Progress  # noqa: E402
+from ksmcore._engine.region import PageState, Region  # noqa: E402
+from ksmcore._engine.settings import Settings  # noqa: E402
+from ksmcore._engine.stats import (  # noqa: E402
     Estimate,
     MemoryInfo,
     PassReport,
     RegionStats,
     Stats,
 )
+from ksmcore._gate.phase import PhaseWarning  # noqa: E402
+from ksmcore.errors import InternalError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-    from ksmcore.arrays import Order
-    from ksmcore.plotting import Picture
+    from ksmcore._arrays.making import Order
+    from ksmcore._show.plotting import Picture
 
 __all__ = [
     "Area",
@@ -274,7 +274,7 @@ def html_report(
     """
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"html_report is about an Engine, not {type(engine).__name__}")
-    from ksmcore import report
+    from ksmcore._show import report
 
     return report.html_report(
         default_engine() if engine is None else engine,
@@ -304,6 +304,6 @@ def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "
     most_regions = operator.index(most_regions)
     if most_regions < 0:
         raise ValueError(f"most_regions must be at least 0, not {most_regions}")
-    from ksmcore import plotting
+    from ksmcore._show import plotting
 
     return plotting.plot(default_engine() if target is None else target, most_regions)

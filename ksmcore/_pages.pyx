@@ -17,12 +17,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from ksmcore._reader cimport ksm_reader, reader_here
+from ksmcore._kernel.reader cimport ksm_reader, reader_here
 
 import os
 
 
-cdef extern from "_reader.h" nogil:
+cdef extern from "_kernel/reader.h" nogil:
     int ksm_read_compare(ksm_reader* reader, const uint8_t* a, const uint8_t* b, size_t len_bytes)
     int ksm_read_checksum(
         ksm_reader* reader, checksum_pages_t checksum, const uint8_t* const* pages, size_t n_pages,

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector as BaseCollector
 
 from ksmcore import default_engine
-from ksmcore.engine import Engine
+from ksmcore._engine.engine import Engine
 
 __all__ = ["Collector"]
 

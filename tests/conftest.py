@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _guard, _quiet, _sys, vmas
-from ksmcore.settings import GUARDS
+from ksmcore._engine.settings import GUARDS
+from ksmcore._guard import guard as guards
+from ksmcore._kernel import smaps, syscalls
+from ksmcore._pass import quiet
 
 SEED = 20090331
 
@@ -31,7 +33,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ksmcore")
 
 # The buffers here are small: let their writes be tracked all the same.
-MIN_WATCHED_PAGES = _quiet.watch_from(1)
+MIN_WATCHED_PAGES = quiet.watch_from(1)
 
 
 def pytest_report_header():
@@ -43,7 +45,7 @@ def pytest_report_header():
         f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, "
         f"NumPy {np.__version__}",
         f"kernel {platform.release()} ({platform.machine()}), page {mmap.PAGESIZE} bytes, "
-        f"vm.max_map_count {vmas.max_map_count()}, uid {os.getuid()}",
+        f"vm.max_map_count {smaps.max_map_count()}, uid {os.getuid()}",
         f"features: {features}",
     ]
 
@@ -84,9 +86,9 @@ def engine(guard):
         if not engine.closed:
             engine._core.check()
     finally:
-        _sys.inject_clear()
+        syscalls.inject_clear()
         engine.close()
-    assert not _guard.handler_installed()
+    assert not guards.handler_installed()
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def collected():
 def _no_faults_left():
     """No failure that one test ordered hits another one."""
     yield
-    _sys.inject_clear()
+    syscalls.inject_clear()
 
 
 @pytest.fixture

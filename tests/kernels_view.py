@@ -6,15 +6,15 @@ import struct
 
 import numpy as np
 
-from ksmcore import vmas
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 
 def pss_bytes() -> int:
     # Without files: the share of a library changes whenever another process starts or ends. And a
     # page that the kernel is moving just now counts in full at each of its mappings.
     def own() -> int:
-        totals = vmas.smaps_rollup()
+        totals = smaps.smaps_rollup()
         return totals["Pss"] - totals.get("Pss_File", 0)
 
     return min(own() for _ in range(3))
@@ -28,7 +28,7 @@ def pss_of(*arrays: np.ndarray) -> int:
     def own() -> int:
         return sum(
             vma.pss
-            for vma in vmas.Snapshot().vmas_in(0, 1 << 64)
+            for vma in smaps.Snapshot().vmas_in(0, 1 << 64)
             if vma.path.startswith(STORE_PATH)
             or any(vma.start < start + size and vma.end > start for start, size in ranges)
         )

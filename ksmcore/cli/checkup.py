@@ -7,8 +7,8 @@ import textwrap
 
 import click
 
-from ksmcore.doctor import Diagnosis
-from ksmcore.surroundings import Check, Level
+from ksmcore.doctor.checks import Check, Level
+from ksmcore.doctor.diagnosis import Diagnosis
 
 __all__ = ["show"]
 

@@ -229,7 +229,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Names, levels and facts keep their meaning while "schema" is 1; more may be added.
     """
     from ksmcore.cli.checkup import show
-    from ksmcore.doctor import examine
+    from ksmcore.doctor.diagnosis import examine
 
     diagnosis = examine()
     if as_json:
@@ -272,7 +272,7 @@ def live(pid: int, once: bool, interval: float) -> None:
 def demo(ctx: click.Context, scale: float, no_progress: bool) -> None:
     """See it work: the history of a simulation and a family of models, some hundred megabytes,
     merged, written to, and verified to the last byte."""
-    from ksmcore.demo import MOST_SCALE, demonstrate
+    from ksmcore.cli.demo import MOST_SCALE, demonstrate
 
     if not 0 < scale <= MOST_SCALE:
         raise click.BadParameter(f"must be above 0 and at most {MOST_SCALE}", param_hint="--scale")

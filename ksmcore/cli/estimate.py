@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ksmcore
+from ksmcore._engine.stats import Estimate
 from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import DISABLED, SCHEMA
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.sizes import counted, human_bytes
-from ksmcore.stats import Estimate
 
 if TYPE_CHECKING:
-    from ksmcore.engine import Engine
+    from ksmcore._engine.engine import Engine
 
 __all__ = ["Watch"]
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ksmcore
-from ksmcore import _arena
+from ksmcore._arrays import arena
+from ksmcore._engine.stats import RegionStats
 from ksmcore.sizes import counted, human_bytes
-from ksmcore.stats import RegionStats
 
 if TYPE_CHECKING:
-    from ksmcore.engine import Engine
+    from ksmcore._engine.engine import Engine
 
 __all__ = ["DISABLED", "SCHEMA", "Source", "summary"]
 
@@ -75,7 +75,7 @@ class Source:
             "stats": stats.as_dict(),
             "settings": engine.settings.as_dict(),
             "regions_ever": engine._core.n_enlisted,
-            "allocator": _arena.numbers(),
+            "allocator": arena.numbers(),
             "regions": self._largest_regions(),
         }
 

@@ -53,7 +53,7 @@ class Session(Companion):
         self._command = ["python", *program.command]
         if options.report is not None:
             # Now: what is missing shows before hours have gone by, and sys.path is still ours.
-            from ksmcore.report import html_report
+            from ksmcore._show.report import html_report
 
             self._html_report: Callable[..., str] = html_report
         self._engine = ksmcore.default_engine()

@@ -17,8 +17,8 @@ from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ksmcore._kernel.smaps import sum_smaps
 from ksmcore.sizes import human_bytes
-from ksmcore.vmas import sum_smaps
 
 __all__ = ["kernel_view", "picture"]
 

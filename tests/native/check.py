@@ -64,7 +64,7 @@ OF_KSMCORE = re.compile(r"^ +#\d+ .*build/sanitize/(cython|lib)/ksmcore/", re.MU
 
 def preload() -> str:
     """The runtime that must be in the process before any module that needs it."""
-    module = LIB / "ksmcore" / f"_sys{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = LIB / "ksmcore" / "_kernel" / f"syscalls{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         raise SystemExit(f"{module} is not built: use make")
     needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout

@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import ksmcore
-from ksmcore import _estimate, _pagemap, _pages, _rmap, _sys, _tree_shell
+from ksmcore import _pages
+from ksmcore._core import estimate
+from ksmcore._kernel import pagemap, syscalls
+from ksmcore._records import rmap
+from ksmcore._testing.tree import Tree
 
 PAGE = ksmcore.Engine.page_bytes
 # Rounds before the size is watched (caches fill, modules are imported), and in each third after.
@@ -87,9 +91,9 @@ def refused() -> None:
             lambda: engine.register(b"cannot be written" * PAGE),
             lambda: engine.register(np.zeros((8, PAGE), np.uint8)[:, ::2]),
             lambda: engine.empty(-1, np.uint8),
-            lambda: _tree_shell.Tree(page_bytes=-1),
+            lambda: Tree(page_bytes=-1),
             lambda: _pages.jhash_many(bytes(10), 3),
-            lambda: _estimate.Tally("none"),
+            lambda: estimate.Tally("none"),
         ):
             try:
                 wrong()
@@ -103,7 +107,7 @@ def failing(call: str) -> None:
     source = some_bytes(40)
     for after in (0, 1, 2, 4, 8):
         arrays, engine = [], None
-        _sys.inject(call, errno.ENOMEM, after=after, count=2)
+        syscalls.inject(call, errno.ENOMEM, after=after, count=2)
         try:
             engine = ksmcore.Engine()
             arrays += [engine.array(source), engine.array(source), engine.zeros(PAGE, np.uint8)]
@@ -112,11 +116,11 @@ def failing(call: str) -> None:
             arrays[0][:] ^= 1
             engine.scan()
             engine.unregister(arrays[1])
-            _rmap.RmapTable().add(1)
+            rmap.RmapTable().add(1)
         except (OSError, MemoryError):
             pass
         finally:
-            _sys.inject_clear()
+            syscalls.inject_clear()
         # What ended in the middle is ended now, so that only a leak is left over.
         if engine is not None:
             engine.scan()
@@ -165,23 +169,23 @@ def shells() -> None:
     """What has native memory and no engine: trees, the rmap table, a tally, checksums."""
     source = some_bytes(64)
     for order in ("digest", "content"):
-        tree = _tree_shell.Tree(order=order, page_bytes=PAGE)
+        tree = Tree(order=order, page_bytes=PAGE)
         tree.add_many(source)
         tree.discard(bytes(source[:PAGE]))
         tree.pages_in_order()
         tree.check()
         tree.clear()
-    table = _rmap.RmapTable()
+    table = rmap.RmapTable()
     for page_no in range(1, 5000):
         table.add(page_no)
     for page_no in range(1, 5000, 3):
         table.remove(page_no)
     table.check()
-    tally = _estimate.Tally("jhash")
+    tally = estimate.Tally("jhash")
     start = -(-source.__array_interface__["data"][0] // PAGE) * PAGE
     tally.add(start, 60)
     tally.distinct()
-    _pagemap.query(start, 60)
+    pagemap.query(start, 60)
     for checksum in ("jhash", "mmh3"):
         _pages.checksum_many(source, PAGE, checksum)
     for kernel in _pages.kernels():

@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 )
 
 import ksmcore
-from ksmcore import _pagemap, vmas
-from ksmcore.settings import GUARDS
+from ksmcore._engine.settings import GUARDS
+from ksmcore._kernel import pagemap, smaps
 
 PAGE = ksmcore.Engine.page_bytes
 MAX_PAGES = 24
@@ -164,12 +164,12 @@ class EngineMachine(RuleBasedStateMachine):
         addr = held.array.__array_interface__["data"][0]
         if self.engine._core.find(addr, held.array.nbytes) is None:
             return
-        before = [vma.path for vma in vmas.vmas_in(addr, addr + held.array.nbytes)]
+        before = [vma.path for vma in smaps.vmas_in(addr, addr + held.array.nbytes)]
         with self.engine.hold(held.array), self.engine.hold(held.array[:1]):
             (self.engine.dedup if immediate else self.engine.scan)()
             held.array[-1] = CONTENTS[3]
             held.model[-1] = CONTENTS[3]
-        assert [vma.path for vma in vmas.vmas_in(addr, addr + held.array.nbytes)] == before
+        assert [vma.path for vma in smaps.vmas_in(addr, addr + held.array.nbytes)] == before
         self.scanned = False
 
     @precondition(lambda self: len(self.children) < 3)
@@ -239,7 +239,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine") or self.engine.stats().dirty != "pagemap":
             return
         n_protected = sum(
-            n_pages - sum(n for _, n, _ in _pagemap.survey(addr, n_pages, True))
+            n_pages - sum(n for _, n, _ in pagemap.survey(addr, n_pages, True))
             for _, addr, n_pages in self.engine._core.regions()
         )
         assert n_protected <= self.engine.stats().pages_quiet
@@ -251,7 +251,7 @@ class EngineMachine(RuleBasedStateMachine):
         stats = self.engine.stats()
         tracked = absent_shared = 0
         for _, addr, n_pages in self.engine._core.regions():
-            flags = _pagemap.query(addr, n_pages)
+            flags = pagemap.query(addr, n_pages)
             tracked += sum(bool(flag & 1) for flag in flags)
             absent_shared += sum(not flag & 1 for flag in flags)
         # A merged page that was not read since is not present; a zero page that was read since is.

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ksmcore._tree_shell import Tree
+from ksmcore._testing.tree import Tree
 
 PAGE_BYTES = 8
 

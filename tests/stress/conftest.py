@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ksmcore
-from ksmcore.settings import GUARDS
+from ksmcore._engine.settings import GUARDS
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 from detector import WORDS, Writers, address, at_least, has_merged, private_pages, rounds, running
 
 import ksmcore
-from ksmcore import _sys
+from ksmcore._kernel import syscalls
 
 N_PAGES = 600
 # So often that writers met windows, and copied what was merged.
@@ -37,7 +37,7 @@ CASES = [
 @pytest.mark.parametrize(("order", "fill", "presence"), CASES)
 def test_no_word_is_lost(writers, guard, order, fill, presence, record_property):
     if presence == "mincore":
-        _sys.inject("open", 13)
+        syscalls.inject("open", 13)
     memory, pages = private_pages(N_PAGES)
     if fill != "zero":
         pages[:, 64:] = np.arange(N_PAGES)[:, None] % 3 + 1

@@ -12,7 +12,7 @@ import pytest
 from kernels_view import pss_bytes
 
 import ksmcore
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 N_THREADS = 8
 # A quick form is always run.
@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 300
 def taken():
     """Of the process: bytes, mappings, descriptors."""
     gc.collect()
-    return pss_bytes(), vmas.count_maps(), len(os.listdir("/proc/self/fd"))
+    return pss_bytes(), smaps.count_maps(), len(os.listdir("/proc/self/fd"))
 
 
 def come_and_go(engine, seed, n_regions, failed):

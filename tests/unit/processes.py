@@ -10,7 +10,7 @@ import textwrap
 FORK_OFTEN = """
     import os, warnings
     import numpy as np
-    from ksmcore import _arena
+    from ksmcore._arrays import arena
 
     def fork_often(threads, end, n_forks):
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
@@ -21,8 +21,8 @@ FORK_OFTEN = """
             pid = os.fork()
             if pid == 0:
                 ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
-                _arena.give_back()
-                os._exit(0 if ok and _arena.check() == 0 else 1)
+                arena.give_back()
+                os._exit(0 if ok and arena.check() == 0 else 1)
             statuses.append(os.waitpid(pid, 0)[1])
         end()
         for thread in threads:

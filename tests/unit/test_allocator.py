@@ -14,8 +14,8 @@ from kernels_view import pss_bytes
 from processes import FORK_OFTEN, run_python
 
 import ksmcore
-from ksmcore import _arena, allocators
-from ksmcore.allocators import is_here
+from ksmcore._arrays import arena, installing
+from ksmcore._arrays.installing import is_here
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -27,7 +27,7 @@ def _uninstalled():
     yield
     ksmcore.uninstall_allocator()
     gc.collect()
-    assert _arena.check() == 0
+    assert arena.check() == 0
     ksmcore.default_engine()._core.check()
 
 
@@ -240,7 +240,7 @@ def test_resize_keeps_the_contents_across_the_threshold_and_back():
             assert np.array_equal(array[:kept], values[:kept])
             values = values[:kept]
             assert not array[kept:].any() or n < len(array)
-            assert _arena.check() == 0
+            assert arena.check() == 0
         small = np.arange(10)
         small.resize(100_000, refcheck=False)
         assert np.array_equal(small[:10], np.arange(10))
@@ -317,7 +317,7 @@ class Arrays(RuleBasedStateMachine):
 
     @rule()
     def give_back_what_is_idle(self):
-        _arena.give_back_idle()
+        arena.give_back_idle()
 
     @invariant()
     def every_byte_is_right(self):
@@ -327,8 +327,8 @@ class Arrays(RuleBasedStateMachine):
 
     @invariant()
     def the_arena_adds_up(self):
-        assert _arena.check() == 0
-        assert _arena.numbers()["taken_bytes"] >= sum(array.nbytes for array, _ in self.kept)
+        assert arena.check() == 0
+        assert arena.numbers()["taken_bytes"] >= sum(array.nbytes for array, _ in self.kept)
 
     def teardown(self):
         self.every_byte_is_right()
@@ -393,24 +393,25 @@ def test_holes_in_merged_memory_keep_to_the_map_budget():
     done = run_python("""
         import numpy as np
         import ksmcore
-        from ksmcore import _arena, vmas
+        from ksmcore._arrays import arena
+        from ksmcore._kernel import smaps
         ksmcore.configure(map_budget=200)
         ksmcore.install_allocator()
         rng = np.random.default_rng(1)
         contents = [rng.integers(0, 255, 1 << 16, np.uint8) for _ in range(1000)]
         arrays = [[array.copy() for array in contents] for _ in range(2)]
         assert ksmcore.dedup().bytes_saved > 60 << 20
-        before = vmas.count_maps()
+        before = smaps.count_maps()
         for some in arrays:
             some[1::2] = [None] * 500
         stats = ksmcore.stats()
         assert stats.maps_used <= stats.maps_allowed == 200
-        assert vmas.count_maps() - before <= 200
+        assert smaps.count_maps() - before <= 200
         for some in arrays:
             assert all(np.array_equal(a, b) for a, b in zip(some, contents) if a is not None)
         zeros = [np.zeros(1 << 16, np.uint8) for _ in range(1200)]
         assert not any(array.any() for array in zeros)
-        assert _arena.check() == 0
+        assert arena.check() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -437,7 +438,7 @@ def test_reused_memory_takes_writes_where_merged_arrays_were():
 
 
 def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatch):
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.0)  # discarding happens with every batch
+    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.0)  # discarding happens with every batch
     ksmcore.install_allocator()
     wrong = []
 
@@ -463,18 +464,18 @@ def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatc
         for thread in threads:
             thread.join()
     assert wrong == []
-    assert _arena.check() == 0
+    assert arena.check() == 0
 
 
 def test_arrays_may_be_given_back_by_another_thread_and_after_it_was_uninstalled():
     ksmcore.install_allocator()
     arrays = [np.ones(MIB, np.uint8) for _ in range(10)]
     ksmcore.uninstall_allocator()
-    taken = _arena.numbers()["taken_bytes"]
+    taken = arena.numbers()["taken_bytes"]
     thread = threading.Thread(target=arrays.clear)
     thread.start()
     thread.join()
-    assert _arena.numbers()["taken_bytes"] == taken - 10 * MIB
+    assert arena.numbers()["taken_bytes"] == taken - 10 * MIB
 
 
 def test_an_array_of_the_allocator_can_be_deduplicated_and_held_but_not_registered_again():
@@ -505,7 +506,7 @@ def test_estimate_counts_the_arrays_also_while_they_are_given_back():
     ksmcore.estimate(progress=give_back)
     assert arrays == []
     gc.collect()
-    before = _arena.numbers()["chunks"]
+    before = arena.numbers()["chunks"]
     assert before <= 2
     assert ksmcore.estimate().bytes_saved < found.bytes_saved
 
@@ -518,8 +519,8 @@ def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
         import gc, os
         import numpy as np
         import ksmcore
-        from ksmcore import _arena
-        from ksmcore.allocators import is_here
+        from ksmcore._arrays import arena
+        from ksmcore._arrays.installing import is_here
 
         ksmcore.install_allocator()
         arrays = [np.full(1 << 20, i % 3 + 1, np.uint8) for i in range(60)]
@@ -539,15 +540,15 @@ def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
                 for i, array in enumerate(arrays):
                     assert (array == (2 * i + 1) % 3 + 1).all()
                     array[:] = 7
-                assert _arena.check() == 0
+                assert arena.check() == 0
                 del array; arrays.clear(); fresh.clear(); gc.collect()
-                assert _arena.check() == 0 and _arena.numbers()["taken_bytes"] == 0
+                assert arena.check() == 0 and arena.numbers()["taken_bytes"] == 0
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitpid(pid, 0)[1] == 0
         assert all((array == i % 3 + 1).all() for i, array in enumerate(arrays))
-        assert _arena.check() == 0
+        assert arena.check() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -564,8 +565,8 @@ def test_forks_beside_threads_that_allocate():
                 np.ones(200_000, np.uint8)
         def tidy():
             while not over.is_set():
-                _arena.give_back_idle()
-                _arena.give_back()
+                arena.give_back_idle()
+                arena.give_back()
         threads = [threading.Thread(target=one) for one in (work, work, work, tidy)]
         fork_often(threads, over.set, 40)
     """
@@ -601,7 +602,7 @@ def test_a_closed_engine_leaves_its_arrays_as_they_are():
         import gc
         import numpy as np
         import ksmcore
-        from ksmcore import _arena
+        from ksmcore._arrays import arena
         ksmcore.install_allocator()
         arrays = [np.full(1 << 20, 3, np.uint8) for _ in range(50)]
         ksmcore.dedup()
@@ -614,7 +615,7 @@ def test_a_closed_engine_leaves_its_arrays_as_they_are():
         assert not any(array.any() for array in zeros)
         del arrays, more, zeros
         gc.collect()
-        assert _arena.check() == 0 and _arena.numbers()["taken_bytes"] == 0
+        assert arena.check() == 0 and arena.numbers()["taken_bytes"] == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -624,7 +625,7 @@ def test_disabled_it_registers_nothing():
         """
         import numpy as np
         import ksmcore
-        from ksmcore.allocators import is_here
+        from ksmcore._arrays.installing import is_here
         with ksmcore.allocator():
             arrays = [np.ones(1 << 20, np.uint8) for _ in range(10)]
         assert ksmcore.dedup().bytes_saved == 0
@@ -640,11 +641,12 @@ def test_where_the_kernel_knows_no_huge_pages():
     done = run_python("""
         import numpy as np
         import ksmcore
-        from ksmcore import _arena, _sys
+        from ksmcore._arrays import arena
+        from ksmcore._kernel import syscalls
         ksmcore.install_allocator()
-        _sys.inject("madvise", 22, count=1000)
+        syscalls.inject("madvise", 22, count=1000)
         arrays = [np.empty(5 << 20, np.uint8) for _ in range(20)]
-        assert _arena.numbers()["chunks"] == 2, _arena.numbers()
+        assert arena.numbers()["chunks"] == 2, arena.numbers()
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -654,7 +656,7 @@ def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
         import resource
         import numpy as np
         import ksmcore
-        from ksmcore import _arena
+        from ksmcore._arrays import arena
         ksmcore.install_allocator()
         kept = np.ones(1 << 20, np.uint8)
         with open("/proc/self/statm") as statm:
@@ -666,7 +668,7 @@ def test_without_address_space_numpy_says_no_and_the_next_array_is_made():
             pass
         else:
             raise SystemExit("made")
-        assert _arena.numbers()["refused"] > 0
+        assert arena.numbers()["refused"] > 0
         more = [np.full(1 << 20, i, np.uint8) for i in range(20)]
         assert all((array == i).all() for i, array in enumerate(more)) and (kept == 1).all()
     """)

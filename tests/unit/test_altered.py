@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 PAGE = ksmcore.Engine.page_bytes
 N = 64
@@ -105,7 +105,7 @@ def test_munmap(engine, merged, source, part):
     region.close()
     left = [page for page in range(N) if not part.start <= page < part.stop]
     assert np.array_equal(loose.pages[left], source[left])
-    gone = vmas.vmas_in(loose.at(part.start), loose.at(part.stop))
+    gone = smaps.vmas_in(loose.at(part.start), loose.at(part.stop))
     assert gone == []
     engine._core.check()
 
@@ -119,7 +119,7 @@ def test_munmap_before_anything_merged(engine, source):
     engine.dedup()
     engine.estimate()
     region.close()
-    assert vmas.vmas_in(loose.addr, loose.at(N)) == []
+    assert smaps.vmas_in(loose.addr, loose.at(N)) == []
 
 
 def test_another_file_in_its_place(engine, merged, source, tmp_path):
@@ -133,7 +133,7 @@ def test_another_file_in_its_place(engine, merged, source, tmp_path):
     engine.dedup()
     check_partner(engine, partner, source)
     region.close()
-    (vma,) = vmas.vmas_in(loose.addr, loose.at(N))
+    (vma,) = smaps.vmas_in(loose.addr, loose.at(N))
     assert vma.path == str(path)
     loose.pages[3] = 7  # still the shared mapping of the file
     assert path.read_bytes()[3 * PAGE : 4 * PAGE] == b"\x07" * PAGE
@@ -200,7 +200,7 @@ def test_mremap_of_a_part(engine, merged, source):
     assert np.array_equal(moved.reshape(10, PAGE), source[20:30])
     assert np.array_equal(loose.pages[:20], source[:20])
     assert np.array_equal(loose.pages[30:], source[30:])
-    assert vmas.vmas_in(loose.at(20), loose.at(30)) == []
+    assert smaps.vmas_in(loose.at(20), loose.at(30)) == []
     call("munmap", target, 10 * PAGE)
 
 
@@ -216,7 +216,7 @@ def test_mprotect(engine, merged, source, prot, part):
     with pytest.raises(RuntimeError, match="mprotect"):
         region.close()
     assert not region.closed
-    for vma in vmas.vmas_in(addr, addr + len_bytes):
+    for vma in smaps.vmas_in(addr, addr + len_bytes):
         assert vma.readable == bool(prot)
         assert not vma.writable
     check_partner(engine, partner, source)
@@ -239,7 +239,7 @@ def test_mprotect_before_anything_merged(engine, source):
     for _ in range(3):
         assert engine.scan().pages_merged == 0
     region.close()  # nothing to be restored
-    (vma,) = vmas.vmas_in(loose.addr, loose.at(N))
+    (vma,) = smaps.vmas_in(loose.addr, loose.at(N))
     assert not vma.writable
     assert np.array_equal(twin, source)
     loose.unmap()
@@ -270,7 +270,7 @@ def test_mlock(engine, merged, source):
         for _ in range(3):
             assert engine.scan().skipped["altered"] == N
         assert engine.dedup().pages_merged == 0
-        for vma in vmas.Snapshot().vmas_in(loose.addr, loose.at(N)):
+        for vma in smaps.Snapshot().vmas_in(loose.addr, loose.at(N)):
             assert "lo" in vma.flags
     finally:
         call("munlock", loose.addr, N * PAGE)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 MAKERS = ["empty", "zeros", "full", "array", "copy"]
@@ -52,7 +52,7 @@ def address(array):
 
 
 def mapped(start, end):
-    return [vma for vma in vmas.vmas_in(start, end) if vma.start < end and vma.end > start]
+    return [vma for vma in smaps.vmas_in(start, end) if vma.start < end and vma.end > start]
 
 
 class TestShape:
@@ -198,7 +198,7 @@ class TestContents:
     def test_empty_is_zero_and_takes_no_memory(self, engine):
         made = engine.empty(1000 * PAGE, np.uint8)
         start = address(made)
-        present = ksmcore._pagemap.query(start, 1000)
+        present = ksmcore._kernel.pagemap.query(start, 1000)
         assert not any(present)
         assert not made.any()
 

@@ -11,8 +11,8 @@ import pytest
 
 import ksmcore
 from ksmcore import PageState
-from ksmcore.charts import SAVED_COLOUR, USED_COLOUR
-from ksmcore.pagemaps import LOOKS, rgb
+from ksmcore._show.charts import SAVED_COLOUR, USED_COLOUR
+from ksmcore._show.page_maps import LOOKS, rgb
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 WIDTHS = (360, 1280)
@@ -139,7 +139,7 @@ def engine(engine, rng):
 
 
 def maps_of(engine):
-    from ksmcore.pagemaps import page_maps
+    from ksmcore._show.page_maps import page_maps
 
     return page_maps(engine, 100)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from cli import KSMCORE, ksmcore, python, write
 
-from ksmcore import __version__, surroundings
+from ksmcore import __version__
 from ksmcore.cli.checkup import show
-from ksmcore.doctor import Diagnosis
-from ksmcore.surroundings import Check
+from ksmcore.doctor.checks import Check, map_limit
+from ksmcore.doctor.diagnosis import Diagnosis
 
 COMMANDS = ("run", "doctor", "estimate", "live", "demo")
 
@@ -105,8 +105,8 @@ def test_doctor_of_what_is_broken():
 def test_remedies_are_below_what_they_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     checks = (
-        surroundings.map_limit(500, 2**20),
-        surroundings.map_limit(65_000, 65_530),
+        map_limit(500, 2**20),
+        map_limit(65_000, 65_530),
         Check("other", "good", "text"),
     )
     show(Diagnosis(checks))

@@ -19,8 +19,8 @@ REPORT = """
     import sys, types
     def html_report(engine, *, title, command, exit_status):
         return f"{title}|{command}|{exit_status}|{engine.stats().bytes_saved}"
-    sys.modules["ksmcore.report"] = types.ModuleType("ksmcore.report")
-    sys.modules["ksmcore.report"].html_report = html_report
+    sys.modules["ksmcore._show.report"] = types.ModuleType("ksmcore._show.report")
+    sys.modules["ksmcore._show.report"].html_report = html_report
     sys.argv[0] = "ksmcore"
     from ksmcore.cli import main
     main()
@@ -40,9 +40,9 @@ def test_memory_is_saved_by_the_kernels_figures(tmp_path):
     script = """
         import sys, time
         import numpy as np
-        from ksmcore import vmas
+        from ksmcore._kernel import smaps
         def pss():
-            totals = vmas.smaps_rollup()
+            totals = smaps.smaps_rollup()
             return totals["Pss"] - totals.get("Pss_File", 0)
         deadline = time.monotonic() + (60 if "wait" in sys.argv else 0)
         before = pss()
@@ -390,10 +390,10 @@ def test_the_engine_is_closed_by_the_program(tmp_path):
 def test_settings(tmp_path):
     script = """
         import ksmcore, numpy as np
-        from ksmcore import allocators
+        from ksmcore._arrays import installing
         print(ksmcore.default_engine().scanning, ksmcore.default_engine().settings.sleep_millisecs)
         for n in (1000, 5000):
-            print(allocators.is_here(np.ones(n, np.uint8)))
+            print(installing.is_here(np.ones(n, np.uint8)))
     """
     write(tmp_path, script)
     told = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kernels_view import pss_bytes, pss_of
 
 import ksmcore
-from ksmcore import _sys, vmas
+from ksmcore._kernel import smaps, syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -321,7 +321,7 @@ def test_a_copy_leaves_memory_alone_that_the_pass_leaves_alone(engine):
             report = engine.scan(progress=copy_once)
             assert report.skipped["altered"] >= source.nbytes // PAGE
         assert len(copies) == 3
-        assert vmas.vmas_in(address.value, address.value + MIB)[0].locked > 0
+        assert smaps.vmas_in(address.value, address.value + MIB)[0].locked > 0
     finally:
         assert libc.munlock(address, length) == 0
 
@@ -342,14 +342,14 @@ def test_what_the_kernel_refuses_leaves_right_bytes_or_no_copy(engine, call):
     source = engine.array(noise(MIB))
     first = engine.copy(source)
     for after in range(4):
-        _sys.inject(call, errno.ENOMEM, after)
+        syscalls.inject(call, errno.ENOMEM, after)
         try:
             copy = engine.copy(source)
             assert np.array_equal(copy, source)
         except (OSError, MemoryError):
             pass
         finally:
-            _sys.inject_clear()
+            syscalls.inject_clear()
         engine._core.check()
     assert np.array_equal(first, source)
     assert np.array_equal(source, noise(MIB))

@@ -12,7 +12,7 @@ import pytest
 from cli import ksmcore as command_line
 
 import ksmcore
-import ksmcore.demo
+import ksmcore.cli.demo
 
 TINY = 0.01
 
@@ -22,7 +22,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The demonstration, with a default engine of its own."""
     with ksmcore.Engine() as engine:
         monkeypatch.setattr(ksmcore, "default_engine", lambda: engine)
-        yield ksmcore.demo
+        yield ksmcore.cli.demo
 
 
 def saved_mib(output: str) -> float:

@@ -7,10 +7,13 @@ import os
 import pytest
 
 import ksmcore
-from ksmcore import _guard, _sys, doctor, surroundings, vmas
-from ksmcore.doctor import Diagnosis
-from ksmcore.settings import GUARDS
-from ksmcore.surroundings import Check
+from ksmcore._engine.settings import GUARDS
+from ksmcore._guard import guard
+from ksmcore._kernel import smaps, syscalls
+from ksmcore.doctor import checks
+from ksmcore.doctor import diagnosis as examining
+from ksmcore.doctor.checks import Check
+from ksmcore.doctor.diagnosis import Diagnosis
 
 NAMES = (
     "self-test",
@@ -66,16 +69,16 @@ def assert_sound(check):
 
 
 def test_a_machine_where_these_tests_run():
-    diagnosis = doctor.examine()
+    diagnosis = examining.examine()
     assert tuple(check.name for check in diagnosis.checks) == NAMES
     for check in diagnosis.checks:
         assert_sound(check)
     assert diagnosis["self-test"].level == "good"
-    assert diagnosis["self-test"].facts["pss_fallen_bytes"] > 32 * _sys.page_bytes()
+    assert diagnosis["self-test"].facts["pss_fallen_bytes"] > 32 * syscalls.page_bytes()
     assert diagnosis.exit_status in (0, 1)
     with ksmcore.Engine() as engine:
         assert diagnosis["guard"].facts["in_use"] == engine.stats().guard
-    assert diagnosis["mappings"].facts["limit"] == vmas.max_map_count()
+    assert diagnosis["mappings"].facts["limit"] == smaps.max_map_count()
     found = json.loads(json.dumps(diagnosis.as_dict()))
     assert set(found) == {"schema", "ksmcore", "health", "exit_status", "checks"}
     assert found["schema"] == 1
@@ -84,9 +87,9 @@ def test_a_machine_where_these_tests_run():
 
 
 def test_nothing_is_left():
-    before = vmas.count_maps(), len(os.listdir("/proc/self/fd"))
-    doctor.examine()
-    after = vmas.count_maps(), len(os.listdir("/proc/self/fd"))
+    before = smaps.count_maps(), len(os.listdir("/proc/self/fd"))
+    examining.examine()
+    after = smaps.count_maps(), len(os.listdir("/proc/self/fd"))
     assert after[1] == before[1]
     assert after[0] <= before[0] + 8
 
@@ -120,7 +123,7 @@ def test_bytes_that_change_are_noticed(monkeypatch):
         return report
 
     monkeypatch.setattr(ksmcore.Engine, "dedup", corrupt)
-    check, _ = doctor.self_test()
+    check, _ = examining.self_test()
     assert (check.level, check.text) == ("broken", "failed: merging changed bytes")
     assert_sound(check)
 
@@ -134,19 +137,19 @@ def test_a_write_that_shows_through_is_noticed(monkeypatch):
         region._view()[-1] ^= 1
 
     monkeypatch.setattr(ksmcore.Engine, "unmerge", corrupt)
-    assert doctor.self_test()[0].text == "failed: unmerging changed bytes"
+    assert examining.self_test()[0].text == "failed: unmerging changed bytes"
 
 
 def test_merging_that_does_nothing_is_noticed(monkeypatch):
     monkeypatch.setenv("KSMCORE_MAP_BUDGET", "0")
-    check, _ = doctor.self_test()
+    check, _ = examining.self_test()
     assert check.level == "broken"
     assert "no page was merged (map_budget)" in check.text
 
 
 def test_merging_that_a_setting_bounds_is_told(monkeypatch):
     monkeypatch.setenv("KSMCORE_MAX_SHARED_PAGES", "10")
-    check, _ = doctor.self_test()
+    check, _ = examining.self_test()
     assert check.level == "weak"
     assert check.text.startswith("10 of 64 pairs")
     assert "KSMCORE_MAX_SHARED_PAGES" in check.remedy
@@ -158,31 +161,31 @@ def test_merging_that_a_setting_bounds_is_told(monkeypatch):
     [("GUARD", "mprotect", "guard", "mprotect"), ("DIRTY", "checksum", "tracking", "checksum")],
 )
 def test_what_is_set_counts_not_what_would_be_possible(monkeypatch, name, setting, check, in_use):
-    best = doctor.examine()[check]
+    best = examining.examine()[check]
     if best.level != "good":
         pytest.skip(f"here nothing better can be had: {best.text}")
     monkeypatch.setenv(f"KSMCORE_{name}", setting)
-    found = doctor.examine()[check]
+    found = examining.examine()[check]
     assert (found.level, found.facts["in_use"]) == ("advice", in_use)
     assert f"KSMCORE_{name}" in found.remedy
     assert_sound(found)
 
 
 def test_memory_that_does_not_go_back_is_noticed(monkeypatch):
-    monkeypatch.setattr(doctor, "_pss_of", lambda pages: 100)
-    check, _ = doctor.self_test()
+    monkeypatch.setattr(examining, "_pss_of", lambda pages: 100)
+    check, _ = examining.self_test()
     assert check.level == "weak"
     assert_sound(check)
 
 
 @pytest.mark.parametrize("call", ["memfd_create", "mmap"])
 def test_calls_that_the_kernel_refuses(call):
-    _sys.inject(call, errno.ENOMEM, count=1000)
-    check, _ = doctor.self_test()
-    _sys.inject_clear()
+    syscalls.inject(call, errno.ENOMEM, count=1000)
+    check, _ = examining.self_test()
+    syscalls.inject_clear()
     assert check.level == "broken"
     assert_sound(check)
-    assert doctor.self_test()[0].level == "good"
+    assert examining.self_test()[0].level == "good"
 
 
 # ---- guards and trackers -------------------------------------------------------------------------
@@ -202,7 +205,7 @@ REFUSED = {**HERE, "userfaultfd": "Operation not permitted", "userfaultfd-user":
     ],
 )
 def test_guard(root, found, status, level, in_use, remedy):
-    check = surroundings.guard(found, root=root({"proc/self/status": status}))
+    check = checks.guard(found, root=root({"proc/self/status": status}))
     assert (check.level, check.facts["in_use"]) == (level, in_use)
     assert remedy is None or remedy in check.remedy
     assert_sound(check)
@@ -210,16 +213,16 @@ def test_guard(root, found, status, level, in_use, remedy):
 
 def test_what_the_kernel_can(root):
     for judge, bad in (
-        (surroundings.memory_file, "broken"),
-        (surroundings.page_map, "weak"),
-        (surroundings.tracking, "advice"),
+        (checks.memory_file, "broken"),
+        (checks.page_map, "weak"),
+        (checks.tracking, "advice"),
     ):
         assert judge(None).level == "good"
         check = judge("Operation not permitted")
         assert check.level == bad
         assert_sound(check)
     filtered = root({"proc/self/status": "Seccomp:\t2\n"})
-    assert "seccomp" in surroundings.tracking("no", root=filtered).remedy
+    assert "seccomp" in checks.tracking("no", root=filtered).remedy
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_what_the_kernel_can(root):
     ],
 )
 def test_kernel(release, level):
-    check = surroundings.kernel(release)
+    check = checks.kernel(release)
     assert (check.level, check.facts["release"]) == (level, release)
     assert_sound(check)
 
@@ -254,7 +257,7 @@ def test_kernel(release, level):
     ],
 )
 def test_map_limit(used, limit, level):
-    check = surroundings.map_limit(used, limit)
+    check = checks.map_limit(used, limit)
     assert check.level == level
     assert check.facts == {"used": used, "limit": limit, "free": max(limit - used, 0)}
     assert_sound(check)
@@ -281,7 +284,7 @@ def test_memory_limit_of_version_2(root, files, level, limit):
             **{f"sys/fs/cgroup/box/{name}": text for name, text in files.items()},
         }
     )
-    check = surroundings.memory_limit(made)
+    check = checks.memory_limit(made)
     assert (check.level, check.facts["limit_bytes"]) == (level, limit)
     assert_sound(check)
 
@@ -291,14 +294,14 @@ def test_memory_limit_of_version_1_is_the_least(root):
     for group, limit in (("", 2**63 - 4096), ("a", 512 * MIB), ("a/b", 2048 * MIB)):
         files[f"sys/fs/cgroup/memory/{group}/memory.limit_in_bytes"] = f"{limit}\n"
         files[f"sys/fs/cgroup/memory/{group}/memory.usage_in_bytes"] = "1\n"
-    check = surroundings.memory_limit(root(files))
+    check = checks.memory_limit(root(files))
     assert check.facts["limit_bytes"] == 512 * MIB
     assert check.facts["cgroup"].endswith("/memory/a")
     assert check.level == "good"
 
 
 def test_a_machine_with_little_memory(root):
-    check = surroundings.memory_limit(root({"proc/meminfo": MEMINFO.format(30_000)}))
+    check = checks.memory_limit(root({"proc/meminfo": MEMINFO.format(30_000)}))
     assert check.level == "weak"
     assert_sound(check)
 
@@ -309,7 +312,7 @@ def test_a_machine_with_little_memory(root):
 )
 def test_overcommit(root, mode, promised, level):
     meminfo = f"CommitLimit: 100 kB\nCommitted_AS: {promised} kB\n"
-    check = surroundings.overcommit(
+    check = checks.overcommit(
         root({"proc/sys/vm/overcommit_memory": mode, "proc/meminfo": meminfo})
     )
     assert (check.level, check.facts["mode"]) == (level, int(mode))
@@ -318,7 +321,7 @@ def test_overcommit(root, mode, promised, level):
 
 def test_swap(root):
     made = root({"proc/meminfo": "SwapTotal: 2048 kB\nSwapFree: 1024 kB\n"})
-    check = surroundings.swap(made)
+    check = checks.swap(made)
     assert check.facts == {"total_bytes": 2 * MIB, "free_bytes": MIB}
     assert "1.0 MiB of 2.0 MiB free" in check.text
 
@@ -336,7 +339,7 @@ def test_swap(root):
 def test_huge_pages(root, enabled, shmem, level):
     here = "sys/kernel/mm/transparent_hugepage"
     made = root({f"{here}/enabled": enabled, f"{here}/shmem_enabled": shmem})
-    check = surroundings.huge_pages(made)
+    check = checks.huge_pages(made)
     assert check.level == level
     assert_sound(check)
 
@@ -350,7 +353,7 @@ def test_kernels_own_ksm(root, run, joined, level):
         "sys/kernel/mm/ksm/run": f"{run}\n",
         "proc/self/ksm_stat": f"ksm_rmap_items 0\nksm_merge_any: {joined}\n",
     }
-    check = surroundings.kernel_ksm(root(files))
+    check = checks.kernel_ksm(root(files))
     assert (check.level, check.facts) == (
         level,
         {"run": int(run), "whole_process": joined == "yes"},
@@ -361,17 +364,17 @@ def test_kernels_own_ksm(root, run, joined, level):
 def test_a_kernel_that_shows_nothing(tmp_path):
     """A sandbox without /proc and /sys: no check fails, and none warns of what it does not know."""
     for judge in (
-        surroundings.memory_limit,
-        surroundings.overcommit,
-        surroundings.swap,
-        surroundings.huge_pages,
-        surroundings.kernel_ksm,
-        surroundings.privileges,
+        checks.memory_limit,
+        checks.overcommit,
+        checks.swap,
+        checks.huge_pages,
+        checks.kernel_ksm,
+        checks.privileges,
     ):
         check = judge(tmp_path)
         assert check.level == "good"
         assert_sound(check)
-    assert surroundings.container(tmp_path, {}).facts == {"kind": None}
+    assert checks.container(tmp_path, {}).facts == {"kind": None}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +391,7 @@ def test_a_kernel_that_shows_nothing(tmp_path):
     ],
 )
 def test_container(root, files, environ, kind):
-    check = surroundings.container(root(files), environ)
+    check = checks.container(root(files), environ)
     assert check.facts == {"kind": kind}
     assert_sound(check)
 
@@ -397,8 +400,8 @@ def test_container(root, files, environ, kind):
 
 
 def test_numpy_allocator():
-    assert surroundings.numpy_allocator().facts["allocator"] == "default_allocator"
-    check = surroundings.numpy_allocator("another")
+    assert checks.numpy_allocator().facts["allocator"] == "default_allocator"
+    check = checks.numpy_allocator("another")
     assert check.level == "advice"
     assert_sound(check)
 
@@ -406,8 +409,8 @@ def test_numpy_allocator():
 def test_address_space(monkeypatch, root):
     files = root({"proc/self/status": "VmSize:\t 1048576 kB\n"})
     for limit, level in ((-1, "good"), (8 << 30, "advice"), (3 << 29, "weak"), (1 << 20, "weak")):
-        monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _, n=limit: (n, -1))
-        check = surroundings.address_space(files)
+        monkeypatch.setattr(checks.resource, "getrlimit", lambda _, n=limit: (n, -1))
+        check = checks.address_space(files)
         assert check.level == level
         assert_sound(check)
 
@@ -424,12 +427,12 @@ def test_address_space(monkeypatch, root):
 )
 def test_environment(monkeypatch, name, value, level, told):
     monkeypatch.setenv(f"KSMCORE_{name}", value)
-    check = surroundings.environment()
+    check = checks.environment()
     assert check.level == level
     assert told in check.text + (check.remedy or "")
     assert_sound(check)
     # The merge itself tells the same.
-    assert (doctor.self_test()[0].level == "broken") == (level == "broken")
+    assert (examining.self_test()[0].level == "broken") == (level == "broken")
 
 
 # ---- a process that is refused
@@ -437,9 +440,9 @@ def test_environment(monkeypatch, name, value, level, told):
 
 def test_guards_that_are_refused_by_injection():
     """All of them but the last, in this process."""
-    _sys.inject("userfaultfd", errno.EPERM, count=1000)
-    diagnosis = doctor.examine()
-    _sys.inject_clear()
+    syscalls.inject("userfaultfd", errno.EPERM, count=1000)
+    diagnosis = examining.examine()
+    syscalls.inject_clear()
     assert diagnosis["guard"].facts["in_use"] == "mprotect"
     assert diagnosis["self-test"].level == "good"
-    assert _guard.probe("userfaultfd-user") is None or diagnosis["guard"].level == "advice"
+    assert guard.probe("userfaultfd-user") is None or diagnosis["guard"].level == "advice"

@@ -12,8 +12,8 @@ import textwrap
 
 import pytest
 
-from ksmcore import vmas
-from ksmcore.surroundings import Check
+from ksmcore._kernel import smaps
+from ksmcore.doctor.checks import Check
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ USERFAULTFD = {"x86_64": 323, "aarch64": 282}[platform.machine()]
 
 EXAMINE = """
     import json
-    from ksmcore.doctor import examine
+    from ksmcore.doctor.diagnosis import examine
     diagnosis = examine()
     print(json.dumps(diagnosis.as_dict()))
     raise SystemExit(diagnosis.exit_status)
@@ -114,12 +114,12 @@ def test_a_container_that_refuses_userfaultfd_is_healthy():
 
 TAKE_MAPPINGS = """
     import ctypes, mmap
-    from ksmcore import vmas
+    from ksmcore._kernel import smaps
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, n = mmap.PAGESIZE, vmas.max_map_count() - vmas.count_maps() - {room}
+    page, n = mmap.PAGESIZE, smaps.max_map_count() - smaps.count_maps() - {room}
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     addr = libc.mmap(None, (n + 1) * page, 0, flags, -1, 0)
     for number in range(1, n - 1, 2):
@@ -127,7 +127,7 @@ TAKE_MAPPINGS = """
 """
 
 
-@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(smaps.max_map_count() > 200_000, reason="too many mappings to use up")
 def test_few_mappings_left_are_a_weakness():
     checks, status = examined(before=TAKE_MAPPINGS.format(room=2000))
     assert checks["mappings"].level == "weak"
@@ -137,7 +137,7 @@ def test_few_mappings_left_are_a_weakness():
     assert status == 1
 
 
-@pytest.mark.skipif(vmas.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(smaps.max_map_count() > 200_000, reason="too many mappings to use up")
 def test_no_mappings_left_to_speak_of():
     """Whatever comes of it, it is told, and not raised."""
     checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")
@@ -148,8 +148,8 @@ def test_no_mappings_left_to_speak_of():
 def test_a_process_without_a_way_to_make_memory_files():
     before = """
         import errno
-        from ksmcore import _sys
-        _sys.inject("memfd_create", errno.EPERM, count=1000)
+        from ksmcore._kernel import syscalls
+        syscalls.inject("memfd_create", errno.EPERM, count=1000)
     """
     checks, status = examined(before=before)
     assert checks["memfd"].level == checks["self-test"].level == "broken"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import Settings, vmas
-from ksmcore.stats import STORE_PATH
+from ksmcore import Settings
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_run_starts_the_scanner(monkeypatch):
 
 
 def n_store_mappings():
-    return sum(vma.path.startswith(STORE_PATH) for vma in vmas.Snapshot().vmas_in(0, 2**64))
+    return sum(vma.path.startswith(STORE_PATH) for vma in smaps.Snapshot().vmas_in(0, 2**64))
 
 
 def test_disabled(monkeypatch, private_buffer):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _pagemap, vmas
+from ksmcore._kernel import pagemap, smaps
 
 PAGE = mmap.PAGESIZE
 
@@ -111,8 +111,8 @@ class TestChangesNothing:
         found = []
         for array in arrays:
             start, end = array.ctypes.data, array.ctypes.data + array.nbytes
-            mappings = [(v.path, v.flags, v.writable, v.shared) for v in vmas.vmas_in(start, end)]
-            found.append((mappings, _pagemap.query(start, array.nbytes // PAGE), end))
+            mappings = [(v.path, v.flags, v.writable, v.shared) for v in smaps.vmas_in(start, end)]
+            found.append((mappings, pagemap.query(start, array.nbytes // PAGE), end))
         return found, engine.stats(), engine.regions
 
     def test_plain_memory(self, engine, rng, anonymous):
@@ -141,7 +141,7 @@ class TestChangesNothing:
         memory = anonymous(np.full(100 * PAGE, 7, np.uint8))
         engine.estimate(memory)
         assert engine._core.store_fd == -1
-        assert not ksmcore._guard.handler_installed()
+        assert not ksmcore._guard.guard.handler_installed()
 
 
 def test_buffers_that_are_closed_meanwhile(engine, private_buffer):
@@ -178,17 +178,17 @@ class TestUntouched:
     def test_nothing_is_faulted_in(self, engine, private_buffer):
         memory = np.frombuffer(private_buffer(200), np.uint8)
         memory[50 * PAGE : 60 * PAGE] = 7
-        present = _pagemap.query(memory.ctypes.data, 200)
+        present = pagemap.query(memory.ctypes.data, 200)
         estimate = engine.estimate(memory)
         assert (estimate.pages, estimate.pages_distinct) == (200, 1)
         assert estimate.pages_present >= 10
-        assert _pagemap.query(memory.ctypes.data, 200) == present
+        assert pagemap.query(memory.ctypes.data, 200) == present
 
     def test_an_empty_array(self, engine):
         array = engine.empty(500 * PAGE, np.uint8)
         estimate = engine.estimate(array)
         assert (estimate.pages, estimate.pages_present, estimate.bytes_saved) == (500, 0, 0)
-        assert not any(_pagemap.query(array.ctypes.data, 500))
+        assert not any(pagemap.query(array.ctypes.data, 500))
 
     def test_pages_that_were_only_read(self, engine, private_buffer):
         """They are the kernel's own zero page, which takes no memory."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _guard, _sys
+from ksmcore._guard import guard as guards
+from ksmcore._kernel import syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 # What shuts a window; and the mmap calls made by entering a guard (for its scratch).
@@ -34,9 +35,9 @@ def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
     source = pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(engine.array(pages(rng, 1)))  # the engine's own arrays exist now
-    _sys.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
+    syscalls.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
     report = engine.dedup(a, b)
-    assert _sys.inject_clear() < 1000
+    assert syscalls.inject_clear() < 1000
     assert report.bytes_saved == 0
     assert report.skipped["store"] + report.skipped["refused"] > 0
     assert np.array_equal(a, source)
@@ -51,9 +52,9 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
     engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
     new = pages(rng, 8)
     a, b = engine.array(new), engine.array(new)
-    _sys.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
+    syscalls.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
     report = engine.dedup(a, b)
-    assert _sys.inject_clear() == 0
+    assert syscalls.inject_clear() == 0
     assert report.skipped["refused"] == 8
     assert report.skipped["partner"] == 8
     assert report.bytes_saved == 0
@@ -69,9 +70,9 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
 def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
     source = pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
-    _sys.inject("pwrite", code)
+    syscalls.inject("pwrite", code)
     report = engine.dedup(a, b)
-    assert _sys.inject_clear() == 0
+    assert syscalls.inject_clear() == 0
     assert report.skipped["store"] == 128
     assert report.bytes_saved == 0
     assert np.array_equal(a, source)
@@ -83,12 +84,12 @@ def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
 def test_a_store_that_cannot_be_made_is_counted(engine, rng):
     source = pages(rng, 4)
     a, b = engine.array(source), engine.array(source)
-    _sys.inject("memfd_create", errno.EMFILE, count=100)
+    syscalls.inject("memfd_create", errno.EMFILE, count=100)
     report = engine.dedup(a, b)
     assert report.skipped["store"] == 4
     assert report.bytes_saved == 0
     assert np.array_equal(a, b)
-    _sys.inject_clear()
+    syscalls.inject_clear()
     assert engine.dedup(a, b).bytes_saved == 4 * PAGE
 
 
@@ -96,11 +97,11 @@ def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
     source = pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(a, b)
-    _sys.inject("fallocate", errno.EOPNOTSUPP, count=100)
+    syscalls.inject("fallocate", errno.EOPNOTSUPP, count=100)
     a[::PAGE] ^= 1
     b[::PAGE] ^= 2
     engine.scan()
-    assert _sys.inject_clear() < 100
+    assert syscalls.inject_clear() < 100
     assert engine.stats().store_pages == 0
     new = pages(rng, 32)
     a[:] = b[:] = new
@@ -113,9 +114,9 @@ def test_protection_that_is_refused_skips_the_window(engine, guard, rng):
     source = pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     after = 1 if guard == "userfaultfd" else 0  # the scratch is registered first
-    _sys.inject(SHUTS[guard], errno.ENOMEM, after=after)
+    syscalls.inject(SHUTS[guard], errno.ENOMEM, after=after)
     report = engine.dedup(a, b)
-    assert _sys.inject_clear() == 0
+    assert syscalls.inject_clear() == 0
     assert report.skipped["refused"] + report.skipped["partner"] > 0
     a[:] += 1  # must be writable everywhere
     assert np.array_equal(b, source)
@@ -125,10 +126,10 @@ def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engi
     source = pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(engine.array(pages(rng, 1)))
-    _sys.inject("mmap", errno.ENOMEM, after=2, count=1)
-    _sys.inject("mprotect", errno.ENOMEM, after=1, count=50)
+    syscalls.inject("mmap", errno.ENOMEM, after=2, count=1)
+    syscalls.inject("mprotect", errno.ENOMEM, after=1, count=50)
     engine.dedup(a, b)
-    _sys.inject_clear()
+    syscalls.inject_clear()
     a[:] += 1
     b[:] += 2
     assert np.array_equal(a, source + 1)
@@ -141,16 +142,16 @@ def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
         zero[:] = 1
         zero[:] = 0
         # Giving zero pages back keeps the mapping, so its permission is asked for: in vain.
-        _sys.inject("mprotect", errno.ENOMEM, after=1, count=10**6)
+        syscalls.inject("mprotect", errno.ENOMEM, after=1, count=10**6)
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(zero)
-        _sys.inject_clear()
-        assert _guard.handler_installed()
+        syscalls.inject_clear()
+        assert guards.handler_installed()
         zero[0] = 1  # the handler asks once more on behalf of the writer
         assert zero[0] == 1
         engine.scan()
         zero[PAGE:] = 2
-    assert not _guard.handler_installed()
+    assert not guards.handler_installed()
 
 
 def test_unregister_without_memory_changes_nothing(guard, rng):
@@ -162,10 +163,10 @@ def test_unregister_without_memory_changes_nothing(guard, rng):
         # Advice for the scratch may be refused, that for the new memory may not.
         calls.append(("madvise", 1 + 2 * MMAPS_TO_ENTER[guard]))
         for call, after in calls:
-            _sys.inject(call, errno.ENOMEM, after=after)
+            syscalls.inject(call, errno.ENOMEM, after=after)
             with pytest.raises(MemoryError, match="unregister"):
                 engine.unregister(a)
-            assert _sys.inject_clear() == 0
+            assert syscalls.inject_clear() == 0
             assert np.array_equal(a, source)
             engine._core.check()
             assert engine.stats().regions == 2
@@ -183,14 +184,14 @@ def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
         with engine.register(buffer) as region:
             engine.dedup()
             merged = engine.stats().pages_sharing
-            _sys.inject("mmap", errno.ENOMEM)
+            syscalls.inject("mmap", errno.ENOMEM)
             if merged:
                 with pytest.raises(MemoryError):
                     region.close()
                 assert not region.closed
                 with pytest.raises(BufferError):
                     buffer.append(1)
-            _sys.inject_clear()
+            syscalls.inject_clear()
         assert region.closed
         buffer.append(1)
         assert bytes(buffer[:-1]) == source.tobytes()
@@ -201,9 +202,9 @@ def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
     a = engine.array(pages(rng, 4))
     # Of preads the census makes the first, and can do without.
     if scans := ksmcore.features()["tracking"] is None:
-        _sys.inject("pagemap_scan", errno.EIO)
+        syscalls.inject("pagemap_scan", errno.EIO)
     else:
-        _sys.inject("pread", errno.EIO, after=1)
+        syscalls.inject("pread", errno.EIO, after=1)
     with pytest.raises(OSError, match="pagemap_scan" if scans else "pread") as caught:
         engine.scan()
     assert caught.value.errno == errno.EIO
@@ -213,7 +214,7 @@ def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
 
 def test_a_guard_that_cannot_be_had_is_an_oserror(engine, guard):
     call = "sigaction" if guard == "mprotect" else "userfaultfd"
-    _sys.inject(call, errno.EPERM)
+    syscalls.inject(call, errno.EPERM)
     with pytest.raises(OSError, match=call):
         engine.scan()
     engine.scan()
@@ -252,7 +253,7 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
     fds = open_fds()
     for code in CODES[call]:
         for after in (0, 1, 2, 5, 11):
-            _sys.inject(call, code, after=after, count=2)
+            syscalls.inject(call, code, after=after, count=2)
             engine = None
             arrays = []
             try:
@@ -272,7 +273,7 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
             except ValueError as error:
                 if "is not to be had" not in str(error):
                     raise
-            _sys.inject_clear()
+            syscalls.inject_clear()
             for array in arrays[:3]:
                 assert np.array_equal(array[6 * PAGE :], source[6 * PAGE :])
                 assert np.array_equal(array[: 5 * PAGE], source[: 5 * PAGE])
@@ -285,5 +286,5 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
                 engine.close()
             engine = array = None
             arrays.clear()
-            assert not _guard.handler_installed()
+            assert not guards.handler_installed()
     assert open_fds() == fds

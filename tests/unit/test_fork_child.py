@@ -22,8 +22,9 @@ from forks import (
 )
 
 import ksmcore
-from ksmcore import _forks, _guard
-from ksmcore.passes import BATCH_PAGES
+from ksmcore._engine.passes import BATCH_PAGES
+from ksmcore._guard import guard
+from ksmcore._kernel import forks
 
 N_PAGES = 32
 
@@ -47,7 +48,7 @@ def test_the_childs_engine_starts_empty_and_works(engine, memory):
         assert engine.regions == ()
         assert engine.estimate().pages == 0
         assert region.closed
-        assert not _guard.handler_installed()
+        assert not guard.handler_installed()
         own = Memory(engine, 2, 64)
         assert engine.dedup().bytes_saved == 64 * PAGE
         assert engine.stats().pages_shared == engine.stats().pages_sharing == 64
@@ -170,9 +171,9 @@ def test_a_fork_in_the_middle_of_a_pass(engine, memory, end):
 
     def progress(done: int, total: int) -> None:
         if not pids and 0 < done < total:
-            assert _guard.handler_installed()
+            assert guard.handler_installed()
             pids.append(fork())
-            assert _guard.handler_installed() == (os.getpid() == original)
+            assert guard.handler_installed() == (os.getpid() == original)
             if pids[0] == 0 and end == "raises":
                 raise KeyboardInterrupt
             if pids[0] == 0 and end == "forgets":
@@ -181,7 +182,7 @@ def test_a_fork_in_the_middle_of_a_pass(engine, memory, end):
     def child() -> None:
         large.check()
         live_anew(memory, 1000)
-        assert not _guard.handler_installed()
+        assert not guard.handler_installed()
 
     try:
         engine.dedup(progress=progress)
@@ -203,9 +204,9 @@ def test_memory_info_and_estimates_in_a_child(engine, memory):
         assert ksmcore.memory_info().rss > 0
         assert engine.estimate(np.copy(own.arrays[0])).pages > 0
         assert engine.stats().store_pages_frozen == 0
-        assert _forks.generation() == generation + 1
+        assert forks.generation() == generation + 1
 
-    generation = _forks.generation()
+    generation = forks.generation()
     before = ksmcore.memory_info().saved
     assert in_child(work) == 0
     assert ksmcore.memory_info().saved == before

@@ -14,7 +14,7 @@ from forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scann
 from processes import FORK_OFTEN, run_python
 
 import ksmcore
-from ksmcore import _forks
+from ksmcore._kernel import forks
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
@@ -53,13 +53,13 @@ def pointers(array: np.ndarray, expected: np.ndarray) -> list[object]:
 
 def test_fork_by_ctypes(engine, memory):
     """Python's own hooks do not run in this child; the engine starts empty all the same."""
-    generation = _forks.generation()
+    generation = forks.generation()
     pid = ctypes.CDLL(None).fork()
     if pid == 0:
         watch()
 
         def work() -> None:
-            assert _forks.generation() == generation + 1
+            assert forks.generation() == generation + 1
             assert engine.stats() == ksmcore.Engine().stats()
             live_anew(memory, 1000)
 
@@ -109,12 +109,12 @@ def test_forks_wait_for_threads_that_allocate_without_the_gil(library):
     program = f"""
         import ctypes, threading
         import ksmcore
-        from ksmcore import _allocator
+        from ksmcore._arrays import allocator
 
         ksmcore.install_allocator()
-        others = _allocator.use_here(65536)
-        capsule = _allocator.use_here(65536)
-        _allocator.use_again(others)
+        others = allocator.use_here(65536)
+        capsule = allocator.use_here(65536)
+        allocator.use_again(others)
 
         # PyDataMem_Handler: name[127], version, context, malloc, calloc, realloc, free
         pointer_of = ctypes.pythonapi.PyCapsule_GetPointer

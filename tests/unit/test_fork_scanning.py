@@ -20,7 +20,7 @@ from forks import (
 )
 
 import ksmcore
-from ksmcore import _guard
+from ksmcore._guard import guard
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
@@ -33,11 +33,11 @@ def memory(engine):
 def use_at_once(memory: Memory, seed: int) -> None:
     """Whatever lock or window the scanning thread of the parent was in."""
     engine = memory.engine
-    assert not _guard.handler_installed()
+    assert not guard.handler_installed()
     own = Memory(engine, seed, 8)
     memory.write(seed)
     assert engine.dedup().bytes_saved == 8 * PAGE
-    assert not _guard.handler_installed()
+    assert not guard.handler_installed()
     own.check()
     memory.check()
 

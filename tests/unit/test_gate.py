@@ -1,4 +1,4 @@
-"""ksmcore.gate: what is taken, what is refused and why, and that the gate leaves no trace."""
+"""The gate: what is taken, what is refused and why, and that it leaves no trace."""
 
 import array
 import builtins
@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from kernels_view import present_pages
 
-from ksmcore import gate, mappings, phase, vmas
+from ksmcore._gate import buffers, mapping_rules, phase
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 16
@@ -59,7 +60,7 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def admit(buffer, **options):
-    return gate.admit(buffer, page_bytes=PAGE, **options)
+    return buffers.admit(buffer, page_bytes=PAGE, **options)
 
 
 def refused(buffer, error=ValueError, **options):
@@ -264,7 +265,7 @@ def test_whole_pages_of_random_slices(mapped):
 def test_memory_of_several_mappings(mapped):
     mapping = mapped()
     mapping.call("madvise", mmap.MADV_NOHUGEPAGE, 4, 4)
-    assert len(vmas.vmas_in(mapping.addr, mapping.addr + LEN_BYTES)) == 3
+    assert len(smaps.vmas_in(mapping.addr, mapping.addr + LEN_BYTES)) == 3
     assert admit(mapping.buffer).n_pages == N_PAGES
 
 
@@ -272,7 +273,7 @@ def test_the_page_size_is_the_callers():
     # As seen by a system of larger pages: alignment follows; the mappings do not match it.
     area = private_mmap()
     with pytest.raises(ValueError, match=f"pages have .* instead of {4 * PAGE:,}"):
-        gate.admit(area, page_bytes=4 * PAGE)
+        buffers.admit(area, page_bytes=4 * PAGE)
 
 
 def test_heap_memory_is_private_anonymous():
@@ -289,7 +290,7 @@ def test_memory_with_a_name(mapped):
     args = (0, ctypes.c_ulong(mapping.addr), ctypes.c_ulong(LEN_BYTES), name)
     if libc.prctl(pr_set_vma, *args) != 0:
         pytest.skip(why_failed("prctl(PR_SET_VMA)"))
-    assert vmas.vmas_in(mapping.addr, mapping.addr + PAGE)[0].path == "[anon:cache]"
+    assert smaps.vmas_in(mapping.addr, mapping.addr + PAGE)[0].path == "[anon:cache]"
     assert admit(mapping.buffer).n_pages == N_PAGES
 
 
@@ -468,7 +469,7 @@ def test_shared_anonymous_memory_with_a_name(mapped):
     args = (0, ctypes.c_ulong(mapping.addr), ctypes.c_ulong(LEN_BYTES), name)
     if libc.prctl(0x53564D41, *args) != 0:
         pytest.skip(why_failed("prctl(PR_SET_VMA)"))
-    assert vmas.vmas_in(mapping.addr, mapping.addr + PAGE)[0].path == "[anon_shmem:cache]"
+    assert smaps.vmas_in(mapping.addr, mapping.addr + PAGE)[0].path == "[anon_shmem:cache]"
     assert "privatize=True" in refused(mapping.buffer)
     assert admit(mapping.buffer, privatize=True).must_privatize
 
@@ -670,11 +671,11 @@ def test_memory_with_a_numa_policy(mapped):
     if result != 0:
         pytest.skip(why_failed("mbind"))
     assert "NUMA policy 'bind'" in refused(mapping.buffer)
-    assert vmas.numa_policy_of(mapping.addr, mapping.addr + LEN_BYTES) == "bind"
-    assert vmas.numa_policy_of(mapping.addr, mapping.addr + PAGE) is None
+    assert smaps.numa_policy_of(mapping.addr, mapping.addr + LEN_BYTES) == "bind"
+    assert smaps.numa_policy_of(mapping.addr, mapping.addr + PAGE) is None
     if os.path.exists("/proc/self/numa_maps"):
         with open("/proc/self/numa_maps", encoding="utf-8") as lines:
-            found = vmas.parse_numa_maps(lines, [mapping.addr + PAGE])
+            found = smaps.parse_numa_maps(lines, [mapping.addr + PAGE])
         assert found == (mapping.addr + PAGE, "bind:0")
 
 
@@ -699,13 +700,13 @@ def test_memory_with_a_protection_key(mapped):
 def judge(head="10000-20000 rw-p 00000000 00:00 0", flags="rd wr mr mw me ac", extra="", **options):
     """Judge the pages 0x10000-0x20000 by the text of one smaps record."""
     text = f"{head}\n{extra}KernelPageSize: 4 kB\nVmFlags: {flags} \n"
-    found = list(vmas.parse_smaps(text.splitlines()))
-    return mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=4096, **options)
+    found = list(smaps.parse_smaps(text.splitlines()))
+    return mapping_rules.check_mappings(found, 0x10000, 0x20000, page_bytes=4096, **options)
 
 
 def test_plain_text_is_taken():
-    assert judge() == mappings.MappingTraits()
-    assert judge(flags="") == mappings.MappingTraits()
+    assert judge() == mapping_rules.MappingTraits()
+    assert judge(flags="") == mapping_rules.MappingTraits()
 
 
 @pytest.mark.parametrize(
@@ -781,27 +782,27 @@ def test_protection_key_as_text():
 
 def test_huge_kernel_pages_without_a_flag():
     text = "10000-20000 rw-p 00000000 00:00 0\nKernelPageSize: 2048 kB\n"
-    found = list(vmas.parse_smaps(text.splitlines()))
+    found = list(smaps.parse_smaps(text.splitlines()))
     with pytest.raises(ValueError, match=r"2,097,152 bytes instead of 4,096 \(hugetlb\)"):
-        mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=4096)
+        mapping_rules.check_mappings(found, 0x10000, 0x20000, page_bytes=4096)
 
 
 def test_no_mapping_at_all():
     with pytest.raises(ValueError, match="not mapped there"):
-        mappings.check_mappings([], 0x10000, 0x20000, page_bytes=4096)
+        mapping_rules.check_mappings([], 0x10000, 0x20000, page_bytes=4096)
 
 
 def test_a_mapping_that_grew_while_it_was_read():
     text = "8000-18000 rw-p 0 0:0 0\n8000-30000 rw-p 0 0:0 0\n"
-    found = list(vmas.parse_smaps(text.splitlines()))
-    mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
+    found = list(smaps.parse_smaps(text.splitlines()))
+    mapping_rules.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
 
 
 def test_a_gap_between_two_mappings():
     text = "8000-14000 rw-p 0 0:0 0\n18000-30000 rw-p 0 0:0 0\n"
-    found = list(vmas.parse_smaps(text.splitlines()))
+    found = list(smaps.parse_smaps(text.splitlines()))
     with pytest.raises(ValueError, match="0x14000-0x20000: mapped only in part"):
-        mappings.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
+        mapping_rules.check_mappings(found, 0x10000, 0x20000, page_bytes=mmap.PAGESIZE)
 
 
 # --- the hold on the buffer -----------------------------------------------------------------------
@@ -891,7 +892,7 @@ def test_a_refused_bytearray_can_grow(monkeypatch):
     small.append(1)
 
     large = bytearray(LEN_BYTES)
-    monkeypatch.setattr(vmas, "Snapshot", missing_smaps)
+    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
     with pytest.raises(OSError, match="smaps") as kept:
         admit(large)
     large.append(1)
@@ -930,7 +931,7 @@ def test_a_refused_array_can_be_resized():
     values.resize(200)
     values = np.zeros(LEN_BYTES, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vmas, "Snapshot", missing_smaps)
+        patch.setattr(smaps, "Snapshot", missing_smaps)
         assert try_to_admit(values) is FileNotFoundError
     values.resize(2 * LEN_BYTES)
     values = np.zeros(100, object)
@@ -983,9 +984,9 @@ def test_nothing_is_faulted_in(kind):
 def test_no_mapping_is_made_or_split(mapped):
     mapping = mapped()
     admit(mapping.buffer).release()
-    before = vmas.vmas_in(mapping.addr, mapping.addr + LEN_BYTES)
+    before = smaps.vmas_in(mapping.addr, mapping.addr + LEN_BYTES)
     admissions = [admit(mapping.buffer) for _ in range(20)]
-    assert vmas.vmas_in(mapping.addr, mapping.addr + LEN_BYTES) == before
+    assert smaps.vmas_in(mapping.addr, mapping.addr + LEN_BYTES) == before
     assert len(admissions) == 20
 
 
@@ -1004,11 +1005,11 @@ def test_no_descriptor_is_left_open(mapped):
 
 def test_many_buffers_cost_one_reading(monkeypatch):
     made = []
-    snapshot = vmas.Snapshot
-    monkeypatch.setattr(vmas, "Snapshot", lambda *args: made.append(args) or snapshot(*args))
+    snapshot = smaps.Snapshot
+    monkeypatch.setattr(smaps, "Snapshot", lambda *args: made.append(args) or snapshot(*args))
     areas = [private_mmap() for _ in range(20)]
     arrays = [np.zeros(LEN_BYTES + 8 * n) for n in range(20)]
-    admissions = gate.admit_all([*areas, *arrays], page_bytes=PAGE)
+    admissions = buffers.admit_all([*areas, *arrays], page_bytes=PAGE)
     assert len(made) == 1
     assert [admission.len_bytes for admission in admissions] == [
         memoryview(buffer).nbytes for buffer in [*areas, *arrays]
@@ -1022,20 +1023,20 @@ def test_all_of_many_buffers_or_none(culprit):
     shared = mmap.mmap(-1, LEN_BYTES)
     bad = {"shared": shared, "small": bytearray(1), "nothing": None}[culprit]
     with pytest.raises((TypeError, ValueError)) as kept:
-        gate.admit_all([*areas[:3], bad, *areas[3:]], page_bytes=PAGE)
+        buffers.admit_all([*areas[:3], bad, *areas[3:]], page_bytes=PAGE)
     for area in [*areas, shared]:
         area.close()
     assert kept.value.__traceback__ is not None
 
 
 def test_no_buffers_are_no_work(monkeypatch):
-    monkeypatch.setattr(vmas, "Snapshot", missing_smaps)
-    assert gate.admit_all([], page_bytes=PAGE) == []
+    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
+    assert buffers.admit_all([], page_bytes=PAGE) == []
 
 
 def test_fresh_memory_is_not_looked_up(mapped, monkeypatch):
-    monkeypatch.setattr(vmas, "Snapshot", missing_smaps)
-    monkeypatch.setattr(vmas, "locked_bytes", lambda: 0)
+    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
+    monkeypatch.setattr(smaps, "locked_bytes", lambda: 0)
     mapping = mapped()
     admission = admit(mapping.buffer, fresh=True)
     assert (admission.addr, admission.n_pages) == (mapping.addr, N_PAGES)
@@ -1052,7 +1053,7 @@ def test_fresh_memory_is_looked_up_where_some_is_locked(mapped):
 
 def test_fresh_memory_is_looked_up_where_nobody_tells_of_locks(mapped, monkeypatch):
     monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name: x\n"))
-    monkeypatch.setattr(vmas, "Snapshot", missing_smaps)
+    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
     with pytest.raises(FileNotFoundError):
         admit(mapped().buffer, fresh=True)
 

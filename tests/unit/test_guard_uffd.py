@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _guard, _sys, vmas
+from ksmcore._guard import guard as guards
+from ksmcore._kernel import smaps, syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -65,18 +66,18 @@ def descriptors() -> list[str]:
 
 
 def test_auto_is_the_strongest_that_is_there():
-    _sys.inject("userfaultfd", errno.EPERM)
+    syscalls.inject("userfaultfd", errno.EPERM)
     with ksmcore.Engine() as engine:
         assert engine.stats().guard == "userfaultfd-user"
-    _sys.inject("userfaultfd", errno.EPERM, count=2)
+    syscalls.inject("userfaultfd", errno.EPERM, count=2)
     with ksmcore.Engine() as engine:
         assert engine.stats().guard == "mprotect"
-    _sys.inject_clear()
+    syscalls.inject_clear()
 
 
 @pytest.mark.parametrize("asked", ["userfaultfd", "userfaultfd-user"])
 def test_by_name_what_is_not_there_names_what_is(asked):
-    _sys.inject("userfaultfd", errno.ENOSYS, count=100)
+    syscalls.inject("userfaultfd", errno.ENOSYS, count=100)
     with pytest.raises(ValueError, match=r"not implemented.*Linux 6.4.*there is 'mprotect'$"):
         ksmcore.Engine(guard=asked)
     assert "not implemented" in ksmcore.features()[asked].lower()
@@ -87,11 +88,11 @@ def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng)
     source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
     with ksmcore.Engine() as engine, ksmcore.Engine(guard=UFFD[0]) as strict:
         a, b = engine.array(source), engine.array(source)
-        _sys.inject("userfaultfd", errno.EPERM, count=len(UFFD))
+        syscalls.inject("userfaultfd", errno.EPERM, count=len(UFFD))
         assert engine.dedup().pages_merged == 128
-        assert _sys.inject_clear() == 0
+        assert syscalls.inject_clear() == 0
         assert engine.stats().guard == "mprotect"
-        _sys.inject("userfaultfd", errno.EPERM)
+        syscalls.inject("userfaultfd", errno.EPERM)
         with pytest.raises(PermissionError, match="userfaultfd"):
             strict.scan()
         a += 1
@@ -104,17 +105,17 @@ def test_nothing_stays_behind(engine, rng):
     during = []
 
     def look(done, total):
-        during.append((len(descriptors()), _guard.handler_installed()))
+        during.append((len(descriptors()), guards.handler_installed()))
 
-    before = vmas.count_maps()
+    before = smaps.count_maps()
     engine.scan(progress=look)
     assert set(during) == {(1, True)}  # the handler rescues the scanner's own reads
     assert descriptors() == []
-    assert not _guard.handler_installed()
+    assert not guards.handler_installed()
     # One more or fewer where an allocator's own mappings fused meanwhile, or it made one.
-    assert vmas.count_maps() <= before + 1
+    assert smaps.count_maps() <= before + 1
     engine.dedup()
-    for vma in vmas.Snapshot().vmas_in(a.ctypes.data, a.ctypes.data + a.nbytes):
+    for vma in smaps.Snapshot().vmas_in(a.ctypes.data, a.ctypes.data + a.nbytes):
         assert not {"um", "uw"} & set(vma.flags)
     assert np.array_equal(a, b)
 
@@ -160,7 +161,7 @@ def test_a_region_of_many_mappings(engine, rng):
     engine.dedup(memory, partner)
     engine.unregister(memory)
     start = pages.ctypes.data
-    assert len(vmas.vmas_in(start, start + pages.nbytes)) > 100
+    assert len(smaps.vmas_in(start, start + pages.nbytes)) > 100
     twin = engine.array(source)
     report = engine.dedup(memory, twin)
     assert report.pages_merged >= 300
@@ -193,9 +194,9 @@ def test_unequal_pages_come_back_as_they_were(full, rng):
     source = rng.integers(0, 256, (256, PAGE), dtype=np.uint8)
     a, b = full.array(source), full.array(source)
     # Remapping fails for some: what was moved away is put back.
-    _sys.inject("mmap", errno.ENOMEM, after=2, count=3)
+    syscalls.inject("mmap", errno.ENOMEM, after=2, count=3)
     full.dedup(a, b)
-    _sys.inject_clear()
+    syscalls.inject_clear()
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
     a += 1
@@ -208,9 +209,9 @@ def test_pages_that_were_moved_whatever_the_kernel_says(full, rng):
     source = rng.integers(1, 256, (300, PAGE), dtype=np.uint8)
     for after in range(5):
         a, b = full.array(source), full.array(source)
-        _sys.inject("uffd_move_then_fail", errno.EEXIST, after=after, count=2)
+        syscalls.inject("uffd_move_then_fail", errno.EEXIST, after=after, count=2)
         full.dedup(a, b)
-        assert _sys.inject_clear() < 2
+        assert syscalls.inject_clear() < 2
         assert np.array_equal(a, source)
         assert np.array_equal(b, source)
         a += 1
@@ -227,12 +228,14 @@ def test_a_registration_that_fails_halfway_leaves_nothing_registered(engine, rng
 
     def look(done, total):
         for array in (a, b):
-            for vma in vmas.Snapshot().vmas_in(array.ctypes.data, array.ctypes.data + array.nbytes):
+            for vma in smaps.Snapshot().vmas_in(
+                array.ctypes.data, array.ctypes.data + array.nbytes
+            ):
                 during.append({"um", "uw"} & set(vma.flags))
 
-    _sys.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
+    syscalls.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
     engine.dedup(a, b, progress=look)
-    _sys.inject_clear()
+    syscalls.inject_clear()
     assert set.union(*during) == set()
     a += 1
     assert np.array_equal(b, source)
@@ -244,10 +247,10 @@ def test_pages_that_cannot_be_moved_back_are_copied_back(full, rng, code):
     a, b = full.array(source), full.array(source)
     full.dedup(full.array(source[:1]), full.array(source[:1]))  # the store is there
     # Out by one call; the mapping fails; then moving back fails for a while.
-    _sys.inject("mmap", errno.ENOMEM, after=1, count=1)
-    _sys.inject("uffd_move", code, after=1, count=200)
+    syscalls.inject("mmap", errno.ENOMEM, after=1, count=1)
+    syscalls.inject("uffd_move", code, after=1, count=200)
     full.dedup(a, b)
-    left = _sys.inject_clear()
+    left = syscalls.inject_clear()
     assert left < 200
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
@@ -265,11 +268,11 @@ def test_a_window_that_stays_shut_is_an_internal_error_and_heals(guard, rng):
         array[:] = 0
         if guard == "userfaultfd-user":
             # Zeros are mapped over the window; were all of it, there would be nothing to let go of.
-            _sys.inject("mmap", errno.ENOMEM, count=10**6)
-        _sys.inject("uffd_unregister", errno.ENOMEM, count=10**6)
+            syscalls.inject("mmap", errno.ENOMEM, count=10**6)
+        syscalls.inject("uffd_unregister", errno.ENOMEM, count=10**6)
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(array)
-        _sys.inject_clear()
+        syscalls.inject_clear()
         # The next window heals the other first.
         engine.dedup(engine.full(4 * PAGE, 3, np.uint8))
         assert np.array_equal(array, zero)
@@ -376,14 +379,14 @@ def test_pinned_pages_are_left_alone(full, rng):
     a, b = full.array(source), full.array(source)
     addr = a.ctypes.data
     ring = pin(addr + 100 * PAGE, 20 * PAGE)
-    frames = vmas.vmas_in(addr, addr + a.nbytes)
+    frames = smaps.vmas_in(addr, addr + a.nbytes)
     report = full.dedup(a, b)
     assert report.skipped["pinned"] == 20
     assert report.pages_merged >= 2 * 280
     assert len(frames) > 0
     # Still the page that the device knows: what it would write there must show. The other end of a
     # pinned page is not to be had without a device, so its mapping is looked at instead.
-    (vma,) = vmas.vmas_in(addr + 100 * PAGE, addr + 120 * PAGE)
+    (vma,) = smaps.vmas_in(addr + 100 * PAGE, addr + 120 * PAGE)
     assert vma.path == ""
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import headroom
+from ksmcore._kernel import procfs
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -19,7 +19,7 @@ def machine(tmp_path):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        return headroom.available_bytes(
+        return procfs.available_bytes(
             tmp_path / "meminfo", tmp_path / "membership", tmp_path / "cgroup"
         )
 
@@ -28,7 +28,7 @@ def machine(tmp_path):
 
 def test_of_the_machine(machine):
     text = "MemTotal: 99999 kB\nMemAvailable: 102400 kB\nSwapFree: 1024 kB\nHugePages_Total: 0\n"
-    assert machine({"meminfo": text}) == 101 * MIB - headroom.RESERVE_BYTES
+    assert machine({"meminfo": text}) == 101 * MIB - procfs.RESERVE_BYTES
 
 
 def test_nothing_known_does_not_limit(machine):
@@ -45,7 +45,7 @@ def test_a_control_group_of_version_2(machine):
         "cgroup/a/memory.current": f"{70 * MIB}\n",
         "cgroup/a/memory.stat": f"anon 1\ninactive_file {10 * MIB}\n",
     }
-    assert machine(files) == 40 * MIB - headroom.RESERVE_BYTES
+    assert machine(files) == 40 * MIB - procfs.RESERVE_BYTES
 
 
 def test_a_control_group_of_version_1(machine):
@@ -54,7 +54,7 @@ def test_a_control_group_of_version_1(machine):
         "cgroup/memory/job/memory.limit_in_bytes": f"{64 * MIB}\n",
         "cgroup/memory/job/memory.usage_in_bytes": f"{24 * MIB}\n",
     }
-    assert machine(files) == 40 * MIB - headroom.RESERVE_BYTES
+    assert machine(files) == 40 * MIB - procfs.RESERVE_BYTES
 
 
 def test_it_is_never_negative(machine):
@@ -62,7 +62,7 @@ def test_it_is_never_negative(machine):
 
 
 def test_here_it_is_something():
-    assert 0 < headroom.available_bytes() < 1 << 62
+    assert 0 < procfs.available_bytes() < 1 << 62
 
 
 def test_unregister_is_refused_when_there_is_not_enough(engine, rng, monkeypatch):
@@ -72,7 +72,7 @@ def test_unregister_is_refused_when_there_is_not_enough(engine, rng, monkeypatch
     region = engine.register(buffer)
     engine.dedup()
     before = engine.stats()
-    monkeypatch.setattr(headroom, "available_bytes", lambda: 10 * PAGE)
+    monkeypatch.setattr(procfs, "available_bytes", lambda: 10 * PAGE)
     with pytest.raises(MemoryError, match="unmerge"):
         engine.unregister(a)
     after = engine.stats()

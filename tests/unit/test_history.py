@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from forks import THREADS_RUN, in_child
 
-from ksmcore.history import History, Sample, sample
+from ksmcore._engine.history import History, Sample, sample
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

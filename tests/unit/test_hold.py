@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
-from ksmcore.passes import BATCH_PAGES
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine.passes import BATCH_PAGES
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -23,7 +23,9 @@ def guard(each_guard):
 
 def is_merged(array: np.ndarray) -> bool:
     start = array.__array_interface__["data"][0]
-    return any(vma.path.startswith(STORE_PATH) for vma in vmas.vmas_in(start, start + array.nbytes))
+    return any(
+        vma.path.startswith(STORE_PATH) for vma in smaps.vmas_in(start, start + array.nbytes)
+    )
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import notebook
-from ksmcore.charts import Point, byte_ticks, savings_points, savings_svg, time_ticks
-from ksmcore.history import Sample
+from ksmcore._engine.history import Sample
+from ksmcore._show import notebook
+from ksmcore._show.charts import Point, byte_ticks, savings_points, savings_svg, time_ticks
 
 PAGE = ksmcore.Engine.page_bytes
 KIB, MIB, GIB = 1024, 1024**2, 1024**3

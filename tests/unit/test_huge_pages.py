@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _pagemap, _store, _sys
-from ksmcore.settings import GUARDS
-from ksmcore.vmas import Snapshot
+from ksmcore._engine.settings import GUARDS
+from ksmcore._kernel import pagemap, syscalls
+from ksmcore._kernel.smaps import Snapshot
+from ksmcore._records import store
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -44,7 +45,7 @@ def huge_memory(n_blocks):
 
 def n_huge(rows):
     """Huge pages that are mapped as such: asked of the kernel."""
-    ranges = _pagemap.survey(rows.ctypes.data, len(rows), False)
+    ranges = pagemap.survey(rows.ctypes.data, len(rows), False)
     return sum(n for _, n, flags in ranges if flags & IS_HUGE) // N
 
 
@@ -127,9 +128,9 @@ def test_calls_that_fail(engine, rng, call, after):
     a[:] = b[:] = content
     engine.register(a)
     engine.register(b)
-    _sys.inject(call, errno.ENOMEM, after=after)
+    syscalls.inject(call, errno.ENOMEM, after=after)
     engine.dedup()
-    _sys.inject_clear()
+    syscalls.inject_clear()
     assert np.array_equal(a, content)
     assert np.array_equal(b, content)
     engine.dedup()
@@ -148,7 +149,7 @@ def test_huge_pages_that_are_not_merged_stay(engine, rng):
     if stats.dirty == "pagemap":
         # Protected as they are, and not read again.
         assert stats.pages_quiet == 3 * N
-        assert _pagemap.survey(rows.ctypes.data, 3 * N, True) == []
+        assert pagemap.survey(rows.ctypes.data, 3 * N, True) == []
 
 
 def test_a_huge_page_that_is_never_quiet_as_a_whole_is_not_split(engine, rng):
@@ -165,9 +166,9 @@ def test_a_huge_page_that_is_never_quiet_as_a_whole_is_not_split(engine, rng):
 @pytest.fixture
 def huge_files():
     """Stores take it that the kernel gives memory files huge pages."""
-    _store.tell_huge(1)
+    store.tell_huge(1)
     yield
-    _store.tell_huge(-1)
+    store.tell_huge(-1)
 
 
 def test_huge_pages_stay_aligned_where_files_may_have_them(huge_files, engine, rng):

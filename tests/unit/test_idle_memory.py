@@ -11,7 +11,8 @@ from kernels_view import present_pages, pss_bytes
 from processes import run_python
 
 import ksmcore
-from ksmcore import _arena, _sys, allocators
+from ksmcore._arrays import arena, installing
+from ksmcore._kernel import syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -24,18 +25,18 @@ def _nothing_idle():
     yield
     gc.collect()
     settle()
-    assert _arena.check() == 0
+    assert arena.check() == 0
     ksmcore.default_engine()._core.check()
 
 
 def settle():
     """The second call discards what the first one began to watch."""
-    _arena.give_back_idle()
-    _arena.give_back_idle()
+    arena.give_back_idle()
+    arena.give_back_idle()
 
 
 def dirty_bytes():
-    return _arena.numbers()["dirty_bytes"]
+    return arena.numbers()["dirty_bytes"]
 
 
 def made(n, n_bytes, rng):
@@ -52,10 +53,10 @@ def test_what_was_free_all_the_while_goes_back(rng):
     kept = arrays.pop(50)
     value = kept.copy()
     arrays.clear()
-    _arena.give_back_idle()  # it was free for no time at all
+    arena.give_back_idle()  # it was free for no time at all
     assert dirty_bytes() > 18 * MIB
     assert pss_bytes() > with_arrays - 3 * MIB
-    _arena.give_back_idle()
+    arena.give_back_idle()
     assert dirty_bytes() == 0
     assert pss_bytes() < with_arrays - 16 * MIB
     assert (kept == value).all()
@@ -68,11 +69,11 @@ def test_what_is_needed_again_stays_at_hand(n_bytes, rng):
     for _ in range(3):
         arrays = made(n_needed, n_bytes, rng)
         arrays.clear()
-        _arena.give_back_idle()
+        arena.give_back_idle()
         if n_bytes < 4 * MIB:  # of memory for larger ones, huge pages go as a whole
             assert dirty_bytes() >= n_needed * n_bytes
     assert dirty_bytes() < 2 * n_needed * n_bytes
-    assert _arena.check() == 0
+    assert arena.check() == 0
     if n_bytes < 4 * MIB:
         with ksmcore.allocator():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -101,14 +102,14 @@ def test_merged_memory_that_was_given_back_is_no_saving_any_more(act, rng):
 
 
 def test_to_merge_one_array_leaves_what_is_not_idle(rng, monkeypatch):
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 3600.0)
-    monkeypatch.setattr(allocators, "_tidied_at", time.monotonic())
+    monkeypatch.setattr(installing, "IDLE_SECONDS", 3600.0)
+    monkeypatch.setattr(installing, "_tidied_at", time.monotonic())
     arrays = made(20, MIB, rng)
     one = arrays.pop()
     arrays.clear()
     ksmcore.dedup(one)
     assert dirty_bytes() > 18 * MIB
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.0)
     ksmcore.dedup(one)
     ksmcore.dedup(one)
     assert dirty_bytes() == 0
@@ -131,7 +132,7 @@ def test_freed_memory_is_not_estimated(rng):
 @pytest.mark.parametrize("interval_ms", [1, 10_000])
 def test_the_background_scanner_gives_it_back(interval_ms, rng, monkeypatch):
     """Also while it rests."""
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.01)
     made(20, MIB, rng).clear()
     assert dirty_bytes() > 19 * MIB
     with ksmcore.start(sleep_millisecs=interval_ms, pages_to_scan=64):
@@ -144,8 +145,8 @@ def test_the_background_scanner_gives_it_back(interval_ms, rng, monkeypatch):
 
 
 def test_a_scanner_that_never_rests_leaves_what_is_not_idle(rng, monkeypatch):
-    monkeypatch.setattr(allocators, "IDLE_SECONDS", 3600.0)
-    monkeypatch.setattr(allocators, "_tidied_at", time.monotonic())
+    monkeypatch.setattr(installing, "IDLE_SECONDS", 3600.0)
+    monkeypatch.setattr(installing, "_tidied_at", time.monotonic())
     made(20, MIB, rng).clear()
     passes = ksmcore.stats().full_scans
     with ksmcore.start(sleep_millisecs=0):
@@ -162,7 +163,8 @@ def test_what_a_huge_page_brought_beyond_an_array_goes_with_it():
     done = run_python("""
         import numpy as np
         import ksmcore
-        from ksmcore import _arena, vmas
+        from ksmcore._arrays import arena
+        from ksmcore._kernel import smaps
 
         with ksmcore.allocator():
             array = np.empty((4 << 20) + 4096, np.uint8)
@@ -170,16 +172,16 @@ def test_what_a_huge_page_brought_beyond_an_array_goes_with_it():
         addr = array.__array_interface__["data"][0]
 
         def resident():
-            return sum(vma.rss for vma in vmas.Snapshot().vmas_in(addr, addr + (8 << 20)))
+            return sum(vma.rss for vma in smaps.Snapshot().vmas_in(addr, addr + (8 << 20)))
 
         assert resident() >= 4 << 20
         ksmcore.scan(); ksmcore.scan()
         del array
         ksmcore.scan()
-        assert _arena.numbers()["dirty_bytes"] == 0
+        assert arena.numbers()["dirty_bytes"] == 0
         assert resident() == 0, resident()
         assert ksmcore.stats().bytes_saved == 0, ksmcore.stats()
-        assert _arena.check() == 0
+        assert arena.check() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -193,26 +195,26 @@ def test_memory_that_the_kernel_does_not_take_stays_and_goes_later(rng):
     arrays.clear()
     free = dirty_bytes()
     for call in ("madvise", "mmap"):
-        _sys.inject(call, errno.ENOMEM, count=10_000)
+        syscalls.inject(call, errno.ENOMEM, count=10_000)
     try:
-        _arena.give_back()
+        arena.give_back()
     finally:
-        _sys.inject_clear()
-    assert _arena.check() == 0
+        syscalls.inject_clear()
+    assert arena.check() == 0
     assert dirty_bytes() == free > 0
     assert all(np.array_equal(a, b) for a, b in zip(kept, values, strict=True))
-    _arena.give_back()
+    arena.give_back()
     assert dirty_bytes() == 0
     assert all(np.array_equal(a, b) for a, b in zip(kept, values, strict=True))
 
 
 def test_arrays_whose_pages_cannot_be_had_at_once(rng):
     ksmcore.scan()
-    _sys.inject("madvise", errno.EINVAL, count=1000)
+    syscalls.inject("madvise", errno.EINVAL, count=1000)
     try:
         arrays = made(10, 200_000, rng)
     finally:
-        _sys.inject_clear()
+        syscalls.inject_clear()
     copies = [array.copy() for array in arrays]
     ksmcore.scan()
     assert all(np.array_equal(a, b) for a, b in zip(arrays, copies, strict=True))

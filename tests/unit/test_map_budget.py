@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 SEED = 20090331
-LIMIT = vmas.max_map_count()
+LIMIT = smaps.max_map_count()
 # What the engine maps for itself: views of its store, its tables. And what the interpreter maps
 # between two counts.
 FEW = 16
@@ -157,7 +157,7 @@ class Pages:
     def assert_plain(self):
         """None of them is mapped from a store."""
         start, end = self.array.ctypes.data, self.array.ctypes.data + self.array.nbytes
-        assert all("ksmcore" not in vma.path for vma in vmas.vmas_in(start, end))
+        assert all("ksmcore" not in vma.path for vma in smaps.vmas_in(start, end))
 
 
 def shuffled(n_contents, times=2, first=1):
@@ -321,7 +321,7 @@ def test_restored_memory_stays_in_pieces_and_is_counted_so():
     """It was moved to where it is, and so fuses with none of its neighbours."""
     n_pairs = 300
     random = np.random.default_rng(SEED)  # loads libraries
-    before = vmas.count_maps()
+    before = smaps.count_maps()
     with ksmcore.Engine(map_budget=2_000) as engine:
         pages = engine.empty((4 * n_pairs, PAGE), np.uint8)
         pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
@@ -329,7 +329,7 @@ def test_restored_memory_stays_in_pieces_and_is_counted_so():
         for change in (engine.dedup, engine.unmerge):
             change()
             assert engine.stats().maps_used >= 2 * n_pairs
-            assert abs(vmas.count_maps() - before - engine.stats().maps_used) <= FEW
+            assert abs(smaps.count_maps() - before - engine.stats().maps_used) <= FEW
         assert engine.stats().pages_sharing == 0
 
 

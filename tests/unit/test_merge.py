@@ -11,8 +11,8 @@ import pytest
 from kernels_view import present_pages, pss_bytes, pss_of
 
 import ksmcore
-from ksmcore import _sys, vmas
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps, syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -22,11 +22,11 @@ def guard(each_guard):
     return each_guard
 
 
-def store_maps(array: np.ndarray) -> list[vmas.Vma]:
+def store_maps(array: np.ndarray) -> list[smaps.Vma]:
     start = array.__array_interface__["data"][0]
     return [
         vma
-        for vma in vmas.vmas_in(start, start + array.nbytes)
+        for vma in smaps.vmas_in(start, start + array.nbytes)
         if vma.path.startswith(STORE_PATH) and vma.writable
     ]
 
@@ -78,10 +78,10 @@ def test_a_repeated_page_needs_far_fewer_mappings_than_pages(engine, rng):
     a = engine.empty(n_pages * PAGE, np.uint8)
     a.reshape(n_pages, PAGE)[:] = random_bytes(rng, 1)
     expected = a[:PAGE].copy()
-    before = vmas.count_maps()
+    before = smaps.count_maps()
     pss = pss_of(a)
     report = engine.dedup(a)
-    assert vmas.count_maps() - before < n_pages // 8
+    assert smaps.count_maps() - before < n_pages // 8
     assert report.bytes_saved > 0.98 * a.nbytes
     assert abs(pss - pss_of(a) - report.bytes_saved) <= 0.01 * report.bytes_saved
     assert (a.reshape(n_pages, PAGE) == expected).all()
@@ -263,12 +263,12 @@ def test_a_zero_page_over_the_store_becomes_plain(engine, rng):
 def test_unmerged_pages_keep_their_mapping(engine, rng):
     a = engine.array(random_bytes(rng, 64))
     start, end = a.ctypes.data, a.ctypes.data + a.nbytes
-    before = len(vmas.vmas_in(start, end))
+    before = len(smaps.vmas_in(start, end))
     engine.scan()
     engine.scan()
     assert store_maps(a) == []
     # Where its writes are tracked it is cut off from its neighbours, and no more.
-    assert len(vmas.vmas_in(start, end)) == before
+    assert len(smaps.vmas_in(start, end)) == before
 
 
 def test_restored_memory_does_not_stay_in_pieces(engine, rng):
@@ -276,7 +276,7 @@ def test_restored_memory_does_not_stay_in_pieces(engine, rng):
     engine.dedup(a, b)
     engine.unregister(a)
     start = a.__array_interface__["data"][0]
-    assert len(vmas.vmas_in(start, start + a.nbytes)) <= 2
+    assert len(smaps.vmas_in(start, start + a.nbytes)) <= 2
 
 
 def test_extra_memory_while_merging_is_bounded(engine, rng):
@@ -340,10 +340,10 @@ def test_unmerge_without_memory_leaves_the_rest_merged(engine, rng):
     source = random_bytes(rng, 600)
     a, b = twins(engine, source)
     engine.dedup(a, b)
-    _sys.inject("mremap", errno.ENOMEM, after=2)
+    syscalls.inject("mremap", errno.ENOMEM, after=2)
     with pytest.raises(MemoryError):
         engine.unmerge()
-    assert _sys.inject_clear() == 0
+    assert syscalls.inject_clear() == 0
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
     assert 0 < engine.stats().pages_sharing <= 600

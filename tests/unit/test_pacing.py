@@ -3,7 +3,7 @@
 import pytest
 
 from ksmcore import Settings
-from ksmcore.pacing import IDLE_SHARE, LONGEST_REST_SECONDS, Pacer
+from ksmcore._engine.pacing import IDLE_SHARE, LONGEST_REST_SECONDS, Pacer
 
 OVERSLEEPING = 0.0002  # what a sleep takes longer than asked
 

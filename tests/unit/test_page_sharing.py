@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import Settings, vmas
+from ksmcore import Settings
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 
@@ -16,7 +17,7 @@ def most_on_one_slot(engine, arrays):
     counts = {}
     for array in arrays:
         end = array.ctypes.data + array.nbytes
-        for vma in vmas.Snapshot().vmas_in(array.ctypes.data, end):
+        for vma in smaps.Snapshot().vmas_in(array.ctypes.data, end):
             if vma.path.startswith("/memfd:ksmcore-store"):
                 start, stop = max(vma.start, array.ctypes.data), min(vma.end, end)
                 first = (vma.offset + start - vma.start) // PAGE

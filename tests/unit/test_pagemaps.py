@@ -8,7 +8,17 @@ import pytest
 
 import ksmcore
 from ksmcore import PageState
-from ksmcore.pagemaps import LOOKS, N_STATES, OUTSIDE, Cells, page_maps, png, png_uri, reduced, rgb
+from ksmcore._show.page_maps import (
+    LOOKS,
+    N_STATES,
+    OUTSIDE,
+    Cells,
+    page_maps,
+    png,
+    png_uri,
+    reduced,
+    rgb,
+)
 
 PAGE = 4096
 

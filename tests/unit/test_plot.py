@@ -9,7 +9,7 @@ import pytest
 
 import ksmcore
 from ksmcore import PageState
-from ksmcore.pagemaps import LOOKS, rgb
+from ksmcore._show.page_maps import LOOKS, rgb
 
 pytest.importorskip("matplotlib")
 
@@ -123,8 +123,8 @@ def test_wrong_calls(engine):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "ksmcore.plotting", raising=False)
-    monkeypatch.delattr(ksmcore, "plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "ksmcore._show.plotting", raising=False)
+    monkeypatch.delattr(ksmcore._show, "plotting", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'ksmcore\[plot\]'"):
         ksmcore.plot()
 

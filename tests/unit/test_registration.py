@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import registration, vmas
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine import registrar
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 N_PAGES = 24
@@ -44,14 +45,14 @@ def store_bytes(start, end):
     """How many bytes of [start, end) map a store."""
     return sum(
         min(vma.end, end) - max(vma.start, start)
-        for vma in vmas.vmas_in(start, end)
+        for vma in smaps.vmas_in(start, end)
         if vma.path.startswith(STORE_PATH)
     )
 
 
 def is_plain(start, end):
     """Whether [start, end) is plain private anonymous memory without a hole."""
-    mappings = vmas.vmas_in(start, end)
+    mappings = smaps.vmas_in(start, end)
     covered = sum(min(vma.end, end) - max(vma.start, start) for vma in mappings)
     return covered == end - start and all(
         vma.inode == 0 and vma.path in ("", "[heap]") and vma.writable and not vma.shared
@@ -577,14 +578,14 @@ class TestPlainAgain:
             def look():
                 # Registered before ksmcore's own hook, so it runs after that.
                 start = x.ctypes.data
-                paths = {v.path for v in vmas.vmas_in(start, start + x.nbytes)}
-                stores = [v for v in vmas.Snapshot().vmas_in(0, 1 << 64)
+                paths = {v.path for v in smaps.vmas_in(start, start + x.nbytes)}
+                stores = [v for v in smaps.Snapshot().vmas_in(0, 1 << 64)
                           if v.path.startswith("/memfd:ksmcore-store") and v.writable]
                 print(engine.closed, paths, len(stores), (x == 7).all(), set(m[:]), merged)
 
             atexit.register(look)
             import ksmcore
-            from ksmcore import vmas
+            from ksmcore._kernel import smaps
             engine = ksmcore.Engine()
             m = mmap.mmap(-1, 64 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             m[:] = b"k" * len(m)
@@ -601,9 +602,9 @@ class TestPlainAgain:
             """
             import atexit
             atexit.register(lambda: print(
-                {v.path for v in vmas.vmas_in(x.ctypes.data, x.ctypes.data + x.nbytes)}))
+                {v.path for v in smaps.vmas_in(x.ctypes.data, x.ctypes.data + x.nbytes)}))
             import ksmcore
-            from ksmcore import vmas
+            from ksmcore._kernel import smaps
             x = ksmcore.full(1 << 20, 7, "u1")
             ksmcore.dedup()
             """
@@ -748,7 +749,7 @@ class TestLife:
         out, err = run(
             """
             import gc, mmap, ksmcore
-            from ksmcore import vmas
+            from ksmcore._kernel import smaps
             m = mmap.mmap(-1, 64 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             m[:] = b"k" * len(m)
             engine = ksmcore.Engine()
@@ -756,7 +757,7 @@ class TestLife:
             assert engine.dedup().pages_merged == 64
             del engine
             gc.collect()
-            print({v.path for v in vmas.vmas_in(start, start + len(m))}, set(m[:]))
+            print({v.path for v in smaps.vmas_in(start, start + len(m))}, set(m[:]))
             m.close()
             """
         )
@@ -850,7 +851,7 @@ class TestAdvice:
         """The flags that all mappings of a region have, and those that any has."""
         found = [
             vma.flags & {code for _, code in ADVICE.values()}
-            for vma in vmas.vmas_in(region.addr, region.addr + region.nbytes)
+            for vma in smaps.vmas_in(region.addr, region.addr + region.nbytes)
         ]
         return frozenset.intersection(*found), frozenset.union(*found)
 
@@ -892,7 +893,7 @@ class TestAdvice:
         region = engine.register(whole[16 * PAGE : 48 * PAGE])
         engine.dedup()
         region.close()
-        for vma in vmas.vmas_in(address(whole), address(whole) + whole.nbytes):
+        for vma in smaps.vmas_in(address(whole), address(whole) + whole.nbytes):
             assert not vma.flags & {code for _, code in ADVICE.values()}
 
 
@@ -948,7 +949,7 @@ def test_an_interrupted_registration_restores_what_another_thread_merged(
         assert engine.stats().pages_sharing == 32
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(registration, "Region", interrupted)
+    monkeypatch.setattr(registrar, "Region", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.register(buffer)
     assert engine.stats().regions == 0

@@ -11,8 +11,8 @@ from forks import THREADS_RUN, in_child
 from test_html import Reader
 
 import ksmcore
-from ksmcore.meanings import COUNTERS, SKIPPED, STAGES
-from ksmcore.report import MOST_REGIONS
+from ksmcore._engine.counters import COUNTERS, SKIPPED, STAGES
+from ksmcore._show.report import MOST_REGIONS
 
 PAGE = ksmcore.Engine.page_bytes
 

@@ -1,11 +1,11 @@
-"""ksmcore._rmap: page number -> rmap item, against a dict, and the shape of its buckets."""
+"""ksmcore._records.rmap: page number -> rmap item, against a dict, and the shape of its buckets."""
 
 import random
 
 import pytest
 
-from ksmcore._rmap import RmapTable
-from ksmcore.settings import Settings
+from ksmcore._engine.settings import Settings
+from ksmcore._records.rmap import RmapTable
 
 ITEM_BYTES = 28
 LAST_PAGE = 2**44 - 1

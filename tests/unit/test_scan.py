@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _pagemap, _sys
+from ksmcore._kernel import pagemap, syscalls
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -90,11 +90,11 @@ def test_untouched_pages_are_never_faulted_in(engine, rng):
     a = engine.empty(1000 * PAGE, np.uint8)
     a[10 * PAGE : 20 * PAGE] = 5
     addr = a.__array_interface__["data"][0]
-    before = _pagemap.query(addr, 1000)
+    before = pagemap.query(addr, 1000)
     engine.scan()
     engine.scan()
     assert [bool(flag & 1) for flag in before] == [10 <= i < 20 for i in range(1000)]
-    after = _pagemap.query(addr, 1000)
+    after = pagemap.query(addr, 1000)
     assert not any(flag for i, flag in enumerate(after) if not 10 <= i < 20)
     stats = engine.stats()
     assert stats.pages_tracked == 10
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_a_pass_between_batches(engine, rng):
 
 
 def test_without_pagemap_residency_and_bytes_serve(rng):
-    _sys.inject("open", 13)
+    syscalls.inject("open", 13)
     with ksmcore.Engine() as engine:
         assert engine.stats().presence == "mincore"
         source = pages(rng, 64)
@@ -226,7 +226,7 @@ def test_without_pagemap_residency_and_bytes_serve(rng):
         assert report.cow_breaks == 1
         assert np.array_equal(b, source)
         addr = untouched.__array_interface__["data"][0]
-        assert not any(_pagemap.query(addr, 64))
+        assert not any(pagemap.query(addr, 64))
         engine._core.check()
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _guard
-from ksmcore.scanner import LOOK_SECONDS, _scanners
+from ksmcore._engine.scanner import LOOK_SECONDS, _scanners
+from ksmcore._guard import guard
 
 PAGE = ksmcore.default_engine().page_bytes
 WAIT_SECONDS = 120
@@ -43,7 +43,7 @@ def pages(engine, rng, n=64):
 @pytest.fixture
 def quick(engine, monkeypatch):
     """An engine whose scanner does not rest for long, whatever a pass took of a processor."""
-    monkeypatch.setattr("ksmcore.pacing.Pacer.idle_rest", lambda *_: 0.0)
+    monkeypatch.setattr("ksmcore._engine.pacing.Pacer.idle_rest", lambda *_: 0.0)
     engine.configure(sleep_millisecs=0)
     yield engine
     if not engine.closed:
@@ -103,7 +103,7 @@ class TestLife:
             rests.append(quick.stats().full_scans)
             return 3600.0
 
-        monkeypatch.setattr("ksmcore.pacing.Pacer.idle_rest", idle_rest)
+        monkeypatch.setattr("ksmcore._engine.pacing.Pacer.idle_rest", idle_rest)
         first, second = full_buffer(), full_buffer()
         quick.register(first)
         with quick.start():
@@ -331,7 +331,7 @@ class TestErrors:
             quick.stop()
         assert quick.stats().scanner_error is None
         quick.stop()
-        assert not _guard.handler_installed()
+        assert not guard.handler_installed()
         quick.on_pass = None
         with quick.start():
             wait_until(lambda: quick.stats().pages_sharing == 64)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import vmas
-from ksmcore.settings import FIXED, GUARDS, Settings
-from ksmcore.stats import STORE_PATH
+from ksmcore._engine.settings import FIXED, GUARDS, Settings
+from ksmcore._engine.stats import STORE_PATH
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 NAMES = [field.name for field in fields(Settings)]
@@ -267,7 +267,7 @@ class TestMapBudget:
     def store_maps(self):
         return [
             vma
-            for vma in vmas.Snapshot().vmas_in(0, 1 << 64)
+            for vma in smaps.Snapshot().vmas_in(0, 1 << 64)
             if vma.path.startswith(STORE_PATH) and vma.writable
         ]
 
@@ -334,7 +334,7 @@ class TestMapBudget:
 
     def test_auto_is_at_most_half_of_what_is_free(self, engine):
         engine.scan()
-        assert 0 < engine.stats().maps_allowed <= vmas.max_map_count() // 2
+        assert 0 < engine.stats().maps_allowed <= smaps.max_map_count() // 2
 
 
 class TestSameResult:

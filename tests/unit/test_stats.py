@@ -10,7 +10,7 @@ import pytest
 from kernels_view import pss_bytes
 
 import ksmcore
-from ksmcore import _pagemap
+from ksmcore._kernel import pagemap
 
 PAGE = mmap.PAGESIZE
 PRESENT, OF_FILE, EXCLUSIVE = 1, 2, 8
@@ -107,7 +107,7 @@ def kernels_counts(arrays):
     n_merged = n_own = 0
     for array in arrays:
         touch(array)
-        for flags in _pagemap.query(array.ctypes.data, array.nbytes // PAGE):
+        for flags in pagemap.query(array.ctypes.data, array.nbytes // PAGE):
             n_merged += bool(flags & OF_FILE)
             n_own += flags & (PRESENT | OF_FILE | EXCLUSIVE) == PRESENT | EXCLUSIVE
     return n_merged, n_own
@@ -209,7 +209,7 @@ class TestArithmetic:
         engine.scan()
         assert engine.stats().pages_tracked == 0
         assert engine.stats().pages_scanned == 0
-        assert not any(_pagemap.query(array.ctypes.data, 200))
+        assert not any(pagemap.query(array.ctypes.data, 200))
 
     @pytest.mark.parametrize("passes", ["dedup", "scan"])
     def test_after_writes(self, engine, rng, passes):

@@ -1,4 +1,4 @@
-"""ksmcore._sys: what Python sees of it, and what a failing call turns into."""
+"""ksmcore._kernel.syscalls: what Python sees of it, and what a failing call turns into."""
 
 import errno
 import mmap
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _forks, _sys
+from ksmcore._kernel import forks, syscalls
 
 CALLS = (
     "mmap munmap mremap mprotect madvise mincore memfd_create ftruncate fallocate pwrite pread "
@@ -18,92 +18,92 @@ CALLS = (
 
 
 def test_page_bytes():
-    assert _sys.page_bytes() == mmap.PAGESIZE == ksmcore.Engine.page_bytes
+    assert syscalls.page_bytes() == mmap.PAGESIZE == ksmcore.Engine.page_bytes
 
 
 def test_generation_is_constant():
-    assert _forks.generation() == _forks.generation()
+    assert forks.generation() == forks.generation()
 
 
 def test_generation_grows_in_a_child():
-    before = _forks.generation()
+    before = forks.generation()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy's threads, since Python 3.12
         child = os.fork()
     if child == 0:
-        os._exit(_forks.generation() - before)
+        os._exit(forks.generation() - before)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    assert _forks.generation() == before
+    assert forks.generation() == before
 
 
 class TestFeatures:
     def test_names(self):
-        assert {"pagemap", "memfd"} <= set(_sys.features())
+        assert {"pagemap", "memfd"} <= set(syscalls.features())
 
     def test_values(self):
-        for name, why_not in _sys.features().items():
+        for name, why_not in syscalls.features().items():
             assert isinstance(name, str)
             assert why_not is None or (isinstance(why_not, str) and why_not)
 
     def test_is_the_public_function(self):
-        assert ksmcore.features().items() >= _sys.features().items()
+        assert ksmcore.features().items() >= syscalls.features().items()
 
     def test_says_why_not(self):
-        _sys.inject("memfd_create", errno.EPERM)
-        assert _sys.features()["memfd"] == os.strerror(errno.EPERM)
+        syscalls.inject("memfd_create", errno.EPERM)
+        assert syscalls.features()["memfd"] == os.strerror(errno.EPERM)
 
     def test_one_missing_does_not_hide_another(self):
-        _sys.inject("open", errno.EACCES)
-        found = _sys.features()
+        syscalls.inject("open", errno.EACCES)
+        found = syscalls.features()
         assert found["pagemap"] == os.strerror(errno.EACCES)
         assert found["memfd"] is None
 
     def test_leaves_no_descriptor(self):
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(10):
-            _sys.features()
+            syscalls.features()
         assert len(os.listdir("/proc/self/fd")) == before
 
 
 class TestInject:
     @pytest.mark.parametrize("call", CALLS)
     def test_names(self, call):
-        _sys.inject(call, errno.EIO)
-        assert _sys.inject_clear() == 1
+        syscalls.inject(call, errno.EIO)
+        assert syscalls.inject_clear() == 1
 
     @pytest.mark.parametrize("call", ["none", "", "MMAP", "read"])
     def test_unknown_names_are_told_the_known(self, call):
         with pytest.raises(ValueError, match="unknown call") as caught:
-            _sys.inject(call, errno.EIO)
+            syscalls.inject(call, errno.EIO)
         assert all(name in str(caught.value) for name in CALLS)
-        assert _sys.inject_clear() == 0
+        assert syscalls.inject_clear() == 0
 
     def test_wrong_type(self):
         with pytest.raises(TypeError):
-            _sys.inject(b"mmap", errno.EIO)
+            syscalls.inject(b"mmap", errno.EIO)
 
     def test_after_and_count(self):
-        _sys.inject("memfd_create", errno.EMFILE, after=2, count=2)
-        answers = [_sys.features()["memfd"] for _ in range(6)]
+        syscalls.inject("memfd_create", errno.EMFILE, after=2, count=2)
+        answers = [syscalls.features()["memfd"] for _ in range(6)]
         failed = os.strerror(errno.EMFILE)
         assert answers == [None, None, failed, failed, None, None]
-        assert _sys.inject_clear() == 0
+        assert syscalls.inject_clear() == 0
 
     def test_clear_counts_what_is_left(self):
-        _sys.inject("mmap", errno.ENOMEM, after=10**6, count=3)
-        _sys.inject("open", errno.EACCES, after=10**6, count=4)
-        assert _sys.inject_clear() == 7
-        assert _sys.inject_clear() == 0
+        syscalls.inject("mmap", errno.ENOMEM, after=10**6, count=3)
+        syscalls.inject("open", errno.EACCES, after=10**6, count=4)
+        assert syscalls.inject_clear() == 7
+        assert syscalls.inject_clear() == 0
 
     def test_clear_lets_calls_through(self):
-        _sys.inject("memfd_create", errno.EPERM, count=100)
-        _sys.inject_clear()
-        assert _sys.features()["memfd"] is None
+        syscalls.inject("memfd_create", errno.EPERM, count=100)
+        syscalls.inject_clear()
+        assert syscalls.features()["memfd"] is None
 
     def test_two_calls_at_once(self):
-        _sys.inject("memfd_create", errno.EPERM)
-        _sys.inject("open", errno.EACCES)
-        assert set(_sys.features().values()) == {
+        syscalls.inject("memfd_create", errno.EPERM)
+        syscalls.inject("open", errno.EACCES)
+        assert set(syscalls.features().values()) == {
             os.strerror(errno.EPERM),
             os.strerror(errno.EACCES),
         }
@@ -113,7 +113,7 @@ class TestErrors:
     """One helper turns a failed call into an exception: errno, call, range, reason."""
 
     def test_no_memory_is_a_memory_error(self, engine):
-        _sys.inject("mmap", errno.ENOMEM)
+        syscalls.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError) as caught:
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         text = str(caught.value)
@@ -124,19 +124,19 @@ class TestErrors:
 
     @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EPERM, errno.EINVAL])
     def test_others_are_os_errors_with_errno(self, engine, code):
-        _sys.inject("mmap", code)
+        syscalls.inject("mmap", code)
         with pytest.raises(OSError, match=r"mmap of \d+ bytes") as caught:
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         assert caught.value.errno == code
         assert os.strerror(code) in caught.value.strerror
 
     def test_the_class_follows_errno(self, engine):
-        _sys.inject("mmap", errno.EPERM)
+        syscalls.inject("mmap", errno.EPERM)
         with pytest.raises(PermissionError):
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
 
     def test_nothing_is_left_of_what_failed(self, engine):
-        _sys.inject("mmap", errno.ENOMEM)
+        syscalls.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError):
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         assert engine.stats().regions == 0
@@ -147,18 +147,18 @@ class TestErrors:
         region = engine.register(buffer)
         buffer[:] = b"x" * len(buffer)
         engine.dedup()
-        _sys.inject("mmap", errno.ENOMEM)
+        syscalls.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError, match="unregister: mmap"):
             region.close()
-        _sys.inject_clear()
-        _sys.inject("mprotect", errno.EACCES)
+        syscalls.inject_clear()
+        syscalls.inject("mprotect", errno.EACCES)
         with pytest.raises(PermissionError, match=f"mprotect of [0-9]+ bytes at {region.addr:#x}"):
             region.close()
-        _sys.inject_clear()
+        syscalls.inject_clear()
         region.close()
         assert buffer[:] == b"x" * len(buffer)
 
     def test_an_engine_without_memory(self):
-        _sys.inject("mmap", errno.ENOMEM)
+        syscalls.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError, match="engine: mmap"):
             ksmcore.Engine()

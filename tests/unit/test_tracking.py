@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore import _forks, _pagemap, _quiet, _sys, vmas
+from ksmcore._kernel import forks, pagemap, smaps, syscalls
+from ksmcore._pass.quiet import watch_from
 
 PAGE = mmap.PAGESIZE
 N = 600
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 def unwritten(array):
     """Pages that the kernel takes for unwritten: asked of the kernel, not of the engine."""
     n_pages = array.nbytes // PAGE
-    return n_pages - sum(n for _, n, _ in _pagemap.survey(array.ctypes.data, n_pages, True))
+    return n_pages - sum(n for _, n, _ in pagemap.survey(array.ctypes.data, n_pages, True))
 
 
 def hashed_by(engine, scan=None):
@@ -180,9 +181,9 @@ def test_pages_that_could_not_be_merged_are_looked_at_again(engine, quiet):
 def test_windows_that_fail(engine, quiet, call, after):
     other = engine.array(quiet)
     engine.scan()
-    _sys.inject(call, errno.ENOMEM, after=after, count=3)
+    syscalls.inject(call, errno.ENOMEM, after=after, count=3)
     engine.scan()
-    _sys.inject_clear()
+    syscalls.inject_clear()
     assert unwritten(quiet) + unwritten(other) <= engine.stats().pages_quiet
     for _ in range(4):
         engine.scan()
@@ -196,7 +197,7 @@ def in_store(array):
     start, end = array.ctypes.data, array.ctypes.data + array.nbytes
     return sum(
         (min(vma.end, end) - max(vma.start, start)) // PAGE
-        for vma in vmas.Snapshot().vmas_in(start, end)
+        for vma in smaps.Snapshot().vmas_in(start, end)
         if vma.path.startswith("/memfd:ksmcore-store")
     )
 
@@ -288,7 +289,7 @@ def test_a_forked_child_is_not_watched(engine, quiet):
                 for _ in range(4):
                     own.scan()
                 right = own.stats().pages_quiet == N and np.array_equal(array, quiet)
-            status = 0 if seen == 0 and right and _forks.generation() > 0 else 2
+            status = 0 if seen == 0 and right and forks.generation() > 0 else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -306,7 +307,7 @@ def test_nothing_stays_behind(rng):
     def flags():
         end = array.ctypes.data + array.nbytes
         return {
-            flag for vma in vmas.Snapshot().vmas_in(array.ctypes.data, end) for flag in vma.flags
+            flag for vma in smaps.Snapshot().vmas_in(array.ctypes.data, end) for flag in vma.flags
         }
 
     with ksmcore.Engine() as engine:
@@ -373,10 +374,10 @@ def test_content_order_has_checksums(rng):
 
 
 def test_where_it_is_not_to_be_had(rng):
-    _sys.inject("tracker", errno.EPERM)
+    syscalls.inject("tracker", errno.EPERM)
     with pytest.raises(ValueError, match="dirty='pagemap' is not to be had here"):
         ksmcore.Engine(dirty="pagemap")
-    _sys.inject("tracker", errno.EPERM)
+    syscalls.inject("tracker", errno.EPERM)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
         array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
@@ -385,7 +386,7 @@ def test_where_it_is_not_to_be_had(rng):
 
 
 def test_a_kernel_without_pagemap_scan(rng):
-    _sys.inject("pagemap_scan", errno.ENOTTY)
+    syscalls.inject("pagemap_scan", errno.ENOTTY)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
         content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
@@ -408,11 +409,11 @@ def test_watching_that_fails(rng, call, after):
         array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
         engine.scan()
         engine.scan()
-        _sys.inject(call, errno.EPERM, after=after)
+        syscalls.inject(call, errno.EPERM, after=after)
         # A survey that failed says so; the rest goes on with checksums.
         with contextlib.suppress(PermissionError):
             engine.scan()
-        assert _sys.inject_clear() == 0
+        assert syscalls.inject_clear() == 0
         assert unwritten(array) <= engine.stats().pages_quiet
         array[1] = array[2]
         for _ in range(3):
@@ -422,13 +423,13 @@ def test_watching_that_fails(rng, call, after):
 
 
 def test_small_regions_are_not_watched(engine, rng):
-    before = _quiet.watch_from(N + 1)
+    before = watch_from(N + 1)
     try:
         array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
         assert [hashed_by(engine) for _ in range(4)] == [N] * 4
         assert unwritten(array) == engine.stats().pages_quiet == 0
     finally:
-        _quiet.watch_from(before)
+        watch_from(before)
 
 
 def test_close_gives_the_descriptor_back(rng):

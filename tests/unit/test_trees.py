@@ -9,7 +9,7 @@ from itertools import permutations
 import pytest
 
 from ksmcore import _pages
-from ksmcore._tree_shell import Tree
+from ksmcore._testing.tree import Tree
 
 PAGE_BYTES = 64
 ORDERS = ["digest", "content"]

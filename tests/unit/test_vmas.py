@@ -1,4 +1,4 @@
-"""ksmcore.vmas: the kernel's files about mappings, read here and from invented text."""
+"""ksmcore._kernel.smaps: the kernel's files about mappings, read here and from invented text."""
 
 import builtins
 import ctypes
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from ksmcore import vmas
+from ksmcore._kernel import smaps
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -66,8 +66,8 @@ def three_mappings():
 
 
 def test_every_field_of_a_record_is_read():
-    first, second = vmas.parse_smaps(lines_of(NEW_KERNEL))
-    assert first == vmas.Vma(
+    first, second = smaps.parse_smaps(lines_of(NEW_KERNEL))
+    assert first == smaps.Vma(
         start=0x7F27FC237000,
         end=0x7F27FC337000,
         readable=True,
@@ -94,7 +94,7 @@ def test_every_field_of_a_record_is_read():
 
 
 def test_fields_that_an_old_kernel_does_not_print_are_neutral():
-    (vma,) = vmas.parse_smaps(lines_of(OLD_KERNEL))
+    (vma,) = smaps.parse_smaps(lines_of(OLD_KERNEL))
     assert vma.path == "/usr/bin/dbus-daemon"
     assert vma.rss == 16 << 10
     assert vma.flags == frozenset()
@@ -103,23 +103,23 @@ def test_fields_that_an_old_kernel_does_not_print_are_neutral():
 
 
 def test_lines_may_come_without_newlines():
-    assert list(vmas.parse_smaps(NEW_KERNEL.splitlines())) == list(
-        vmas.parse_smaps(lines_of(NEW_KERNEL))
+    assert list(smaps.parse_smaps(NEW_KERNEL.splitlines())) == list(
+        smaps.parse_smaps(lines_of(NEW_KERNEL))
     )
 
 
 def test_unknown_lines_are_passed_over():
     text = NEW_KERNEL.replace("Swap: ", "Quantum:  7 qB\nNonsense\nSwap: ", 1)
-    assert list(vmas.parse_smaps(lines_of(text))) == list(vmas.parse_smaps(lines_of(NEW_KERNEL)))
+    assert list(smaps.parse_smaps(lines_of(text))) == list(smaps.parse_smaps(lines_of(NEW_KERNEL)))
 
 
 def test_no_text_holds_no_mapping():
-    assert list(vmas.parse_smaps([])) == []
+    assert list(smaps.parse_smaps([])) == []
 
 
 def test_text_that_is_not_smaps_is_refused():
     with pytest.raises(ValueError, match="not the text of an smaps file"):
-        list(vmas.parse_smaps(["Name:\tpython\n"]))
+        list(smaps.parse_smaps(["Name:\tpython\n"]))
 
 
 # --- this process's mappings ----------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_text_that_is_not_smaps_is_refused():
 
 def test_mappings_are_split_where_the_protection_differs(three_mappings):
     addr = three_mappings
-    found = vmas.vmas_in(addr, addr + 12 * PAGE)
+    found = smaps.vmas_in(addr, addr + 12 * PAGE)
     assert [vma.writable for vma in found] == [True, False, True]
     assert found[0].start <= addr
     assert (found[1].start, found[1].end) == (addr + 4 * PAGE, addr + 8 * PAGE)
@@ -142,25 +142,25 @@ def test_mappings_are_split_where_the_protection_differs(three_mappings):
 )
 def test_only_overlapping_mappings_are_given(three_mappings, first, last, expected):
     addr = three_mappings
-    found = vmas.vmas_in(addr + first * PAGE, addr + last * PAGE)
+    found = smaps.vmas_in(addr + first * PAGE, addr + last * PAGE)
     assert [vma.writable for vma in found] == expected
 
 
 def test_nothing_is_mapped_at_the_first_page():
-    assert vmas.vmas_in(0, PAGE) == []
+    assert smaps.vmas_in(0, PAGE) == []
 
 
 def test_an_empty_range_has_no_mapping(three_mappings):
-    assert vmas.Snapshot().vmas_in(three_mappings + 4 * PAGE, three_mappings + 4 * PAGE) == []
+    assert smaps.Snapshot().vmas_in(three_mappings + 4 * PAGE, three_mappings + 4 * PAGE) == []
 
 
 def test_sizes_follow_what_is_touched():
     with mmap.mmap(-1, 16 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         addr = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        before = sum(vma.anonymous for vma in vmas.vmas_in(addr, addr + 16 * PAGE))
+        before = sum(vma.anonymous for vma in smaps.vmas_in(addr, addr + 16 * PAGE))
         area.madvise(mmap.MADV_NOHUGEPAGE)
         area[: 4 * PAGE] = b"x" * (4 * PAGE)
-        (vma,) = vmas.vmas_in(addr, addr + 16 * PAGE)
+        (vma,) = smaps.vmas_in(addr, addr + 16 * PAGE)
         assert "nh" in vma.flags
         # The neighbour that the mapping was merged with, if any, is no longer a part of it.
         assert vma.anonymous == vma.rss == 4 * PAGE or vma.anonymous > before
@@ -169,13 +169,13 @@ def test_sizes_follow_what_is_touched():
 def test_a_snapshot_of_everything_agrees_with_the_file():
     with open("/proc/self/maps", encoding="utf-8") as lines:
         names = [line.split(maxsplit=5)[5].strip() for line in lines if line.count(" ") > 5]
-    found = vmas.Snapshot().vmas_in(0, 1 << 64)
+    found = smaps.Snapshot().vmas_in(0, 1 << 64)
     assert [vma.start for vma in found] == sorted(vma.start for vma in found)
     assert {"[stack]", "[heap]"} & set(names) <= {vma.path for vma in found}
 
 
 def test_a_snapshot_finds_each_mapping_from_its_own_pages():
-    snapshot = vmas.Snapshot()
+    snapshot = smaps.Snapshot()
     everything = snapshot.vmas_in(0, 1 << 64)
     assert len(everything) > 10
     for vma in everything:
@@ -192,8 +192,8 @@ def test_pieces_of_the_file_may_end_anywhere(tmp_path, monkeypatch, read_bytes):
     )
     file = tmp_path / "smaps"
     file.write_text(text)
-    monkeypatch.setattr(vmas, "_SMAPS_READ_BYTES", read_bytes)
-    chunks = list(vmas._chunks_of(os.fspath(file)))
+    monkeypatch.setattr(smaps, "_SMAPS_READ_BYTES", read_bytes)
+    chunks = list(smaps._chunks_of(os.fspath(file)))
     assert b"".join(chunk for _, chunk in chunks) == text.encode()
     for first, chunk in chunks:
         assert chunk.startswith(f"{first:08x}-".encode())
@@ -207,8 +207,8 @@ def test_reading_stops_behind_the_range(monkeypatch):
             asked.append(n)
             yield n << 12, f"{n << 12:08x}-{(n + 1) << 12:08x} rw-p 00000000 00:00 0 \n".encode()
 
-    monkeypatch.setattr(vmas, "_chunks_of", chunks)
-    found = vmas.vmas_in(3 << 12, 5 << 12)
+    monkeypatch.setattr(smaps, "_chunks_of", chunks)
+    found = smaps.vmas_in(3 << 12, 5 << 12)
     assert [vma.start >> 12 for vma in found] == [3, 4]
     assert asked == [0, 1, 2, 3, 4, 5]
 
@@ -220,7 +220,7 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
         file.flush()
         with mmap.mmap(file.fileno(), PAGE) as area:
             addr = ctypes.addressof(ctypes.c_char.from_buffer(area))
-            (vma,) = vmas.vmas_in(addr, addr + PAGE)
+            (vma,) = smaps.vmas_in(addr, addr + PAGE)
     assert os.fsencode(vma.path).endswith(b"/\xff \\012x")
 
 
@@ -230,7 +230,7 @@ def test_a_missing_smaps_raises_oserror(monkeypatch):
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(FileNotFoundError, match="smaps"):
-        vmas.vmas_in(0, PAGE)
+        smaps.vmas_in(0, PAGE)
 
 
 # --- NUMA policy ----------------------------------------------------------------------------------
@@ -255,17 +255,17 @@ NUMA_MAPS = """\
     ],
 )
 def test_policy_in_the_text_of_numa_maps(starts, expected):
-    assert vmas.parse_numa_maps(lines_of(NUMA_MAPS), starts) == expected
+    assert smaps.parse_numa_maps(lines_of(NUMA_MAPS), starts) == expected
 
 
 def test_the_policy_of_the_process_is_not_one_of_a_mapping():
     text = NUMA_MAPS.replace(" default ", " interleave:0-1 ")
-    assert vmas.parse_numa_maps(lines_of(text), [0x7F0000000000]) is None
-    assert vmas.parse_numa_maps(lines_of(text), [0x7F0000010000]) == (0x7F0000010000, "bind:0")
+    assert smaps.parse_numa_maps(lines_of(text), [0x7F0000000000]) is None
+    assert smaps.parse_numa_maps(lines_of(text), [0x7F0000010000]) == (0x7F0000010000, "bind:0")
 
 
 def test_plain_memory_has_no_policy(three_mappings):
-    assert vmas.numa_policy_of(three_mappings, three_mappings + 12 * PAGE) is None
+    assert smaps.numa_policy_of(three_mappings, three_mappings + 12 * PAGE) is None
 
 
 def test_numa_maps_answers_where_the_call_is_forbidden(three_mappings, monkeypatch):
@@ -273,17 +273,17 @@ def test_numa_maps_answers_where_the_call_is_forbidden(three_mappings, monkeypat
         raise PermissionError(1, "get_mempolicy: Operation not permitted")
 
     addr = three_mappings
-    (middle,) = vmas.vmas_in(addr + 4 * PAGE, addr + 8 * PAGE)
-    monkeypatch.setattr(vmas, "_policy_at", forbidden)
+    (middle,) = smaps.vmas_in(addr + 4 * PAGE, addr + 8 * PAGE)
+    monkeypatch.setattr(smaps, "_policy_at", forbidden)
     if os.path.exists("/proc/self/numa_maps"):
-        assert vmas.own_numa_policy([middle]) is None
+        assert smaps.own_numa_policy([middle]) is None
     text = f"00400000 default\n{middle.start:x} interleave:0 anon=1\n"
     monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.StringIO(text))
-    assert vmas.own_numa_policy([middle]) == (middle, "interleave:0")
+    assert smaps.own_numa_policy([middle]) == (middle, "interleave:0")
 
 
 def test_a_kernel_without_numa_has_no_policy(three_mappings, monkeypatch):
-    (middle,) = vmas.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
+    (middle,) = smaps.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
 
     def unknown(addr):
         raise OSError(38, "get_mempolicy: Function not implemented")
@@ -291,25 +291,25 @@ def test_a_kernel_without_numa_has_no_policy(three_mappings, monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(vmas, "_policy_at", unknown)
+    monkeypatch.setattr(smaps, "_policy_at", unknown)
     monkeypatch.setattr(builtins, "open", missing)
-    assert vmas.own_numa_policy([middle]) is None
+    assert smaps.own_numa_policy([middle]) is None
 
 
 def test_any_other_failure_of_the_call_is_told(three_mappings, monkeypatch):
-    (middle,) = vmas.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
+    (middle,) = smaps.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
 
     def broken(addr):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(vmas, "_policy_at", broken)
+    monkeypatch.setattr(smaps, "_policy_at", broken)
     with pytest.raises(OSError, match="Input/output"):
-        vmas.own_numa_policy([middle])
+        smaps.own_numa_policy([middle])
 
 
 def test_an_address_without_mapping_has_no_policy():
-    (vma,) = vmas.parse_smaps(lines_of(OLD_KERNEL))
-    assert vmas.own_numa_policy([replace(vma, start=0, end=PAGE)]) is None
+    (vma,) = smaps.parse_smaps(lines_of(OLD_KERNEL))
+    assert smaps.own_numa_policy([replace(vma, start=0, end=PAGE)]) is None
 
 
 # --- counts and sums ------------------------------------------------------------------------------
@@ -317,16 +317,16 @@ def test_an_address_without_mapping_has_no_policy():
 
 def test_count_maps_follows_the_mappings(three_mappings):
     libc = ctypes.CDLL(None, use_errno=True)
-    before = vmas.count_maps()
+    before = smaps.count_maps()
     for n in (0, 2, 9):
         addr = ctypes.c_void_p(three_mappings + n * PAGE)
         assert libc.mprotect(addr, ctypes.c_size_t(PAGE), PROT_NONE) == 0
-    during = vmas.count_maps()
+    during = smaps.count_maps()
     whole = ctypes.c_void_p(three_mappings), ctypes.c_size_t(12 * PAGE)
     assert libc.mprotect(*whole, mmap.PROT_READ | mmap.PROT_WRITE) == 0
     # Page 0, page 2 and what lies between them and behind; page 9 in the middle of the last third.
     assert during == before + 6
-    assert vmas.count_maps() < during
+    assert smaps.count_maps() < during
 
 
 def test_max_map_count_is_the_sysctl():
@@ -335,7 +335,7 @@ def test_max_map_count_is_the_sysctl():
             expected = int(sysctl.read())
     except OSError as error:
         pytest.skip(f"the sysctl is hidden here: {error}")
-    assert vmas.max_map_count() == expected
+    assert smaps.max_map_count() == expected
 
 
 @pytest.mark.parametrize("problem", ["missing", "nonsense"])
@@ -346,30 +346,30 @@ def test_max_map_count_has_a_default(monkeypatch, problem):
         return io.BytesIO(b"many\n")
 
     monkeypatch.setattr(builtins, "open", broken)
-    assert vmas.max_map_count() == 65_530
+    assert smaps.max_map_count() == 65_530
 
 
 def test_locked_bytes_follows_mlock(three_mappings):
     libc = ctypes.CDLL(None, use_errno=True)
-    before = vmas.locked_bytes()
+    before = smaps.locked_bytes()
     if before is None:
         pytest.skip("this kernel does not print VmLck")
     page = ctypes.c_void_p(three_mappings), ctypes.c_size_t(PAGE)
     if libc.mlock(*page) != 0:
         pytest.skip(f"mlock: {os.strerror(ctypes.get_errno())}")
-    during = vmas.locked_bytes()
+    during = smaps.locked_bytes()
     assert libc.munlock(*page) == 0
     assert during == before + PAGE
-    assert vmas.locked_bytes() == before
+    assert smaps.locked_bytes() == before
 
 
 def test_locked_bytes_of_a_status_without_that_line(monkeypatch):
     monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name:\tpython\n"))
-    assert vmas.locked_bytes() is None
+    assert smaps.locked_bytes() is None
 
 
 def test_sums_leave_out_what_is_no_sum():
-    assert vmas.sum_smaps(lines_of(NEW_KERNEL * 2)) == {
+    assert smaps.sum_smaps(lines_of(NEW_KERNEL * 2)) == {
         "Rss": 1024 << 10,
         "Pss": 512 << 10,
         "Pss_Dirty": 0,
@@ -383,10 +383,10 @@ def test_sums_leave_out_what_is_no_sum():
 def test_rollup_follows_what_is_touched():
     n = 4096
     with mmap.mmap(-1, n * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        before = vmas.smaps_rollup()
+        before = smaps.smaps_rollup()
         for offset in range(0, n * PAGE, PAGE):
             area[offset] = 1
-        after = vmas.smaps_rollup()
+        after = smaps.smaps_rollup()
     for key in ("Rss", "Pss", "Anonymous"):
         assert after[key] - before[key] == pytest.approx(n * PAGE, rel=0.1)
 
@@ -399,8 +399,8 @@ def test_rollup_is_summed_up_where_the_kernel_has_none(monkeypatch):
             raise FileNotFoundError(2, "No such file or directory", path)
         return real_open(path, *args, **kwargs)
 
-    expected = vmas.smaps_rollup()
+    expected = smaps.smaps_rollup()
     monkeypatch.setattr(builtins, "open", without_rollup)
-    summed = vmas.smaps_rollup()
+    summed = smaps.smaps_rollup()
     assert set(summed) >= {"Rss", "Pss", "Anonymous"}
     assert summed["Rss"] == pytest.approx(expected["Rss"], rel=0.2)

@@ -1,0 +1,11 @@
+"""Memory for many large arrays, in few regions; see _arena.pyx."""
+
+from ksmcore._core.registry cimport Registry
+
+
+cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil
+cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil
+cdef bint arena_give(void* memory) noexcept nogil
+cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil
+cdef void arena_trim() noexcept nogil
+cdef int arena_begin(Registry core, bint wants_huge) except -1

@@ -1,0 +1,128 @@
+"""NumPy's arrays, made page-aligned and registered with the default engine, without a change of the
+program.
+
+Called by users, and by the default engine before its passes. Calls _allocator, which NumPy then
+calls for the memory of every array (NEP 49), and _arena.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import time
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
+
+from ksmcore._arrays import allocator, arena
+
+if TYPE_CHECKING:
+    from ksmcore._engine.passes import PassMaker
+
+__all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
+
+THRESHOLD_BYTES = 64 * 1024
+"""Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
+merged."""
+
+# Freed memory that was not needed for so long goes back to the kernel while the scanner runs.
+IDLE_SECONDS = 1.0
+
+# The blocks that a context is in, the innermost last: whose each is, and what it has put aside. One
+# for all allocators: each may be entered in several contexts at a time.
+_blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_blocks", default=())
+
+_beginning = threading.Lock()
+_begun = False
+_tidied_at = 0.0
+
+
+def _checked(threshold_bytes: SupportsIndex) -> int:
+    n_bytes = operator.index(threshold_bytes)
+    if not 1 <= n_bytes <= 2**63 - 1:
+        raise ValueError(f"threshold_bytes must be from 1 to 2**63 - 1, not {n_bytes}")
+    return n_bytes
+
+
+def _begin(engine: PassMaker) -> None:
+    """Tie the arena to the default engine's core, once; with KSMCORE_DISABLE, to none."""
+    global _begun
+    with _beginning:
+        if not _begun:
+            core = None if engine._disabled else engine._core
+            allocator.begin(core, _numpy_wants_huge())
+            engine._tidiers.append(_tidy)
+            _begun = True
+
+
+def _tidy(idle_only: bool) -> None:
+    """The scanner asks far more often than a program takes to need its memory again."""
+    global _tidied_at
+    if not idle_only:
+        arena.give_back()
+    elif time.monotonic() - _tidied_at >= IDLE_SECONDS:
+        _tidied_at = time.monotonic()
+        arena.give_back_idle()
+
+
+def _numpy_wants_huge() -> bool:
+    """Does NumPy ask for huge pages for its large arrays? (NUMPY_MADVISE_HUGEPAGE=0 keeps it from
+    that.)"""
+    try:
+        from numpy._core import multiarray
+    except ImportError:  # NumPy 1
+        from numpy.core import multiarray  # type: ignore[no-redef]
+    before = bool(multiarray._set_madvise_hugepage(True))  # type: ignore[attr-defined]
+    multiarray._set_madvise_hugepage(before)  # type: ignore[attr-defined]
+    return before
+
+
+class Allocator:
+    """`with ksmcore.allocator():`; may be entered again and again, within itself and in several
+    threads too."""
+
+    def __init__(self, engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
+        self._threshold_bytes = _checked(threshold_bytes)
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        _begin(self._engine)
+        before = allocator.use_here(self._threshold_bytes)
+        _blocks.set((*_blocks.get(), (self, before)))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        blocks = _blocks.get()
+        place = max((i for i, (whose, _) in enumerate(blocks) if whose is self), default=None)
+        if place is None:
+            return  # entered in another context, in which it stays
+        (_, before), inner = blocks[place], blocks[place + 1 :]
+        if inner:
+            # Left before one that was entered later: that is to bring back what this one would.
+            inner = ((inner[0][0], before), *inner[1:])
+        else:
+            allocator.use_again(before)
+        _blocks.set((*blocks[:place], *inner))
+
+
+def install(engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
+    """See `ksmcore.install_allocator`."""
+    n_bytes = _checked(threshold_bytes)
+    _begin(engine)
+    allocator.use_everywhere(n_bytes)
+
+
+def uninstall() -> None:
+    """See `ksmcore.uninstall_allocator`."""
+    allocator.use_nowhere()
+
+
+def is_here(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:
+    """Did an array's memory come from the arena? For tests."""
+    return bool(allocator.owns(array.__array_interface__["data"][0]))

@@ -1,0 +1,152 @@
+"""Copies of registered pages into fresh registered memory, which map the shared pages that their sources map.
+
+Called by: _core, one span at a time, with the engine's lock. Calls: _pagemap, _regions, _rmap, _store, _budget, _costs,
+_merge, _pages.
+
+No window is needed. The target is known to nobody yet, no pass looks at it, and a shared page does not change; that the
+source still shows it is asked of the kernel, and the caller has taken a census of the source. A write to the source
+meanwhile comes before or after the copy of that page, as with any copy that is made while somebody writes.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
+from libc.string cimport memcpy
+
+from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.costs cimport stretch_cost
+from ksmcore._pass.state cimport SPAN_PAGES, engine_core
+from ksmcore._guard.merge cimport run_t, share_range
+from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_query
+from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._records.regions cimport region_end, region_t, regions_at
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_state,
+)
+from ksmcore._records.store cimport store_is_there, store_page, store_share
+from ksmcore._kernel.syscalls cimport error_clear, sys_error
+
+cdef uint32_t PLAIN = 0        # instead of a slot: the bytes are to be copied
+cdef uint32_t NOTHING = 0xffffffff   # instead of a slot: there is nothing but zeros
+
+
+cdef bint _has_room(const engine_core* c, uint32_t slot) noexcept nogil:
+    return c.store.uses[slot].n_sharers < c.max_page_sharing
+
+
+cdef uint32_t _shown(
+    engine_core* c, const region_t* region, const uint8_t* page, uint8_t flag, uint32_t item
+) noexcept nogil:
+    """The slot that this page shows, if another page may map it; or PLAIN, or NOTHING."""
+    cdef bint over_store = item != 0 and c.rmap.tags[item].over_store
+    cdef uint32_t slot
+    if region.altered:
+        return PLAIN
+    if not over_store and not flag & (PAGE_PRESENT | PAGE_SWAPPED | PAGE_UNSURE):
+        return NOTHING
+    if not over_store or c.rmap.tags[item].state != PAGE_SHARED or flag & PAGE_SWAPPED:
+        return PLAIN
+    slot = c.rmap.nodes[item].left
+    if not _has_room(c, slot):
+        return PLAIN
+    if flag & PAGE_UNSURE:
+        return slot if page_compare(page, store_page(&c.store, slot), c.page_bytes) == 0 else PLAIN
+    # Not there: not read since it was merged. A written one would be there, or swapped out.
+    return slot if flag & PAGE_OF_FILE or not flag & PAGE_PRESENT else PLAIN
+
+
+cdef bint _share(
+    engine_core* c, const region_t* home, uintptr_t addr, const uint32_t* slots, const uint32_t* digests,
+    size_t n_pages
+) noexcept nogil:
+    """Map slots that follow each other over fresh pages of a region, and enter those as sharers; False where that
+    cannot be, or where the map budget does not allow it."""
+    cdef sys_error ignored
+    cdef size_t i, n_items = 0
+    cdef uint32_t item = 0
+    cdef int64_t cost = stretch_cost(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
+    cdef run_t run
+    if not budget_affords(&c.b.budget, cost, <uint32_t>n_pages):
+        return False
+    error_clear(&ignored)
+    run.addr = addr
+    run.n_pages = n_pages
+    run.page_bytes = c.page_bytes
+    run.flags = home.flags
+    # The items first: once a slot is mapped somewhere that must be known. None of them is known so far.
+    while n_items < n_pages and (
+        rmap_find(&c.rmap, addr // c.page_bytes + n_items, 0) == 0
+        and rmap_add(&c.rmap, addr // c.page_bytes + n_items, &ignored) != 0
+    ):
+        n_items += 1
+    if n_items < n_pages or share_range(&c.store, &run, slots[0], &ignored) != 0:
+        for i in range(n_items):
+            rmap_remove(&c.rmap, rmap_find(&c.rmap, addr // c.page_bytes + i, 0))
+        return False
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, addr // c.page_bytes + i, item)
+        store_share(&c.store, slots[i])
+        rmap_set_state(&c.rmap, item, PAGE_SHARED)
+        rmap_set_over_store(&c.rmap, item, True)
+        c.rmap.nodes[item].left = slots[i]
+        c.rmap.nodes[item].digest = digests[i]
+    c.counters.pages_merged += n_pages
+    c.b.budget.used += cost
+    return True
+
+
+cdef int core_copy(
+    engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, size_t* n_plain, sys_error* err
+) noexcept nogil:
+    """Copy at most SPAN_PAGES registered pages into registered pages that were never touched. *n_plain grows by the
+    pages whose bytes were copied, because they are not shared.
+
+    The source may be any memory that can be read; its regions' census was taken. -1 with *err when the kernel does not
+    answer for it; nothing was done then.
+    """
+    cdef uint8_t flags[<int>SPAN_PAGES]
+    cdef uint32_t slots[<int>SPAN_PAGES]
+    cdef uint32_t digests[<int>SPAN_PAGES]
+    cdef const region_t* region
+    cdef const uint8_t* page
+    cdef size_t i, start
+    cdef uint32_t item, hint = 0
+    cdef const region_t* home = regions_at(&c.regions, target)
+    cdef bint can_share = home != NULL and home.addr <= target and store_is_there(&c.store)
+    if pagemap_query(&c.pm, source, n_pages, flags, err) != 0:
+        return -1
+    region = NULL
+    for i in range(n_pages):
+        page = <const uint8_t*>(source + i * c.page_bytes)
+        if region == NULL or region_end(&c.regions, region) <= <uintptr_t>page:
+            region = regions_at(&c.regions, <uintptr_t>page)
+        item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
+        hint = item if item != 0 else hint
+        slots[i] = PLAIN
+        if region != NULL and region.addr <= <uintptr_t>page:
+            slots[i] = _shown(c, region, page, flags[i], item)
+        digests[i] = c.rmap.nodes[item].digest if item != 0 else 0
+        if slots[i] == PLAIN and flags[i] == PAGE_PRESENT and page_is_zero(page, c.page_bytes):
+            slots[i] = NOTHING       # the kernel's zero page, or a page shared with a forked child
+    i = 0
+    while i < n_pages:
+        start = i
+        i += 1
+        if slots[start] == NOTHING:
+            continue
+        if slots[start] != PLAIN and not _has_room(c, slots[start]):
+            slots[start] = PLAIN     # others of this span have taken it
+        if slots[start] != PLAIN:
+            while i < n_pages and slots[i] == slots[i - 1] + 1 and _has_room(c, slots[i]):
+                i += 1
+            if can_share and _share(
+                c, home, target + start * c.page_bytes, slots + start, digests + start, i - start
+            ):
+                continue
+        else:
+            while i < n_pages and slots[i] == PLAIN:
+                i += 1
+            n_plain[0] += i - start
+        memcpy(
+            <void*>(target + start * c.page_bytes), <const void*>(source + start * c.page_bytes),
+            (i - start) * c.page_bytes
+        )
+    return 0

@@ -1,0 +1,258 @@
+"""The engine's core as Python sees it: passes without the GIL, settings and numbers, over its regions.
+
+Called by: engine.py, passes.py, scanner.py. Calls: _registry (which it is made of), _engine, _quiet, _scan, _census,
+_copy, _numbers, _unmerge, _guard.
+"""
+
+from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT_LOCK
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy
+
+from ksmcore._core.census cimport census_of_range, census_take
+from ksmcore._core.copy cimport core_copy
+from ksmcore._pass.state cimport SPAN_PAGES, core_begin_pass
+from ksmcore._guard.guard cimport guard_leave, guard_name
+from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
+from ksmcore._pass.quiet cimport quiet_begin_pass
+from ksmcore._kernel.reader cimport reader_enter, reader_leave
+from ksmcore._records.regions cimport region_end, region_t, regions_at, regions_next
+from ksmcore._core.registry cimport Registry
+from ksmcore._pass.scan cimport core_scan_at
+from ksmcore._records.store cimport MAX_SHARERS
+from ksmcore._kernel.syscalls cimport (
+    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes,
+)
+from ksmcore._kernel.tracker cimport tracker_close
+from ksmcore._core.unmerge cimport core_check
+from ksmcore._guard.window cimport guard_kind
+
+from ksmcore.errors import InternalError
+
+
+cdef class Core(Registry):
+    """Regions, both trees, the rmap table and the store of one engine."""
+
+    # ---- passes -----------------------------------------------------------------------------
+
+    @property
+    def guard_in_use(self):
+        """Name of the guard."""
+        return guard_name(self.c.b.guard)
+
+    def enter_guard(self):
+        """Get ready to open windows; pass what is returned to leave_guard. OSError when none can be had."""
+        cdef guard_kind entered = self.guard
+        cdef sys_error err
+        cdef int rc
+        error_clear(&err)
+        with nogil:
+            rc = self._enter(&entered, &err)
+        if rc != 0:
+            error_raise(&err, "guard")
+        return <int>entered
+
+    def leave_guard(self, int entered):
+        with nogil:
+            guard_leave(<guard_kind>entered)
+
+    def begin_pass(self):
+        """Throw the unstable tree away."""
+        self._own()
+        with nogil:
+            self._lock()
+            quiet_begin_pass(&self.c)
+            core_begin_pass(&self.c)
+            self._unlock()
+
+    def end_pass(self, *, bint full, bint spend_reserve):
+        """Count a `full` pass; `spend_reserve`: let short runs have more of the map budget from now on."""
+        self._own()
+        with nogil:
+            self._lock()
+            self.c.counters.full_scans += full
+            if spend_reserve and self.c.b.budget.reserve_shift < 16:
+                self.c.b.budget.reserve_shift += 1
+            self._unlock()
+
+    def stop_watching(self):
+        """Close the tracker's descriptor for good; no region is watched from here on."""
+        self._own()
+        with nogil:
+            self._lock()
+            self.c.may_watch = False
+            tracker_close(&self.c.tracker)
+            quiet_begin_pass(&self.c)
+            self._unlock()
+
+    def take_census(self, int64_t asked_maps, int64_t max_map_count):
+        """Look at the process's mappings: how many the engine may use (asked_maps -1: half of the free
+        ones), and which regions are not what they were registered as."""
+        cdef sys_error ignored
+        error_clear(&ignored)
+        self._own()
+        with nogil:
+            self._lock()
+            census_take(&self.c, asked_maps, max_map_count, &ignored)
+            self._unlock()
+
+    def pass_over(self, uintptr_t addr, uintptr_t end):
+        """Take what is registered in [addr, end) for altered, until the next census."""
+        cdef region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            region = regions_at(&self.c.regions, addr)
+            while region != NULL and region.addr < end:
+                region.altered = region.passed_over = True
+                region = regions_next(&self.c.regions, region)
+            self._unlock()
+
+    def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0):
+        """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
+        are merged at most (0: no bound).
+
+        Returns the address to go on at, `end` when there is nothing left. The lock is given up after
+        every span, so regions may come and go in between: the cursor is an address, and what is
+        registered there when the walk goes on is what is scanned.
+
+        OSError when the kernel does not answer for a page; InternalError when it would not give back a
+        write permission that the guard had taken.
+        """
+        cdef sys_error err
+        cdef size_t done = 0
+        cdef uint64_t merges_left = max_merges if max_merges != 0 else UINT64_MAX
+        cdef bint entered
+        cdef guard_kind guard = self.guard
+        cdef int rc
+        error_clear(&err)
+        self._own()
+        with nogil:
+            reader_enter()
+            rc = self._enter(&guard, &err)
+            entered = rc == 0
+            while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
+                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                self.c.merges_left = merges_left
+                rc = core_scan_at(&self.c, &cursor, end, immediate, &done, &err)
+                merges_left = self.c.merges_left
+                PyThread_release_lock(self.lock)
+                self._let_others()
+            if entered:
+                guard_leave(guard)
+            reader_leave()
+        if rc != 0:
+            if entered and err.call not in (<int>CALL_PREAD, <int>CALL_MINCORE, <int>CALL_PAGEMAP_SCAN):
+                raise InternalError(
+                    f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
+                )
+            error_raise(&err, "scan")
+        return cursor
+
+    cdef void _set_being_made(self, uintptr_t target, bint being_made) noexcept nogil:
+        """The region of a copy, unless it has been unregistered since. The caller holds the lock."""
+        cdef region_t* region = regions_at(&self.c.regions, target)
+        if region != NULL and region.addr <= target:
+            region.being_made = being_made
+
+    def copy_memory(self, uintptr_t source, uintptr_t target, size_t len_bytes):
+        """Copy bytes into fresh memory that begins as far into a page, is registered and was never touched, and that
+        nobody else knows yet. Whole pages that are shared in the source are shared by both, what is not is copied.
+        Returns how many whole pages had to be copied.
+
+        The caller keeps both mapped. OSError when the kernel does not answer.
+        """
+        cdef region_t* region
+        cdef size_t page_bytes = sys_page_bytes(), n, n_plain = 0, n_blocked
+        cdef uintptr_t end = source + len_bytes, made = target
+        cdef bint is_plain
+        cdef sys_error err
+        cdef int rc = 0
+        error_clear(&err)
+        self._own()
+        with nogil:
+            self._lock()
+            # No pass looks at the target while it is made: one that did, between two spans, would give
+            # items of its own to pages that the first bytes brought a huge page to.
+            self._set_being_made(made, True)
+            region = regions_at(&self.c.regions, source)
+            while rc == 0 and region != NULL and region.addr < end:
+                rc = census_of_range(
+                    &self.c, max(source // page_bytes * page_bytes, region.addr),
+                    min((end + page_bytes - 1) // page_bytes * page_bytes, region_end(&self.c.regions, region)),
+                    &is_plain, &n_blocked, &err
+                )
+                # What lies there now is the program's: its bytes are copied, whatever is remembered.
+                region.altered = region.altered or (rc == 0 and not is_plain)
+                region = regions_next(&self.c.regions, region)
+            self._unlock()
+            while rc == 0 and source < end:
+                n = min(end - source, page_bytes - source % page_bytes)
+                if n == page_bytes:
+                    n = min((end - source) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
+                    self._lock()
+                    rc = core_copy(&self.c, source, target, n // page_bytes, &n_plain, &err)
+                    self._unlock()
+                else:
+                    memcpy(<void*>target, <const void*>source, n)
+                source += n
+                target += n
+            self._lock()
+            self._set_being_made(made, False)
+            self._unlock()
+        if rc != 0:
+            if err.code == 0:
+                raise MemoryError("copy: no memory to look at the mappings")
+            error_raise(&err, "copy")
+        return n_plain
+
+    # ---- settings and numbers ---------------------------------------------------------------
+
+    def configure(
+        self, bint use_zero_pages, bint smart_scan, int64_t max_shared_pages, int64_t max_page_sharing
+    ):
+        """Settings that may change at any time; -1: no limit."""
+        max_page_sharing = max_page_sharing if max_page_sharing >= 0 else <int64_t>MAX_SHARERS
+        self._own()
+        with nogil:
+            self._lock()
+            self.c.use_zero_pages = use_zero_pages
+            self.c.smart_scan = smart_scan
+            self.c.max_shared_pages = max_shared_pages
+            self.c.max_page_sharing = <uint32_t>min(max_page_sharing, <int64_t>MAX_SHARERS)
+            self._unlock()
+
+    def snapshot(self):
+        """All numbers of this moment, taken together under the lock.
+
+        They are copied first: making Python objects may collect garbage, and a finaliser that wants the
+        lock would wait for ever.
+        """
+        cdef core_numbers numbers
+        self._own()
+        with nogil:
+            self._lock()
+            numbers_read(&self.c, &numbers)
+            self._unlock()
+        return numbers_as_dict(&numbers)
+
+    def check(self):
+        """Check every invariant of the trees, the table and the store; InternalError names the first
+        that is broken. For tests: it visits everything."""
+        cdef int rc
+        self._own()
+        with nogil:
+            self._lock()
+            rc = core_check(&self.c)
+            self._unlock()
+        if rc != 0:
+            raise InternalError(f"invariant {rc} is broken (see core_check)")
+
+    @property
+    def maps_used(self):
+        """Mappings that the engine is taken to use."""
+        return self.c.b.budget.used
+
+    @property
+    def store_fd(self):
+        """Descriptor of the memory file, -1 before the first shared page; for tests."""
+        return self.c.store.file.fd

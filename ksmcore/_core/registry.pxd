@@ -1,0 +1,37 @@
+"""The lock of an engine's core, and its regions; see _registry.pyx."""
+
+from cpython.pythread cimport PyThread_type_lock
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.regions cimport region_t
+from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._guard.window cimport guard_kind
+
+
+cdef class Registry:
+    cdef engine_core c
+    cdef PyThread_type_lock lock
+    cdef uint32_t n_waiting          # threads that want the lock, the walking one aside
+    cdef readonly uint64_t n_enlisted    # how often memory was registered so far
+    cdef uint32_t generation
+    cdef guard_kind guard            # asked for
+    cdef bint any_guard              # or a weaker one
+    cdef uint32_t n_buckets
+    cdef bint with_pagemap
+    cdef bint with_tracker
+
+    cdef int _begin(self) except -1
+    cdef int _own(self) except -1
+    cdef void _lock(self) noexcept nogil
+    cdef void _unlock(self) noexcept nogil
+    cdef void _let_others(self) noexcept nogil
+    cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
+
+    # For _arena, which has memory of its own and no Python objects.
+    cdef int enlist(
+        self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
+    ) noexcept nogil
+    cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil

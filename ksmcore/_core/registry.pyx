@@ -1,0 +1,427 @@
+"""The lock of an engine's core, and its regions, as Python sees them.
+
+Called by: _core (which goes on with passes), registration.py, _memory. Calls: _engine, _quiet, _unmerge, _census,
+_tally, _regions, _guard, _merge.
+
+Every method takes the lock for as long as it touches the core, and never holds it while Python code
+could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
+a scanning thread holds it for a span at a time (some milliseconds at most).
+
+A forked child inherits a copy of the core that belongs to its parent: the first call in the child
+throws it away and begins anew, empty. What is given up on purpose: the child's share of the lock.
+"""
+
+from cpython.pythread cimport (
+    PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, WAIT_LOCK,
+)
+from libc.errno cimport EEXIST, ENOMEM
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
+
+from ksmcore._core.census cimport census_of_region
+from ksmcore._pass.state cimport core_destroy, core_init
+from ksmcore._kernel.forks cimport gate_generation
+from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave
+from ksmcore._guard.merge cimport restore_range, run_t
+from ksmcore._pages cimport checksum_by_name
+from ksmcore._pass.quiet cimport quiet_unwatch
+from ksmcore._kernel.reader cimport reader_enter, reader_leave
+from ksmcore._records.regions cimport region_t, regions_at, regions_drop, regions_insert
+from ksmcore._records.store cimport MAX_SHARERS
+from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
+from ksmcore._core.region_numbers cimport core_page_map, core_tally, region_tally, tally_as_dict
+from ksmcore._core.unmerge cimport core_abandon, core_discard, core_forget, core_restore
+from ksmcore._guard.window cimport guard_kind
+
+
+cdef extern from *:
+    int __ATOMIC_SEQ_CST
+    uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
+    uint32_t __atomic_sub_fetch(uint32_t* value, uint32_t n, int order) nogil
+    uint32_t __atomic_load_n(uint32_t* value, int order) nogil
+
+cdef enum:
+    MOST_PAUSES = 8            # of a millisecond, for others to get the lock between two spans
+
+
+cdef class Registry:
+    """An engine's core behind its lock: the part that registration needs."""
+
+    def __cinit__(
+        self, *, str order, str checksum, str guard, bint any_guard, bint with_pagemap,
+        bint with_tracker, uint32_t n_buckets
+    ):
+        self.guard = guard_by_name(guard)
+        self.any_guard = any_guard
+        self.n_buckets = n_buckets
+        self.with_pagemap = with_pagemap
+        self.with_tracker = with_tracker
+        self.c.by_content = order == "content"
+        self.c.checksum = checksum_by_name(checksum)
+        self.c.use_zero_pages = True
+        self.c.smart_scan = False
+        self.c.max_shared_pages = -1
+        self.c.max_page_sharing = MAX_SHARERS
+        self._begin()
+
+    def __dealloc__(self):
+        if self.lock != NULL:
+            core_destroy(&self.c, self.generation != gate_generation())
+            PyThread_free_lock(self.lock)
+
+    cdef int _begin(self) except -1:
+        cdef sys_error err
+        error_clear(&err)
+        if core_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, self.with_tracker, &err) != 0:
+            if err.code == 0:
+                raise MemoryError("no memory for an engine")
+            error_raise(&err, "engine")
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            core_destroy(&self.c, False)
+            raise MemoryError("no lock")
+        self.n_waiting = 0
+        self.generation = gate_generation()
+        return 0
+
+    cdef int _own(self) except -1:
+        """In a forked child: leave the parent's state alone and begin empty.
+
+        The lock is not freed: a thread that does not exist here may hold it.
+        """
+        if self.generation != gate_generation():
+            if self.lock != NULL:
+                core_destroy(&self.c, True)
+                self.lock = NULL
+            # When this fails, the next call tries again.
+            self._begin()
+        return 0
+
+    cdef void _lock(self) noexcept nogil:
+        __atomic_add_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        __atomic_sub_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
+
+    cdef void _unlock(self) noexcept nogil:
+        PyThread_release_lock(self.lock)
+
+    cdef void _let_others(self) noexcept nogil:
+        """Between two spans: the lock knows no order, and a walk that took it again at once would
+        mostly win. So it steps back, for some milliseconds at most, while somebody waits."""
+        cdef int tries = 0
+        while __atomic_load_n(&self.n_waiting, __ATOMIC_SEQ_CST) != 0 and tries < MOST_PAUSES:
+            sys_pause()
+            tries += 1
+
+    cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil:
+        """Get ready to open windows; leave what was *entered.
+
+        A guard that could be had once may be gone (a program that gives up its privileges): where any
+        guard would do, a weaker one then takes its place for good.
+        """
+        entered[0] = self.c.b.guard
+        if not self.any_guard:
+            return guard_enter(entered[0], err)
+        if guard_enter_any(entered, err) != 0:
+            return -1
+        # Nobody else is inside with the former one, or it could still be had. So no window is open with it.
+        self.c.b.guard = entered[0]
+        return 0
+
+    # ---- regions ----------------------------------------------------------------------------
+
+    cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
+        """The region with this id at `addr`, or NULL. The caller holds the lock."""
+        cdef region_t* region = regions_at(&self.c.regions, addr)
+        return region if region != NULL and region.id == region_id else NULL
+
+    cdef int enlist(
+        self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
+    ) noexcept nogil:
+        """`add`, for who has seen to it that this process owns the core: 0, EEXIST or ENOMEM."""
+        cdef region_t* after
+        cdef bint overlaps, added = False
+        self._lock()
+        while True:
+            after = regions_at(&self.c.regions, addr)
+            overlaps = after != NULL and after.addr < addr + n_pages * self.c.page_bytes
+            if not overlaps or not fresh:
+                break
+            quiet_unwatch(&self.c, after)
+            core_abandon(&self.c, after)
+            regions_drop(&self.c.regions, after)
+        if not overlaps:
+            added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
+        self.n_enlisted += added
+        self._unlock()
+        return EEXIST if overlaps else 0 if added else ENOMEM
+
+    cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
+        """Forget a region that is about to be unmapped; nothing where it is not, or in a forked child."""
+        cdef region_t* region
+        cdef size_t n_blocked = 0
+        cdef sys_error ignored
+        if self.generation != gate_generation():
+            return
+        error_clear(&ignored)
+        self._lock()
+        region = self._region(region_id, addr)
+        if region != NULL:
+            # So that what the program has mapped elsewhere is not released. Where it cannot be known it is kept.
+            if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
+                core_abandon(&self.c, region)
+            quiet_unwatch(&self.c, region)
+            core_forget(&self.c, region)
+            regions_drop(&self.c.regions, region)
+        self._unlock()
+
+    cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil:
+        """Empty pages of the region with this id, which nobody uses; *emptied: all of them. False where they are
+        not of that region."""
+        cdef region_t* region
+        cdef bint found = False
+        if self.generation != gate_generation():
+            return False
+        self._lock()
+        region = regions_at(&self.c.regions, addr)
+        if region != NULL and region.id == region_id and region.addr <= addr:
+            found = True
+            emptied[0] = core_discard(&self.c, region, addr, n_pages)
+        self._unlock()
+        return found
+
+    def add(self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh=False):
+        """Register `n_pages` pages from `addr` on, under an id that no other region of the process has.
+
+        `fresh`: the kernel has just handed out this memory. So a region that was there before has been
+        unmapped behind its owner's back, and is given up.
+
+        ValueError when they overlap a region; MemoryError. The caller keeps the memory mapped until
+        `remove` has returned.
+        """
+        cdef size_t len_bytes = n_pages * sys_page_bytes()
+        cdef int rc
+        self._own()
+        with nogil:
+            rc = self.enlist(region_id, addr, n_pages, flags, fresh)
+        if rc == EEXIST:
+            raise ValueError(f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered")
+        if rc != 0:
+            raise MemoryError("no memory for a region")
+
+    def remove(self, uint64_t region_id, uintptr_t addr, bint restore, bint keep=False):
+        """Forget the region with this id at `addr`; with `restore`, make it plain private memory first;
+        with `keep` as well, do only that.
+
+        False when there is no such region (in a forked child, say). MemoryError: it could not be
+        restored; it is still registered, and all its bytes are right. RuntimeError: it is held, or the
+        program has taken its permissions away.
+        """
+        cdef region_t* region
+        cdef size_t n_blocked = 0
+        cdef sys_error err
+        cdef bint found, held, entered = False
+        cdef guard_kind guard = self.guard
+        cdef int rc = 0
+        error_clear(&err)
+        self._own()
+        with nogil:
+            reader_enter()
+            if restore:
+                rc = self._enter(&guard, &err)
+                entered = rc == 0
+            self._lock()
+            region = self._region(region_id, addr)
+            found = region != NULL
+            held = found and restore and region.n_holds != 0
+            if found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
+                rc = census_of_region(&self.c, region, &n_blocked, &err)
+            if found and not held and rc == 0 and not (restore and n_blocked != 0):
+                if not keep:
+                    quiet_unwatch(&self.c, region)   # so that no window need let go of it
+                if restore:
+                    rc = core_restore(&self.c, region, &err)
+                if rc == 0 and not keep:
+                    core_forget(&self.c, region)
+                    regions_drop(&self.c.regions, region)
+            self._unlock()
+            if entered:
+                guard_leave(guard)
+            reader_leave()
+        if held:
+            raise RuntimeError("this memory is held: leave its hold() first")
+        if restore and n_blocked != 0:
+            raise RuntimeError(
+                f"{n_blocked} pages of this memory cannot be read and written any more, so they cannot be "
+                "unmerged: undo the mprotect(2) first"
+            )
+        if rc != 0:
+            if err.code == 0:
+                raise MemoryError("unregister: no memory to look at the mappings")
+            error_raise(&err, "unregister")
+        return bool(found)
+
+    def hold(self, uintptr_t addr, size_t len_bytes):
+        """Hold every region that overlaps [addr, addr + len_bytes); returns (id, address) of each.
+
+        Once it has returned, no window is open in these regions, and none is opened until `let_go` was
+        called for each. Holds are counted.
+        """
+        cdef region_t* region
+        cdef uint64_t region_id
+        cdef uintptr_t cursor = addr, start = 0
+        held = []
+        self._own()
+        while True:
+            with nogil:
+                self._lock()
+                region = regions_at(&self.c.regions, cursor)
+                region_id = 0
+                if region != NULL and region.addr < addr + len_bytes:
+                    region.n_holds += 1
+                    region_id = region.id
+                    start = region.addr
+                    cursor = start + region.n_pages * self.c.page_bytes
+                self._unlock()
+            if region_id == 0:
+                return held
+            held.append((region_id, start))
+
+    def let_go(self, uint64_t region_id, uintptr_t addr):
+        """Take back one hold of the region with this id; nothing when the region is gone."""
+        cdef region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            region = self._region(region_id, addr)
+            if region != NULL and region.n_holds != 0:
+                region.n_holds -= 1
+            self._unlock()
+
+    def tally(self, uint64_t region_id, uintptr_t addr):
+        """The pages of a region by what they are, as a dict; all 0 when there is no such region. Visits every
+        page's record."""
+        cdef const region_t* region
+        cdef region_tally tally
+        memset(&tally, 0, sizeof(tally))
+        self._own()
+        with nogil:
+            self._lock()
+            region = self._region(region_id, addr)
+            if region != NULL:
+                core_tally(&self.c, region, &tally)
+            self._unlock()
+        return tally_as_dict(&tally)
+
+    def page_map(self, uint64_t region_id, uintptr_t addr, uint8_t[::1] states):
+        """Fill one byte for each page of the region (see ksmcore.PageState); False when there is no such region.
+        OSError when the kernel does not answer."""
+        cdef const region_t* region
+        cdef sys_error err
+        cdef bint found
+        cdef int rc = 0
+        error_clear(&err)
+        self._own()
+        with nogil:
+            self._lock()
+            region = self._region(region_id, addr)
+            found = region != NULL and region.n_pages == <size_t>states.shape[0]
+            if found:
+                rc = core_page_map(&self.c, region, &states[0], &err)
+            self._unlock()
+        if rc != 0:
+            error_raise(&err, "page map")
+        return found
+
+    def find(self, uintptr_t addr, size_t len_bytes):
+        """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
+        None when nothing of that range is registered.
+
+        ValueError when only a part of it is registered, or when it spans regions.
+        """
+        cdef const region_t* region
+        cdef uint64_t region_id = 0
+        cdef uintptr_t start = 0, end = 0
+        cdef size_t n_pages = 0
+        self._own()
+        with nogil:
+            self._lock()
+            region = regions_at(&self.c.regions, addr)
+            if region != NULL and region.addr < addr + len_bytes:
+                region_id = region.id
+                start = region.addr
+                n_pages = region.n_pages
+                end = start + n_pages * self.c.page_bytes
+            self._unlock()
+        if region_id == 0:
+            return None
+        if addr < start or addr + len_bytes > end:
+            raise ValueError(
+                f"{addr:#x} to {addr + len_bytes:#x} overlaps memory that is already registered "
+                f"({start:#x} to {end:#x})"
+            )
+        return region_id, start, n_pages
+
+    def pages_before(self, uintptr_t addr):
+        """Registered pages below `addr`, and in all."""
+        cdef size_t i, n_before = 0, n_pages = 0
+        cdef const region_t* region
+        self._own()
+        with nogil:
+            self._lock()
+            for i in range(self.c.regions.n):
+                region = &self.c.regions.all[i]
+                n_pages += region.n_pages
+                if region.addr < addr:
+                    n_before += min(region.n_pages, (addr - region.addr) // self.c.page_bytes)
+            self._unlock()
+        return n_before, n_pages
+
+    def regions(self):
+        """(id, address, number of pages) of every region, by address."""
+        cdef const region_t* region
+        cdef uint64_t region_id
+        cdef uintptr_t cursor = 0
+        cdef size_t n_pages
+        found = []
+        self._own()
+        while True:
+            with nogil:
+                self._lock()
+                region = regions_at(&self.c.regions, cursor)
+                region_id = 0
+                if region != NULL:
+                    region_id = region.id
+                    cursor = region.addr
+                    n_pages = region.n_pages
+                self._unlock()
+            if region_id == 0:
+                return found
+            found.append((region_id, cursor, n_pages))
+            cursor += n_pages * sys_page_bytes()
+
+    def privatize(self, uintptr_t addr, size_t n_pages, int flags):
+        """Turn `n_pages` pages of shared memory into private memory with the same bytes, in place.
+
+        On failure (MemoryError, OSError) the pages before the failing one are private already; all
+        bytes are right.
+        """
+        cdef sys_error err
+        cdef run_t run
+        cdef size_t n_restored
+        cdef int rc
+        error_clear(&err)
+        self._own()
+        run.addr = addr
+        run.n_pages = n_pages
+        run.page_bytes = sys_page_bytes()
+        run.over_store = True
+        run.flags = flags
+        run.tracker = NULL
+        with nogil:
+            rc = self._enter(&run.guard, &err)
+            if rc == 0:
+                rc = restore_range(&run, &n_restored, &err)
+                guard_leave(run.guard)
+        if rc != 0:
+            error_raise(&err, "privatize")

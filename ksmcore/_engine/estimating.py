@@ -1,0 +1,40 @@
+"""Estimates: how much merging some memory would save at most.
+
+Called by the engine, which holds the memory meanwhile. Calls _estimate, which looks at the pages.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ksmcore._core.estimate import Tally
+from ksmcore._engine.progress import Progress, reporting
+from ksmcore._engine.region import disjoint
+from ksmcore._engine.stats import Estimate
+
+# Pages between two looks at signals.
+BATCH_PAGES = 4096
+
+
+def tally(
+    ranges: list[tuple[int, int]],
+    page_bytes: int,
+    checksum: Literal["jhash", "mmh3"],
+    progress: Progress,
+) -> Estimate:
+    """Count the equal pages in `ranges` of whole pages (address, end), each address once."""
+    counts = Tally(checksum)
+    ranges = disjoint(ranges)
+    n_pages = sum(end - start for start, end in ranges) // page_bytes
+    with reporting(progress, "ksmcore estimate", n_pages) as tell:
+        for start, end in ranges:
+            for addr in range(start, end, BATCH_PAGES * page_bytes):
+                counts.add(addr, min((end - addr) // page_bytes, BATCH_PAGES))
+                tell(counts.n_pages)
+    return Estimate(
+        page_bytes=page_bytes,
+        pages=counts.n_pages,
+        pages_present=counts.n_present,
+        pages_zero=counts.n_zero,
+        pages_distinct=counts.distinct(),
+    )

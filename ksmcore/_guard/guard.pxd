@@ -1,0 +1,32 @@
+"""Keeping writers out of pages while they are compared and remapped; see _guard.pyx.
+
+    window_t w                  its first fields filled in
+    guard_open(&w, &err)        from here on, of each page with outcome DONE: no write gets in, none is lost
+      ... read at w.bytes, set the outcome of pages that are not to be remapped to something else, remap
+      the others, or guard_drop them ...
+    guard_close(&w, ...)        the others are as they were before, and whoever waits goes on
+
+Between open and close the caller must not need the GIL, must not allocate and must not take a lock: the
+fork gate is held, and a thread that waits may hold anything.
+"""
+
+from libc.stdint cimport uint32_t
+
+from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._guard.window cimport guard_kind, window_t
+
+
+# A guard must be entered before a window is opened and left afterwards; entering is counted. It costs
+# tens of microseconds, so it is done once for a batch of windows.
+cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil
+cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      # or the next weaker one
+cdef void guard_leave(guard_kind kind) noexcept nogil
+
+cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
+cdef bint guard_drops(const window_t* w) noexcept nogil
+cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil
+cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
+
+cdef guard_kind guard_by_name(str name) except *
+cdef str guard_name(guard_kind kind)
+cdef uint32_t guard_n_waits() noexcept nogil     # accesses that had to wait for a window, ever

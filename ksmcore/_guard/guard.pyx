@@ -1,0 +1,145 @@
+"""The guard: what keeps writers out of a window, a range of pages being compared and remapped.
+
+Called by: _merge (windows), _core (enter and leave). Calls: _guard_signal, _guard_uffd, _forks.
+
+Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
+process. Its lock is the fork gate, so a fork never happens inside a window.
+"""
+
+from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memset
+
+from ksmcore._kernel.forks cimport gate_lock, gate_unlock
+from ksmcore._guard.mprotect cimport (
+    signal_enter, signal_is_installed, signal_leave, signal_n_waits, signal_protect, signal_ready,
+    signal_release,
+)
+from ksmcore._guard.userfaultfd cimport (
+    uffd_drop, uffd_enter, uffd_leave, uffd_moves, uffd_n_waits, uffd_probe, uffd_release, uffd_shut,
+)
+from ksmcore._kernel.syscalls cimport ADVISE_DONTNEED, error_clear, sys_advise, sys_error
+from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
+
+import os
+
+# In the order of enum guard_kind.
+_NAMES = ("mprotect", "userfaultfd-user", "userfaultfd")
+
+
+cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
+    """The signal handler is there with every guard: it also rescues the scanner from pages that the
+    program takes away while they are read."""
+    if signal_enter(err) != 0:
+        return -1
+    if kind != GUARD_MPROTECT and uffd_enter(kind, err) != 0:
+        signal_leave()
+        return -1
+    return 0
+
+
+cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil:
+    """Enter, and where the kernel does not allow this guard, the strongest that it does allow."""
+    while guard_enter(kind[0], err) != 0:
+        if kind[0] == GUARD_MPROTECT or err.code not in (EPERM, EACCES, ENOSYS, EINVAL):
+            return -1
+        kind[0] = GUARD_UFFD_USER if kind[0] == GUARD_UFFD else GUARD_MPROTECT
+        error_clear(err)
+    return 0
+
+
+cdef void guard_leave(guard_kind kind) noexcept nogil:
+    if kind != GUARD_MPROTECT:
+        uffd_leave(kind)
+    signal_leave()
+
+
+cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
+    """0: shut, and the gate held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
+    shut be opened again; the caller must report that."""
+    cdef int rc
+    if w.guard == GUARD_MPROTECT and signal_ready(err) != 0:
+        return -1
+    gate_lock()
+    if w.guard == GUARD_MPROTECT:
+        memset(w.outcomes, DONE, w.n_pages)
+        w.bytes = <const uint8_t*>w.addr
+        rc = signal_protect(w.addr, w.n_pages * w.page_bytes, err)
+    else:
+        rc = uffd_shut(w, err)
+    if rc != 0:
+        gate_unlock()
+    return rc
+
+
+cdef bint guard_drops(const window_t* w) noexcept nogil:
+    """Can memory in this window be given up in place (guard_drop), or must a new mapping replace it?
+
+    Where a page is given up the kernel takes it out of the page table first, and has the processors forget
+    it a moment later. If a thread can write there in between, its write goes to a new page, while others
+    still read the old one. Write-protection keeps no writer out of an anonymous page that is missing; over
+    the store it does, since the kernel marks the place as protected."""
+    return w.guard == GUARD_MPROTECT or w.over_store or uffd_moves(w)
+
+
+cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
+    """Give up the memory of pages in the window, where guard_drops; what shows there again is the store, or
+    zeros."""
+    if w.guard != GUARD_MPROTECT:
+        return uffd_drop(w, first, n, err)
+    return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
+
+
+cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
+    """Let everybody in again, wake who waits, release the gate.
+
+    `all_remapped`: every page of the range got a new, writable mapping.
+    WINDOW_STUCK when the kernel would not give something back; the caller must report that.
+    """
+    cdef int rc
+    if w.guard == GUARD_MPROTECT:
+        rc = signal_release(w.addr, w.n_pages * w.page_bytes, all_remapped, err)
+    else:
+        rc = uffd_release(w, all_remapped, err)
+    gate_unlock()
+    return rc
+
+
+cdef guard_kind guard_by_name(str name) except *:
+    if name not in _NAMES:
+        raise ValueError(f"no guard {name!r}")
+    return <guard_kind><int>_NAMES.index(name)
+
+
+cdef str guard_name(guard_kind kind):
+    return _NAMES[<int>kind]
+
+
+cdef uint32_t guard_n_waits() noexcept nogil:
+    return signal_n_waits() + uffd_n_waits()
+
+
+def probe(str name):
+    """None when the guard of this name can be had here and now, else why not."""
+    cdef guard_kind kind = guard_by_name(name)
+    cdef sys_error err
+    cdef bint moves = False
+    cdef int rc = 0
+    error_clear(&err)
+    if kind != GUARD_MPROTECT:
+        rc = uffd_probe(kind, &moves, &err)
+    return None if rc == 0 else os.strerror(err.code)
+
+
+def refuses_pinned(str name):
+    """Whether the guard of this name, to be had here, leaves pages alone that are pinned for a device."""
+    cdef guard_kind kind = guard_by_name(name)
+    cdef sys_error err
+    cdef bint moves = False
+    error_clear(&err)
+    return kind == GUARD_UFFD and uffd_probe(kind, &moves, &err) == 0 and bool(moves)
+
+
+def handler_installed():
+    """True while ksmcore's SIGSEGV handler is the process's; for tests and the doctor."""
+    return signal_is_installed()

@@ -1,0 +1,41 @@
+"""What happens inside a guard window; see _merge.pyx."""
+
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+
+from ksmcore._records.store cimport store_t
+from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._kernel.tracker cimport tracker_t
+from ksmcore._guard.window cimport guard_kind
+
+
+# madvise flags of a region that a new mapping must get again.
+cdef enum region_flag:
+    REGION_DONTFORK = 1
+    REGION_DONTDUMP = 2
+    REGION_HUGEPAGE = 4
+    REGION_NOHUGEPAGE = 8
+    REGION_WATCHED = 16      # not advice: a tracker watches its anonymous memory
+    PAGES_HUGE = 32          # not of a region: these pages were in a huge page when they were looked at
+
+# Neighbouring pages that the same is to happen to.
+ctypedef struct run_t:
+    guard_kind guard
+    uintptr_t addr
+    size_t n_pages
+    size_t page_bytes
+    bint over_store          # they map the store; else they are anonymous memory
+    int flags                # enum region_flag bits
+    const tracker_t* tracker # which watches the region if it is REGION_WATCHED; may be NULL
+
+
+# outcomes: enum page_outcome (see _window.pxd) for each page of the run. slots: the one for each page.
+cdef int merge_run(
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
+) noexcept nogil
+cdef int reshare_run(
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
+) noexcept nogil
+cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil
+cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil
+cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil
+cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil

@@ -1,0 +1,333 @@
+"""The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
+
+Called by: _runs (merge, reshare, zero, restore), _unmerge (restore, empty), _registry (restore), _copy (share), _arena
+(empty). Calls: _pages, _store (reading), _guard, _tracker, _sys.
+
+Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
+of the run afterwards holds the bytes that its program last wrote, and is writable:
+
+  protect   guard_open: from here no write gets in. On failure nothing was changed.
+  compare   against bytes that cannot change (the store's copy, or zero). A page that differs is left
+            out, and gets its permission back when the window closes.
+  remap     one call for each stretch of equal pages. It replaces the mapping at once for everybody.
+            On failure the old mapping stands, and the stretch is left out like a changed page.
+  release   the private memory goes back to the system with its mapping.
+
+The functions for runs return 0, or -1 when the guard could not give something back (the one failure
+that must be reported at once); everything else is told by page in `outcomes`. None needs the GIL, and none
+allocates inside a window.
+"""
+
+from libc.errno cimport EFAULT, EINVAL
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
+from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._kernel.reader cimport ksm_reader, reader_here
+from ksmcore._records.store cimport store_is_there, store_page, store_t
+from ksmcore._kernel.syscalls cimport (
+    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
+    ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
+    sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
+)
+from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
+from ksmcore._guard.window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
+
+cdef extern from "_kernel/reader.h" nogil:
+    int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
+
+# What to do with a stretch of pages that passed the comparison.
+ctypedef enum remap_kind:
+    MAP_STORE
+    DROP_COPY                # of a page over the store: its private copy; what shows again is the store
+    DROP_ZERO                # of a page of anonymous memory: all; what shows again is zeros
+    MAP_ZERO                 # new anonymous memory
+
+
+cdef int _tracker_fd(const run_t* run) noexcept nogil:
+    return run.tracker.file.fd if run.flags & REGION_WATCHED and run.tracker != NULL else -1
+
+
+cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* err) noexcept nogil:
+    """Give a new mapping the flags of its region. Advice that is refused costs no correctness."""
+    if flags & REGION_DONTFORK:
+        sys_advise(addr, len_bytes, ADVISE_DONTFORK, err)
+    if flags & REGION_DONTDUMP:
+        sys_advise(addr, len_bytes, ADVISE_DONTDUMP, err)
+    if flags & REGION_HUGEPAGE:
+        sys_advise(addr, len_bytes, ADVISE_HUGEPAGE, err)
+    if flags & REGION_NOHUGEPAGE:
+        sys_advise(addr, len_bytes, ADVISE_NOHUGEPAGE, err)
+
+
+# How often a mapping that the kernel took away in a failing call is asked for again, a millisecond apart.
+cdef enum:
+    HEAL_TRIES = 1000
+    WINDOW_MAPS = 16           # mappings that one window makes at most, some microseconds each
+
+
+cdef int _map_over(
+    store_t* store, remap_kind kind, uintptr_t addr, uint32_t slot, size_t len_bytes, size_t page_bytes,
+    int flags, sys_error* err
+) noexcept nogil:
+    cdef sys_error ignored
+    cdef int tries = 0, rc
+    error_clear(&ignored)
+    while True:
+        if kind == MAP_ZERO:
+            rc = sys_map_anon_at(addr, len_bytes, &ignored)
+        else:
+            rc = sys_map_store_at(
+                addr, len_bytes, store.file.fd, <long long>(<size_t>slot * page_bytes), &ignored
+            )
+        # Kernels before 6.12 unmap the range before the last thing that can fail. The window is still
+        # open and the bytes are known to be those of the new mapping, so it is simply asked for again.
+        if rc == 0 or tries == HEAL_TRIES or sys_is_mapped(addr, len_bytes):
+            break
+        tries += 1
+        sys_pause()
+    if rc != 0 and err.code == 0:
+        err[0] = ignored
+    if rc == 0 and flags != 0:
+        error_clear(&ignored)
+        _advise_again(addr, len_bytes, flags, &ignored)
+    return rc
+
+
+cdef int _window(
+    store_t* store, remap_kind kind, window_t* w, const uint32_t* slots, int flags, sys_error* err
+) noexcept nogil:
+    """One window: protect, compare, remap each equal stretch, close."""
+    cdef uint32_t i, start, n_remapped = 0
+    cdef const uint8_t* page
+    cdef bint equal
+    cdef int rc
+    if kind == DROP_ZERO and not guard_drops(w):
+        kind = MAP_ZERO
+    rc = guard_open(w, err)
+    if rc != 0:
+        memset(w.outcomes, REFUSED, w.n_pages)
+        return -1 if rc == WINDOW_STUCK else 0
+    for i in range(w.n_pages):
+        if w.outcomes[i] != DONE:
+            continue
+        page = w.bytes + i * w.page_bytes
+        if kind == DROP_ZERO or kind == MAP_ZERO:
+            equal = page_is_zero(page, w.page_bytes)
+        else:
+            equal = page_compare(page, store_page(store, slots[i]), w.page_bytes) == 0
+        if not equal:
+            w.outcomes[i] = CHANGED
+    i = 0
+    while i < w.n_pages:
+        if w.outcomes[i] != DONE:
+            i += 1
+            continue
+        start = i
+        i += 1
+        while i < w.n_pages and w.outcomes[i] == DONE and (kind != MAP_STORE or slots[i] == slots[i - 1] + 1):
+            i += 1
+        if kind == DROP_COPY or kind == DROP_ZERO:
+            rc = guard_drop(w, start, i - start, err)
+        else:
+            rc = _map_over(
+                store, kind, w.addr + start * w.page_bytes, slots[start] if kind == MAP_STORE else 0,
+                (i - start) * w.page_bytes, w.page_bytes, flags, err
+            )
+        if rc == 0:
+            n_remapped += i - start
+        else:
+            memset(w.outcomes + start, REFUSED, i - start)
+    # Dropping memory keeps the mapping, and with it what the guard has done to it.
+    return guard_close(w, n_remapped == w.n_pages and (kind == MAP_STORE or kind == MAP_ZERO), err)
+
+
+cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcept nogil:
+    """Have the tracker watch again what is anonymous memory after the window."""
+    cdef uint32_t i, start = 0
+    cdef bint is_anon
+    for i in range(w.n_pages):
+        is_anon = kind == DROP_ZERO or kind == MAP_ZERO if w.outcomes[i] == DONE else not w.over_store
+        if not is_anon:
+            if start < i:
+                tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (i - start) * w.page_bytes)
+            start = i + 1
+    if start < w.n_pages:
+        tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (w.n_pages - start) * w.page_bytes)
+
+
+cdef uint32_t _window_pages(
+    const run_t* run, const uint32_t* slots, uintptr_t addr, size_t n_pages
+) noexcept nogil:
+    """Pages of the next window, of n_pages to come from addr on: a huge page as a whole where one begins.
+    slots: NULL where no mapping of the store is made."""
+    cdef size_t left = WINDOW_PAGES - addr // run.page_bytes % WINDOW_PAGES
+    cdef uint32_t n = <uint32_t>min(n_pages, <size_t>USUAL_PAGES), i, n_maps = 0
+    if run.flags & PAGES_HUGE:
+        if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
+            n = WINDOW_PAGES
+        else:
+            n = min(n, <uint32_t>left)
+    if slots == NULL:
+        return n
+    for i in range(n):
+        n_maps += i == 0 or slots[i] != slots[i - 1] + 1
+        if n_maps > <uint32_t>WINDOW_MAPS:
+            return min(i, <uint32_t>USUAL_PAGES)
+    return n
+
+
+cdef int _windows(
+    store_t* store, remap_kind kind, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
+) noexcept nogil:
+    """Pages of any number, window by window; adjacent mappings of the store fuse in the kernel."""
+    cdef window_t w
+    cdef uint32_t done = 0
+    cdef int rc = 0, tracker_fd = _tracker_fd(run)
+    w.guard = run.guard
+    w.over_store = run.over_store
+    w.page_bytes = run.page_bytes
+    while done < run.n_pages and rc == 0:
+        w.addr = run.addr + done * run.page_bytes
+        w.n_pages = _window_pages(
+            run, slots + done if kind == MAP_STORE else NULL, w.addr, run.n_pages - done
+        )
+        w.is_huge = w.n_pages == <uint32_t>WINDOW_PAGES
+        w.outcomes = outcomes + done
+        if not run.over_store and tracker_let_go(tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
+            memset(w.outcomes, REFUSED, w.n_pages)
+        else:
+            rc = _window(store, kind, &w, slots + done if slots != NULL else NULL, run.flags, err)
+        if tracker_fd >= 0:
+            _take_back(tracker_fd, kind, &w)
+        done += w.n_pages
+    if done < run.n_pages:
+        memset(outcomes + done, REFUSED, run.n_pages - done)
+    return rc
+
+
+cdef int merge_run(
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
+) noexcept nogil:
+    """Map its slot over each page, where equal."""
+    if not store_is_there(store):
+        memset(outcomes, REFUSED, run.n_pages)
+        return 0
+    return _windows(store, MAP_STORE, run, slots, outcomes, err)
+
+
+cdef int reshare_run(
+    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
+) noexcept nogil:
+    """Drop the private copies of pages that already map their slots, where equal."""
+    return _windows(store, DROP_COPY, run, slots, outcomes, err)
+
+
+cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil:
+    """Give back pages that hold only zeros."""
+    return _windows(NULL, MAP_ZERO if run.over_store else DROP_ZERO, run, NULL, outcomes, err)
+
+
+cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
+    """sys_move, tried again where the kernel unmapped the target before it failed (see _map_over)."""
+    cdef sys_error failed
+    cdef int tries = 0
+    error_clear(&failed)
+    while sys_move(fresh, target, len_bytes, &failed) != 0:
+        if tries == HEAL_TRIES or sys_is_mapped(target, len_bytes):
+            if err.code == 0:
+                err[0] = failed
+            return -1
+        tries += 1
+        sys_pause()
+    return 0
+
+
+cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil:
+    """Make pages over the store plain private anonymous memory again, with the bytes they show.
+
+    The bytes go to fresh memory, window by window, and that is moved over the pages in one step each,
+    so other threads see the same bytes throughout and lose no write. The fresh memory is one mapping
+    for the whole range, because only pieces of one mapping fuse again at their new place.
+
+    0 with *n_restored == run.n_pages, or -1 with *err: the first *n_restored pages are plain memory, the
+    others are as they were. All bytes are right in both cases.
+    """
+    cdef sys_error ignored
+    cdef window_t w
+    cdef uint8_t outcomes[<int>USUAL_PAGES]
+    cdef size_t window_bytes
+    cdef uintptr_t fresh
+    cdef ksm_reader* reader
+    cdef int rc = 0
+    n_restored[0] = 0
+    error_clear(&ignored)
+    fresh = <uintptr_t>sys_map_anon(run.n_pages * run.page_bytes, err)
+    if fresh == 0:
+        return -1
+    _advise_again(fresh, run.n_pages * run.page_bytes, run.flags, &ignored)
+    w.guard = run.guard
+    w.over_store = True
+    w.page_bytes = run.page_bytes
+    w.is_huge = False
+    w.outcomes = outcomes
+    while n_restored[0] < run.n_pages:
+        w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)
+        window_bytes = w.n_pages * run.page_bytes
+        w.addr = run.addr + n_restored[0] * run.page_bytes
+        # Faulted in here, so that the copy inside the window neither allocates nor fails. Kernels
+        # before 5.14 do not know the advice; then the copy faults, and the window is longer.
+        error_clear(&ignored)
+        if sys_advise(fresh, window_bytes, ADVISE_POPULATE_WRITE, &ignored) != 0 and ignored.code != EINVAL:
+            err[0] = ignored
+            rc = -1
+            break
+        if guard_open(&w, err) != 0:
+            rc = -1
+            break
+        reader = reader_here()
+        if reader == NULL:
+            memcpy(<void*>fresh, w.bytes, window_bytes)
+        elif ksm_read_copy(reader, <void*>fresh, w.bytes, window_bytes):
+            err.code = EFAULT
+            err.call = <int>CALL_MREMAP
+            err.addr = w.addr
+            err.len_bytes = window_bytes
+            rc = -1
+        if rc == 0:
+            rc = _move(fresh, w.addr, window_bytes, err)
+        if guard_close(&w, rc == 0, err) != 0 or rc != 0:
+            rc = -1
+            break
+        tracker_take_back(_tracker_fd(run), w.addr, window_bytes)
+        n_restored[0] += w.n_pages
+        fresh += window_bytes
+    if n_restored[0] < run.n_pages:
+        # Unchecked: our own mapping, whole from here to its end.
+        sys_unmap(fresh, (run.n_pages - n_restored[0]) * run.page_bytes, &ignored)
+    return rc
+
+
+cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil:
+    """Map slots that follow each other, from `slot` on, over pages that nobody uses yet. So there is no window.
+
+    -1 with *err: the pages are as they were.
+    """
+    cdef size_t len_bytes = run.n_pages * run.page_bytes
+    return _map_over(store, MAP_STORE, run.addr, slot, len_bytes, run.page_bytes, run.flags, err)
+
+
+cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil:
+    """Take the memory of pages that nobody uses: zeros show there afterwards. No window, since nobody looks.
+
+    -1 with *err: the pages are as they were.
+    """
+    cdef size_t len_bytes = run.n_pages * run.page_bytes
+    if not run.over_store:
+        return sys_advise(run.addr, len_bytes, ADVISE_DONTNEED, err)
+    # To drop the pages of a mapping of the store would let the store show again.
+    if _map_over(NULL, MAP_ZERO, run.addr, 0, len_bytes, run.page_bytes, run.flags, err) != 0:
+        return -1
+    tracker_take_back(_tracker_fd(run), run.addr, len_bytes)
+    return 0

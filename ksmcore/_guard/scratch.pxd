@@ -1,0 +1,21 @@
+"""Where pages are moved to while a window is open; see _scratch.pyx."""
+
+from libc.stdint cimport uintptr_t
+
+from ksmcore._kernel.syscalls cimport sys_error
+
+
+ctypedef struct scratch_t:
+    uintptr_t addr               # 0: none
+    size_t len_bytes
+    bint whole                   # takes a huge page as a whole
+    bint is_registered           # with userfaultfd, without which the kernel moves nothing there
+    bint is_full                 # pages may be left in it
+    uintptr_t mapped             # private to _scratch
+    size_t mapped_bytes
+
+
+cdef int scratch_init(scratch_t* scratch, size_t len_bytes, bint whole, sys_error* err) noexcept nogil
+cdef void scratch_end(scratch_t* scratch) noexcept nogil
+cdef int scratch_ready(scratch_t* scratch, int fd, sys_error* err) noexcept nogil
+cdef void scratch_empty(scratch_t* scratch, size_t len_bytes) noexcept nogil

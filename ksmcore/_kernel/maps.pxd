@@ -1,0 +1,34 @@
+"""The mappings of the process; see _maps.pyx."""
+
+from libc.stdint cimport uint64_t, uintptr_t
+
+from ksmcore._kernel.syscalls cimport sys_error
+
+
+cdef extern from "_kernel/maps.h":
+    enum:
+        VMA_READ "KSM_VMA_READ"
+        VMA_WRITE "KSM_VMA_WRITE"
+        VMA_EXEC "KSM_VMA_EXEC"
+        VMA_SHARED "KSM_VMA_SHARED"
+    ctypedef struct vma_t "ksm_vma":
+        uintptr_t start
+        uintptr_t end
+        uint64_t offset
+        uint64_t dev_major
+        uint64_t dev_minor
+        uint64_t inode           # of the file; 0: none
+        int flags
+        bint is_store            # named as the stores of all engines are; maps_each only
+    ctypedef void (*vma_visit "ksm_vma_visit")(const vma_t* vma, void* context) noexcept nogil
+
+
+cdef inline bint vma_is_private_data(const vma_t* vma) noexcept nogil:
+    """Private, to be read and written, not to be executed."""
+    return vma.flags & (VMA_READ | VMA_WRITE | VMA_EXEC | VMA_SHARED) == VMA_READ | VMA_WRITE
+
+
+cdef int maps_each(vma_visit visit, void* context, sys_error* err) noexcept nogil
+cdef int maps_each_in(
+    uintptr_t start, uintptr_t end, vma_visit visit, void* context, sys_error* err
+) noexcept nogil

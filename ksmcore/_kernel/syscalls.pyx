@@ -1,0 +1,431 @@
+"""Every system call of the core, each return value checked and errno kept at once.
+
+Called by: every other compiled module. Calls nothing of ksmcore.
+
+A failing call fills a `sys_error` that its caller owns, so that the reason survives until the GIL is
+held again and an OSError can be raised from it. Tests can make any call fail through `inject`.
+"""
+
+import os
+
+from libc.errno cimport EINTR, EIO, ENOMEM, errno
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.signal cimport sigaction, sigaction_t
+from posix.types cimport off_t
+
+cdef extern from "_kernel/syscalls.h":
+    int ksm_memfd(const char* name) nogil
+    void* ksm_map(void* addr, size_t len, int prot, int flags, int fd, off_t offset) nogil
+    void* ksm_grow(void* old, size_t old_len, size_t new_len) nogil
+    int ksm_move(void* source, void* target, size_t len) nogil
+    void ksm_pause() nogil
+    void ksm_identify(int fd, uint64_t* dev, uint64_t* ino) nogil
+    int F_ADD_SEALS, F_SEAL_WRITE
+    unsigned int major(uint64_t dev) nogil
+    unsigned int minor(uint64_t dev) nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    int PROT_READ, PROT_WRITE
+    int MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_FIXED
+    int MADV_DONTNEED, MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_NOHUGEPAGE
+    int MADV_POPULATE_WRITE
+    int munmap(void* addr, size_t len)
+    int mprotect(void* addr, size_t len, int prot)
+    int madvise(void* addr, size_t len, int advice)
+    int mincore(void* addr, size_t len, unsigned char* vec)
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_RDONLY, O_CLOEXEC
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE
+    int open(const char* path, int flags, ...)
+    int fcntl(int fd, int cmd, ...)
+    int fallocate(int fd, int mode, off_t offset, off_t len)
+
+cdef extern from "<unistd.h>" nogil:
+    int _SC_PAGESIZE
+    long sysconf(int name)
+    ssize_t pread(int fd, void* buf, size_t count, off_t offset)
+    ssize_t pwrite(int fd, const void* buf, size_t count, off_t offset)
+    int ftruncate(int fd, off_t length)
+    int close(int fd)
+
+
+_NAMES = (
+    "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
+    "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
+    "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
+    "pagemap_scan", "tracker",
+    "uffd_register_then_fail", "uffd_move_then_fail",
+)
+
+
+# ---- fault injection (tests only) -----------------------------------------------------------
+
+# after[c] calls of c succeed, then count[c] calls fail with code[c].
+cdef int _inject_after[<int>N_CALLS]
+cdef int _inject_count[<int>N_CALLS]
+cdef int _inject_code[<int>N_CALLS]
+cdef bint _inject_armed = False
+
+
+cdef bint _injected(sys_call call) noexcept nogil:
+    if not _inject_armed or _inject_count[<int>call] == 0:
+        return False
+    if _inject_after[<int>call] > 0:
+        _inject_after[<int>call] -= 1
+        return False
+    _inject_count[<int>call] -= 1
+    return True
+
+
+def inject(str call, int code, int after=0, int count=1):
+    """Make `count` calls of `call` fail with errno `code`, once `after` of them have succeeded.
+
+    For tests. Raises ValueError naming the calls when `call` is none of them.
+    """
+    global _inject_armed
+    if call not in _NAMES[1:]:
+        raise ValueError(f"unknown call {call!r}; one of {', '.join(_NAMES[1:])}")
+    cdef int index = _NAMES.index(call)
+    _inject_after[index] = after
+    _inject_count[index] = count
+    _inject_code[index] = code
+    _inject_armed = True
+
+
+def inject_clear():
+    """Let every call through again; returns the number of failures that were ordered and not used."""
+    global _inject_armed
+    cdef int i, unused = 0
+    for i in range(<int>N_CALLS):
+        unused += _inject_count[i]
+        _inject_after[i] = _inject_count[i] = _inject_code[i] = 0
+    _inject_armed = False
+    return unused
+
+
+# ---- errors ---------------------------------------------------------------------------------
+
+cdef int _fail(sys_error* err, sys_call call, int code, uintptr_t addr, size_t len_bytes) noexcept nogil:
+    """Keep the first failure; always -1, so that callers can return it."""
+    if err.code == 0:
+        err.code = code
+        err.call = <int>call
+        err.addr = addr
+        err.len_bytes = len_bytes
+    return -1
+
+
+cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    if not failed:
+        return 0
+    return _fail(err, call, errno, addr, len_bytes)
+
+
+cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    if _injected(call):
+        return _fail(err, call, _inject_code[<int>call], addr, len_bytes)
+    return 0
+
+
+cdef void error_clear(sys_error* err) noexcept nogil:
+    err.code = err.call = 0
+    err.addr = err.len_bytes = 0
+
+
+cdef object error_raise(sys_error* err, str what):
+    """Raise the OSError (MemoryError for ENOMEM) that `err` describes; needs the GIL."""
+    import errno as errno_names
+    cdef str call = _NAMES[err.call]
+    cdef str where = ""
+    if err.len_bytes:
+        where = f" of {err.len_bytes} bytes at {err.addr:#x}" if err.addr else f" of {err.len_bytes} bytes"
+    message = f"{what}: {call}{where} failed: {os.strerror(err.code)}"
+    if err.code == errno_names.ENOMEM:
+        raise MemoryError(
+            f"[Errno {err.code}] {message} (out of memory, or of mappings: see vm.max_map_count)"
+        )
+    raise OSError(err.code, message)
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+cdef size_t sys_page_bytes() noexcept nogil:
+    return <size_t>sysconf(_SC_PAGESIZE)
+
+
+cdef uint64_t sys_now_ns() noexcept nogil:
+    """A monotonic clock; no system call where the kernel shows the time to programs."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef void sys_pause() noexcept nogil:
+    ksm_pause()
+
+
+cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil:
+    """False when a page of the range has no mapping at all."""
+    cdef unsigned char resident[1024]
+    cdef size_t chunk = sizeof(resident) * sys_page_bytes(), n
+    while len_bytes > 0:
+        n = min(len_bytes, chunk)
+        if mincore(<void*>addr, n, resident) != 0 and errno == ENOMEM:
+            return False
+        addr += n
+        len_bytes -= n
+    return True
+
+
+cdef void* _map(
+    uintptr_t addr, size_t len_bytes, int prot, int flags, int fd, off_t offset, sys_error* err
+) noexcept nogil:
+    cdef void* p
+    if sys_injected(CALL_MMAP, addr, len_bytes, err):
+        return NULL
+    p = ksm_map(<void*>addr, len_bytes, prot, flags, fd, offset)
+    sys_check(p == NULL, CALL_MMAP, addr, len_bytes, err)
+    return p
+
+
+cdef void* sys_map_anon(size_t len_bytes, sys_error* err) noexcept nogil:
+    """New private anonymous memory, readable and writable, anywhere."""
+    return _map(0, len_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, err)
+
+
+cdef void* sys_map_anon_aligned(size_t len_bytes, size_t align_bytes, sys_error* err) noexcept nogil:
+    """The same, beginning at a multiple of align_bytes, which is one of pages."""
+    cdef sys_error ignored
+    cdef uintptr_t addr = <uintptr_t>sys_map_anon(len_bytes + align_bytes, err), start
+    if addr == 0:
+        return NULL
+    start = (addr + align_bytes - 1) // align_bytes * align_bytes
+    # Unchecked: what cannot be cut off takes addresses, no memory.
+    error_clear(&ignored)
+    if start != addr:
+        sys_unmap(addr, start - addr, &ignored)
+    sys_unmap(start + len_bytes, addr + align_bytes - start, &ignored)
+    return <void*>start
+
+
+cdef int sys_map_anon_at(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    """Replace what is mapped at `addr` by private anonymous zeros."""
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
+    return 0 if _map(addr, len_bytes, PROT_READ | PROT_WRITE, flags, -1, 0, err) != NULL else -1
+
+
+cdef int sys_map_store_at(
+    uintptr_t addr, size_t len_bytes, int fd, off_t offset, sys_error* err
+) noexcept nogil:
+    """Replace what is mapped at `addr` by the file, copy-on-write."""
+    cdef int prot = PROT_READ | PROT_WRITE
+    return 0 if _map(addr, len_bytes, prot, MAP_PRIVATE | MAP_FIXED, fd, offset, err) != NULL else -1
+
+
+cdef void* sys_map_view(size_t len_bytes, int fd, off_t offset, sys_error* err) noexcept nogil:
+    """Map the file read-only, anywhere. Private: it never counts as a writable mapping of the file."""
+    return _map(0, len_bytes, PROT_READ, MAP_PRIVATE, fd, offset, err)
+
+
+cdef void* sys_map_lease(size_t len_bytes, int fd, sys_error* err) noexcept nogil:
+    """Map the file writable and shared, for children to inherit; nobody reads or writes it."""
+    return _map(0, len_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0, err)
+
+
+cdef int sys_unmap(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
+    if sys_injected(CALL_MUNMAP, addr, len_bytes, err):
+        return -1
+    return sys_check(munmap(<void*>addr, len_bytes) != 0, CALL_MUNMAP, addr, len_bytes, err)
+
+
+cdef void* sys_grow(void* array, size_t old_bytes, size_t new_bytes, sys_error* err) noexcept nogil:
+    """Grow an array made by sys_map_anon; moves page tables, not bytes. NULL: the old one stays."""
+    cdef void* p
+    if sys_injected(CALL_MREMAP, <uintptr_t>array, new_bytes, err):
+        return NULL
+    p = ksm_grow(array, old_bytes, new_bytes)
+    sys_check(p == NULL, CALL_MREMAP, <uintptr_t>array, new_bytes, err)
+    return p
+
+
+cdef int sys_move(uintptr_t source, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
+    """Move the pages at `source` over those at `target`, in one step for everybody who looks."""
+    if sys_injected(CALL_MREMAP, target, len_bytes, err):
+        return -1
+    return sys_check(
+        ksm_move(<void*>source, <void*>target, len_bytes) != 0, CALL_MREMAP, target, len_bytes, err
+    )
+
+
+cdef int sys_protect(uintptr_t addr, size_t len_bytes, bint writable, sys_error* err) noexcept nogil:
+    cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
+    if sys_injected(CALL_MPROTECT, addr, len_bytes, err):
+        return -1
+    return sys_check(mprotect(<void*>addr, len_bytes, prot) != 0, CALL_MPROTECT, addr, len_bytes, err)
+
+
+cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* err) noexcept nogil:
+    cdef int value = MADV_DONTNEED
+    if what == ADVISE_DONTFORK:
+        value = MADV_DONTFORK
+    elif what == ADVISE_DONTDUMP:
+        value = MADV_DONTDUMP
+    elif what == ADVISE_HUGEPAGE:
+        value = MADV_HUGEPAGE
+    elif what == ADVISE_NOHUGEPAGE:
+        value = MADV_NOHUGEPAGE
+    elif what == ADVISE_POPULATE_WRITE:
+        value = MADV_POPULATE_WRITE
+    if sys_injected(CALL_MADVISE, addr, len_bytes, err):
+        return -1
+    return sys_check(madvise(<void*>addr, len_bytes, value) != 0, CALL_MADVISE, addr, len_bytes, err)
+
+
+cdef int sys_mincore(
+    uintptr_t addr, size_t len_bytes, unsigned char* resident, sys_error* err
+) noexcept nogil:
+    if sys_injected(CALL_MINCORE, addr, len_bytes, err):
+        return -1
+    return sys_check(mincore(<void*>addr, len_bytes, resident) != 0, CALL_MINCORE, addr, len_bytes, err)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil:
+    cdef int fd
+    if sys_injected(CALL_MEMFD_CREATE, 0, 0, err):
+        return -1
+    fd = ksm_memfd(name)
+    sys_check(fd < 0, CALL_MEMFD_CREATE, 0, 0, err)
+    return fd
+
+
+cdef int sys_truncate(int fd, off_t len_bytes, sys_error* err) noexcept nogil:
+    if sys_injected(CALL_FTRUNCATE, 0, <size_t>len_bytes, err):
+        return -1
+    while ftruncate(fd, len_bytes) != 0:
+        if errno != EINTR:
+            return _fail(err, CALL_FTRUNCATE, errno, 0, <size_t>len_bytes)
+    return 0
+
+
+cdef int sys_write_at(
+    int fd, const void* source, size_t len_bytes, off_t offset, sys_error* err
+) noexcept nogil:
+    """Write everything or fail; a source that is not mapped gives EFAULT, never a signal."""
+    cdef size_t done = 0
+    cdef ssize_t n
+    if sys_injected(CALL_PWRITE, <uintptr_t>source, len_bytes, err):
+        return -1
+    while done < len_bytes:
+        n = pwrite(fd, <const char*>source + done, len_bytes - done, offset + <off_t>done)
+        if n > 0:
+            done += <size_t>n
+        elif n == 0:
+            return _fail(err, CALL_PWRITE, EIO, <uintptr_t>source, len_bytes)
+        elif errno != EINTR:
+            return _fail(err, CALL_PWRITE, errno, <uintptr_t>source, len_bytes)
+    return 0
+
+
+cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_error* err) noexcept nogil:
+    """Read everything or fail; a file that ends early gives EIO."""
+    cdef size_t done = 0
+    cdef ssize_t n
+    if sys_injected(CALL_PREAD, 0, len_bytes, err):
+        return -1
+    while done < len_bytes:
+        n = pread(fd, <char*>target + done, len_bytes - done, offset + <off_t>done)
+        if n > 0:
+            done += <size_t>n
+        elif n == 0:
+            return _fail(err, CALL_PREAD, EIO, 0, len_bytes)
+        elif errno != EINTR:
+            return _fail(err, CALL_PREAD, errno, 0, len_bytes)
+    return 0
+
+
+cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil:
+    """Give the file's blocks of this range back to the system."""
+    if sys_injected(CALL_FALLOCATE, 0, len_bytes, err):
+        return -1
+    while fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, <off_t>len_bytes) != 0:
+        if errno != EINTR:
+            return _fail(err, CALL_FALLOCATE, errno, 0, len_bytes)
+    return 0
+
+
+cdef int sys_seal(int fd, sys_error* err) noexcept nogil:
+    if sys_injected(CALL_SEAL, 0, 0, err):
+        return -1
+    return sys_check(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE) != 0, CALL_SEAL, 0, 0, err)
+
+
+cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil:
+    cdef int fd
+    if sys_injected(CALL_OPEN, 0, 0, err):
+        return -1
+    fd = open(path, O_RDONLY | O_CLOEXEC)
+    sys_check(fd < 0, CALL_OPEN, 0, 0, err)
+    return fd
+
+
+cdef void sys_close(int fd) noexcept nogil:
+    # Unchecked: close of a memory file or of a proc file has nothing to flush, and the descriptor
+    # is gone whatever it returns.
+    if fd >= 0:
+        close(fd)
+
+
+cdef void sys_keep(sys_file* file, int fd) noexcept nogil:
+    file.fd = fd
+    ksm_identify(fd, &file.dev, &file.ino)
+
+
+cdef bint sys_is_kept(const sys_file* file) noexcept nogil:
+    cdef uint64_t dev, ino
+    ksm_identify(file.fd, &dev, &ino)
+    return file.fd >= 0 and ino != 0 and dev == file.dev and ino == file.ino
+
+
+cdef void sys_drop(sys_file* file) noexcept nogil:
+    if sys_is_kept(file):
+        sys_close(file.fd)
+    file.fd = -1
+
+
+cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil:
+    """The device of a kept file, as /proc/self/maps shows it."""
+    dev_major[0] = major(file.dev)
+    dev_minor[0] = minor(file.dev)
+
+
+# ---- signals --------------------------------------------------------------------------------
+
+cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil:
+    if sys_injected(CALL_SIGACTION, 0, 0, err):
+        return -1
+    return sys_check(sigaction(signum, new, old) != 0, CALL_SIGACTION, 0, 0, err)
+
+
+def page_bytes():
+    """Size of a system page in bytes."""
+    return sys_page_bytes()
+
+
+def features():
+    """What of the kernel ksmcore can use here: name -> None when it is there, else why it is not."""
+    cdef sys_error err
+    cdef int fd
+    found = {}
+    error_clear(&err)
+    fd = sys_open_read(b"/proc/self/pagemap", &err)
+    found["pagemap"] = None if fd >= 0 else os.strerror(err.code)
+    sys_close(fd)
+    error_clear(&err)
+    fd = sys_memfd(b"ksmcore-probe", &err)
+    found["memfd"] = None if fd >= 0 else os.strerror(err.code)
+    sys_close(fd)
+    return found

@@ -1,0 +1,113 @@
+"""A batch: the intents of one span (this page -> that shared page), and the shared pages to be made for them.
+
+Called by: _scan (adds), _blocks, _runs (carry out), _unmerge and _census (drop_sharer). Calls: _store, _rmap,
+_forest.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+
+from ksmcore._records.forest cimport forest_erase
+from ksmcore._guard.merge cimport PAGES_HUGE
+from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state
+from ksmcore._records.store cimport store_page, store_release, store_unshare
+from ksmcore._kernel.syscalls cimport error_clear
+
+
+cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
+    b.capacity = capacity
+    b.n_intents = b.n_pendings = 0
+    error_clear(&b.err)
+    b.intents = <intent*>malloc(capacity * sizeof(intent))
+    b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
+    b.slots = <uint32_t*>malloc(capacity * sizeof(uint32_t))
+    b.outcomes = <uint8_t*>malloc(capacity)
+    b.planned = <planned_sharers*>calloc(2 * capacity, sizeof(planned_sharers))
+    if b.planned == NULL or b.intents == NULL or b.pendings == NULL or b.slots == NULL or b.outcomes == NULL:
+        batch_destroy(b)
+        return -1
+    return 0
+
+
+cdef void batch_destroy(batch* b) noexcept nogil:
+    free(b.intents)
+    free(b.pendings)
+    free(b.slots)
+    free(b.outcomes)
+    free(b.planned)
+    b.intents = NULL
+    b.pendings = NULL
+    b.slots = NULL
+    b.outcomes = NULL
+    b.planned = NULL
+
+
+cdef planned_sharers* _planned(const batch* b, uint32_t slot) noexcept nogil:
+    """The entry of a slot, or the one where it belongs. The table is never more than half full."""
+    cdef uint32_t at = slot % (2 * b.capacity)
+    while b.planned[at].slot != slot and b.planned[at].slot != 0:
+        at = (at + 1) % (2 * b.capacity)
+    return &b.planned[at]
+
+
+cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil:
+    """Pages that map a slot, or will once the batch is carried out."""
+    cdef const planned_sharers* planned = _planned(b, slot)
+    return (0 if b.store.uses[slot].pending else b.store.uses[slot].n_sharers) + planned.n
+
+
+cdef void batch_clear(batch* b) noexcept nogil:
+    if b.n_intents != 0:
+        memset(b.planned, 0, 2 * b.capacity * sizeof(planned_sharers))
+    b.n_intents = b.n_pendings = 0
+
+
+cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
+    """Bytes of a stable tree node. Those of a pending slot are its candidate's, which may change until
+    the slot is written; a match with them is only a guess, and the guard compares with the slot."""
+    cdef batch* b = <batch*>owner
+    if b.store.uses[slot].pending:
+        return b.pendings[b.store.uses[slot].n_sharers].source
+    return store_page(b.store, slot)
+
+
+cdef void batch_add(
+    batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
+) noexcept nogil:
+    """Note an intent. The item is in no tree, but for INTENT_PLAIN; the caller flushes before `capacity` is
+    reached."""
+    cdef intent* new = &b.intents[b.n_intents]
+    cdef planned_sharers* planned
+    new.page_no = page_no
+    new.item = item
+    new.slot = slot
+    new.kind = kind
+    new.flags = <uint8_t>(flags | (PAGES_HUGE if b.rmap.tags[item].huge else 0))
+    new.over_store = <uint8_t>b.rmap.tags[item].over_store
+    new.founder = founder
+    new.fate = OPEN
+    b.n_intents += 1
+    if slot != 0:
+        planned = _planned(b, slot)
+        planned.slot = slot
+        planned.n += 1
+
+
+cdef void intent_leave(batch* b, intent* left, skip_reason reason) noexcept nogil:
+    """This page is not merged now: count why, and let its item wait for the next pass."""
+    left.fate = LEFT
+    if left.kind == INTENT_PLAIN:
+        return                   # nothing was to be saved
+    b.counters.skips[<int>reason] += 1
+    rmap_set_state(b.rmap, left.item, PAGE_VOLATILE if reason == SKIP_CHANGED else PAGE_UNSHARED)
+
+
+cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:
+    """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
+    number of the slot, because the page's mapping still points there."""
+    cdef uint32_t first = store_unshare(b.store, b.rmap.nodes[item].left)
+    rmap_set_state(b.rmap, item, PAGE_VOLATILE)
+    if first != 0:
+        forest_erase(b.stable, first)
+        store_release(b.store, first)

@@ -1,0 +1,192 @@
+"""Blocks: new shared pages and their copies, from being wanted to having bytes.
+
+Called by: _scan (block_new), _runs (the rest, in the order of their definition). Calls: _batch, _store, _forest.
+
+A block has its place in the stable tree as soon as it is wanted, so that further pages of the span find it. Its
+bytes come later, in long pieces, and only if enough pages still want it then.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from ksmcore._pass.batch cimport (
+    LEFT, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_STORE, batch, intent, intent_leave,
+    pending_block, skip_reason,
+)
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
+from ksmcore._records.store cimport store_alloc, store_block_sharers, store_page, store_release, store_write
+from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._trees cimport rb_place
+
+cdef enum:
+    WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
+    HASH_PAGES = 64            # pages whose written copies are checked together
+
+
+cdef uint32_t block_new(
+    batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
+) noexcept nogil:
+    """Slots for a new shared page and its copies, to be written from `source`; 0 without room for it.
+    `goes_on`: the stretch is long, and its end has not been seen.
+
+    The caller puts the first slot into the stable tree.
+    """
+    cdef uint32_t i, slot
+    cdef sys_error err
+    error_clear(&err)
+    slot = store_alloc(b.store, n_copies, &err)
+    if slot == 0:
+        if b.err.code == 0:
+            b.err = err
+        return 0
+    for i in range(n_copies):
+        b.store.nodes[slot + i].digest = digest
+        b.store.uses[slot + i].pending = 1
+        b.store.uses[slot + i].n_sharers = b.n_pendings
+    b.pendings[b.n_pendings].slot = slot
+    b.pendings[b.n_pendings].n_copies = n_copies
+    b.pendings[b.n_pendings].source = source
+    b.pendings[b.n_pendings].n_accepted = 0
+    b.pendings[b.n_pendings].alone = False
+    b.pendings[b.n_pendings].goes_on = goes_on
+    b.pendings[b.n_pendings].fate = OPEN
+    b.n_pendings += 1
+    return slot
+
+
+cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
+    """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
+    can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
+    if wanted.slot == 0 or not b.store.uses[wanted.slot].pending:
+        return NULL
+    return &b.pendings[b.store.uses[wanted.slot].n_sharers]
+
+
+cdef void _leave_all_of(batch* b, skip_reason reason) noexcept nogil:
+    """Leave the intents whose pending block was given up."""
+    cdef uint32_t i
+    cdef pending_block* block
+    for i in range(b.n_intents):
+        block = _pending_of(b, &b.intents[i])
+        if block != NULL and block.fate == LEFT and b.intents[i].fate == OPEN:
+            intent_leave(b, &b.intents[i], reason)
+
+
+cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
+    """A block that no more pages will map than it has slots saves nothing."""
+    cdef uint32_t i
+    cdef pending_block* block
+    for i in range(b.n_intents):
+        block = _pending_of(b, &b.intents[i])
+        if block != NULL and b.intents[i].fate == OPEN:
+            block.n_accepted += 1
+    for i in range(b.n_pendings):
+        if b.pendings[i].n_accepted <= (0 if b.pendings[i].goes_on else b.pendings[i].n_copies):
+            b.pendings[i].fate = LEFT
+    # Both halves are accepted but for the budget, so it is the reason for the other half too.
+    _leave_all_of(b, SKIP_MAP_BUDGET)
+
+
+cdef void blocks_write(batch* b) noexcept nogil:
+    """Give the pending blocks their bytes, neighbours in memory and store in one call."""
+    cdef uint32_t i = 0, n, copy
+    cdef pending_block* block
+    cdef sys_error err
+    cdef int rc
+    while i < b.n_pendings:
+        block = &b.pendings[i]
+        n = 1
+        if block.fate != OPEN:
+            i += 1
+            continue
+        error_clear(&err)
+        if block.n_copies == 1:
+            while (
+                i + n < b.n_pendings and n < <uint32_t>WRITE_PAGES and b.pendings[i + n].fate == OPEN
+                and b.pendings[i + n].n_copies == 1 and b.pendings[i + n].slot == block.slot + n
+                and b.pendings[i + n].source == block.source + n * b.page_bytes
+            ):
+                n += 1
+            rc = store_write(b.store, block.slot, block.source, n, &err)
+        else:
+            # The copies are made from the first slot, not from the source, which may change meanwhile.
+            rc = store_write(b.store, block.slot, block.source, 1, &err)
+            for copy in range(1, block.n_copies):
+                if rc == 0:
+                    rc = store_write(b.store, block.slot + copy, store_page(b.store, block.slot), 1, &err)
+        if rc != 0:
+            if b.err.code == 0:
+                b.err = err
+            for copy in range(n):
+                b.pendings[i + copy].fate = LEFT
+        i += n
+    _leave_all_of(b, SKIP_STORE)
+
+
+cdef void blocks_check(batch* b) noexcept nogil:
+    """Give up the blocks whose source changed before it was copied: their place in the stable tree was
+    chosen for other bytes."""
+    cdef const uint8_t* pages[HASH_PAGES]
+    cdef uint32_t digests[HASH_PAGES]
+    cdef uint32_t which[HASH_PAGES]
+    cdef uint32_t i = 0, n, k
+    while i < b.n_pendings:
+        n = 0
+        while i < b.n_pendings and n < <uint32_t>HASH_PAGES:
+            if b.pendings[i].fate == OPEN:
+                pages[n] = store_page(b.store, b.pendings[i].slot)
+                which[n] = i
+                n += 1
+            i += 1
+        b.checksum(pages, n, b.page_bytes, digests)
+        for k in range(n):
+            if digests[k] != b.store.nodes[b.pendings[which[k]].slot].digest:
+                b.pendings[which[k]].fate = LEFT
+    _leave_all_of(b, SKIP_CHANGED)
+
+
+cdef void _stable_insert(forest_t* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """Put a slot into the stable tree; before those with an equal key, so that it is found first."""
+    cdef rb_place place
+    cdef uint32_t same = forest_find(stable, digest, page, &place)
+    if same != 0:
+        forest_insert_before(stable, slot, same)
+    else:
+        forest_insert(stable, slot, place)
+
+
+cdef void blocks_settle(batch* b) noexcept nogil:
+    """From here on written slots are shared pages without sharers, and the given up ones are released.
+
+    The place of a slot in the stable tree was found by comparing candidates, which could change. Now
+    that its bytes are fixed it is given the place that they ask for. Where checksums come first that
+    matters only for the few nodes with equal ones, which a search for the slot itself then misses.
+    """
+    cdef uint32_t i, copy, slot, digest
+    for i in range(b.n_pendings):
+        slot = b.pendings[i].slot
+        if b.stable.one.by_content or b.pendings[i].fate != OPEN:
+            forest_erase(b.stable, slot)
+        for copy in range(b.pendings[i].n_copies):
+            b.store.uses[slot + copy].pending = 0
+            b.store.uses[slot + copy].n_sharers = 0
+        if b.pendings[i].fate != OPEN:
+            store_release(b.store, slot)
+    for i in range(b.n_pendings):
+        if b.pendings[i].fate != OPEN:
+            continue
+        slot = b.pendings[i].slot
+        digest = b.store.nodes[slot].digest
+        if not b.stable.one.by_content:
+            if b.pendings[i].alone or forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
+                continue
+            forest_erase(b.stable, slot)
+        _stable_insert(b.stable, slot, digest, store_page(b.store, slot))
+
+
+cdef void blocks_release_unmapped(batch* b) noexcept nogil:
+    """Release the new shared pages that nobody was mapped to after all."""
+    cdef uint32_t i
+    for i in range(b.n_pendings):
+        if b.pendings[i].fate == OPEN and store_block_sharers(b.store, b.pendings[i].slot) == 0:
+            forest_erase(b.stable, b.pendings[i].slot)
+            store_release(b.store, b.pendings[i].slot)

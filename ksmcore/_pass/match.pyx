@@ -1,0 +1,312 @@
+"""Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
+
+Called by: _scan, with one span after the other, and _unmerge (core_forget_item). Calls: _engine, _regions, _pages,
+_rmap, _forest, _quiet, _stretch, _store, _batch, _blocks.
+
+Nothing is merged here: what is to be merged becomes an intent of the batch.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+
+from ksmcore._pass.batch cimport (
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, SKIP_HELD, SKIP_MAX_SHARED, SKIP_MAX_SHARING, SKIP_STORE,
+    batch_add, batch_sharers, drop_sharer, stable_page_of,
+)
+from ksmcore._pass.blocks cimport block_new
+from ksmcore._pass.state cimport engine_core, page_of_item
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
+from ksmcore._kernel.pagemap cimport BLOCK_PAGES
+from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._pass.quiet cimport HAS_STOOD, IS_ARMED, IS_HUGE, quiet_disarm_item, quiet_is_still
+from ksmcore._records.regions cimport region_t, regions_at
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_state,
+)
+from ksmcore._records.store cimport store_align, store_block, store_page
+from ksmcore._pass.stretch cimport block_is_shared, stretch_copies
+from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._trees cimport rb_place
+
+cdef enum:
+    LONG_REST = 32             # pages of a stretch that are worth a block of their own where the other is full
+    # In c.flags, of a page that is looked at; with those of quiet.
+    IS_NEW = 1
+    WAS_BROKEN = 2             # shared or zero, and written since
+    OLDEST = 7                 # what rmap_tag.age can hold
+
+
+# ---- items ----------------------------------------------------------------------------------
+
+cdef void leave_tree(engine_core* c, uint32_t item) noexcept nogil:
+    """Take an item out of the unstable or the quiet tree if it stands there. Its links are void in any case."""
+    if c.rmap.tags[item].state != PAGE_UNSHARED:
+        return
+    if c.rmap.tags[item].quiet:
+        forest_erase(&c.quiet, item)
+        c.rmap.tags[item].quiet = 0
+    elif c.rmap.tags[item].epoch == c.epoch:
+        forest_erase(&c.unstable, item)
+    c.rmap.tags[item].epoch = 0
+    c.rmap.nodes[item].left = 0
+
+
+cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
+    """Drop all that is known of a page, its share included; not its mapping."""
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        drop_sharer(&c.b, item)
+    leave_tree(c, item)
+    rmap_remove(&c.rmap, item)
+
+
+cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
+    """The page is volatile until the next pass shows the same checksum."""
+    c.rmap.tags[item].age = 0
+    c.rmap.nodes[item].digest = digest
+    rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+
+
+# ---- searching --------------------------------------------------------------------------------
+
+cdef uint32_t _new_block(
+    engine_core* c, uint32_t* n_copies, uint32_t least, const uint8_t* source, uint32_t digest
+) noexcept nogil:
+    """A pending block of *n_copies slots, or of what the limit leaves if that is `least`; or 0, with the
+    reason counted if a single slot would have done (else the page has another shared page to join)."""
+    cdef uint32_t slot
+    cdef int64_t room
+    if c.max_shared_pages >= 0:
+        room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
+        if room < <int64_t>least:
+            c.counters.skips[<int>SKIP_MAX_SHARED] += least == 1
+            return 0
+        n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
+    slot = block_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
+    if slot == 0:
+        c.counters.skips[<int>SKIP_STORE] += least == 1
+    return slot
+
+
+cdef uint32_t _match_stable(
+    engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted,
+    uint32_t* first, rb_place* place
+) noexcept nogil:
+    """The slot that this page should map, or 0 when no more pages can map an equal one.
+
+    *first: the first shared page that is equal, full or not, if it is known; then it is not searched for. Set
+    to 0 when there is none, and then *place is where one belongs.
+
+    Where a stretch of different pages comes again, its shared pages follow each other in the store, so the one
+    after the last match is tried first. Within a block the page number chooses the copy, so that neighbours in a
+    stretch of equal pages map neighbouring slots. A stretch that has outgrown its block, or filled it, gets a
+    further one, which is found first from then on.
+    """
+    cdef uint32_t n_copies, larger, slot
+    cdef uint64_t left
+    cdef bint is_full
+    if (
+        first[0] == 0 and block_is_shared(c, c.next_slot, digest)
+        and page_compare(page, store_page(&c.store, c.next_slot), c.page_bytes) == 0
+        and batch_sharers(&c.b, c.next_slot) < c.max_page_sharing
+    ):
+        first[0] = c.next_slot
+    if first[0] == 0:
+        first[0] = forest_find(&c.stable, digest, page, place)
+    if first[0] == 0:
+        return 0
+    if first[0] != c.block_slot:
+        c.block_slot = first[0]
+        store_block(&c.store, first[0], &c.block_copies)
+    n_copies = c.block_copies
+    slot = first[0] + <uint32_t>(page_no % n_copies)
+    is_full = batch_sharers(&c.b, slot) >= c.max_page_sharing
+    left = c.stretch_end - page_no
+    if (n_wanted >= 2 * n_copies and left >= n_wanted) or (is_full and left >= <uint64_t>LONG_REST):
+        larger = _new_block(c, &n_wanted, 1 if is_full else 2 * n_copies, page, digest)
+        if larger != 0:
+            forest_insert_before(&c.stable, larger, first[0])
+            first[0] = larger
+            c.block_slot = larger
+            c.block_copies = n_copies = n_wanted
+            slot = first[0] + <uint32_t>(page_no % n_copies)
+            is_full = False
+    c.stretch_slot = first[0]
+    c.next_slot = first[0] + n_copies
+    return _with_room(c, digest, page) if is_full else slot
+
+
+cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """A slot of any block equal to this page that takes one more sharer, or 0. Equal blocks stand next to each
+    other in the stable tree, the largest first."""
+    cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i
+    while (
+        first != 0 and c.store.nodes[first].digest == digest
+        and page_compare(page, stable_page_of(&c.b, first), c.page_bytes) == 0
+    ):
+        store_block(&c.store, first, &n_copies)
+        for i in range(n_copies):
+            if batch_sharers(&c.b, first + i) < c.max_page_sharing:
+                return first + i
+        first = forest_next(&c.stable, first)
+    return 0
+
+
+cdef uint32_t _partner(
+    engine_core* c, uint32_t item, const uint8_t* page, uint32_t digest, bint may_be_quiet, bint immediate
+) noexcept nogil:
+    """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
+    stretch of pages comes again, the next partner is the item after the last one."""
+    cdef rb_place place, quiet_place
+    cdef uint32_t partner, written = 0
+    if c.quiet.n_nodes != 0 or may_be_quiet:
+        partner = forest_find(&c.quiet, digest, page, &quiet_place)
+        if partner != 0 and (immediate or quiet_is_still(c, partner)):
+            return partner
+        # One that was written has its turn still to come. It may have been written with the same bytes.
+        written = partner
+    partner = c.next_partner
+    if not (
+        0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
+        and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
+        and page_compare(page, page_of_item(c, partner), c.page_bytes) == 0
+    ):
+        partner = forest_find(&c.unstable, digest, page, &place)
+    if partner != 0:
+        c.next_partner = partner + 1
+        return partner
+    rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+    if c.rmap.tags[item].age < <uint32_t>OLDEST:
+        c.rmap.tags[item].age += 1
+    if may_be_quiet and written == 0:
+        c.rmap.tags[item].quiet = 1
+        forest_insert(&c.quiet, item, quiet_place)
+    else:
+        c.rmap.tags[item].epoch = c.epoch
+        forest_insert(&c.unstable, item, place)
+    return 0
+
+
+cdef void _match_unshared(
+    engine_core* c, const region_t* region, size_t i, uint32_t n_wanted, uint32_t full, rb_place stable_place,
+    bint immediate
+) noexcept nogil:
+    """Merge with an equal page that is not shared yet into a new shared page, or stand in its tree.
+
+    The new one goes to stable_place, or before `full`, an equal one that takes no more sharers."""
+    cdef uint32_t item = c.items[i], digest = c.digests[i], partner, slot
+    cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
+    cdef const region_t* home
+    partner = _partner(c, item, c.pages[i], digest, c.flags[i] & IS_ARMED != 0, immediate)
+    if partner == 0:
+        c.counters.skips[<int>SKIP_MAX_SHARING] += full != 0
+        return
+    # The partner is the source: the pages in scan order were found first, so their copies are written
+    # in long pieces.
+    partner_no = c.rmap.tags[partner].page_no
+    home = regions_at(&c.regions, <uintptr_t>(partner_no * c.page_bytes))
+    if home.n_holds != 0:
+        c.counters.skips[<int>SKIP_HELD] += 1
+        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+        return
+    if (
+        c.flags[i] & IS_HUGE and c.rmap.tags[partner].huge
+        and page_no % BLOCK_PAGES == partner_no % BLOCK_PAGES == 0
+    ):
+        store_align(&c.store, BLOCK_PAGES)
+    slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
+    if slot == 0:
+        rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
+        return
+    if full != 0:
+        forest_insert_before(&c.stable, slot, full)
+    else:
+        forest_insert(&c.stable, slot, stable_place)
+        c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
+    if c.rmap.tags[partner].quiet:
+        quiet_disarm_item(c, partner)    # if it is not merged after all it must be looked at again
+    leave_tree(c, partner)
+    rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
+    batch_add(
+        &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
+        home.flags, True
+    )
+    batch_add(&c.b, INTENT_MERGE, page_no, item, slot + <uint32_t>(page_no % n_wanted), region.flags, True)
+    c.merges_left -= 1
+
+
+cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_error* err) noexcept nogil:
+    """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory.
+
+    All of them before the first is matched: a slot may lose its last sharer here and be released, and
+    no intent may lead to a slot that is. c.flags[i] tells from here on also what page i was.
+    """
+    cdef size_t i
+    cdef uint32_t item
+    for i in range(n_look):
+        item = c.items[i]
+        if item == 0:
+            c.items[i] = rmap_add(&c.rmap, <uintptr_t>c.pages[i] // c.page_bytes, err)
+            c.flags[i] |= IS_NEW
+        elif c.rmap.tags[item].state == PAGE_SHARED:
+            c.counters.cow_breaks += 1
+            region.cow_breaks += 1
+            c.flags[i] |= WAS_BROKEN
+            drop_sharer(&c.b, item)
+        elif c.rmap.tags[item].state == PAGE_ZERO:
+            c.flags[i] |= WAS_BROKEN
+            rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+        else:
+            leave_tree(c, item)
+        if c.items[i] != 0:
+            c.rmap.tags[c.items[i]].huge = c.flags[i] & IS_HUGE != 0
+
+
+cdef void match_page(
+    engine_core* c, const region_t* region, size_t i, size_t n_look, bint goes_on, bint immediate
+) noexcept nogil:
+    """One page that needs a look: wait, merge, or stand in the unstable tree. `goes_on`: it is known to equal
+    the shared page of its stretch."""
+    cdef const uint8_t* page = c.pages[i]
+    cdef uint32_t digest = c.digests[i]
+    cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
+    cdef uint32_t n_wanted = stretch_copies(c, i, n_look)
+    cdef uint32_t item = c.items[i], slot, first = c.stretch_slot if goes_on else 0
+    cdef rb_place place
+    cdef bint unchanged
+    if item == 0:
+        return
+    unchanged = not c.flags[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
+    if not unchanged and not c.flags[i] & IS_NEW and not immediate:
+        _wait(c, item, digest)
+        return
+    c.rmap.nodes[item].digest = digest
+    slot = _match_stable(c, page, digest, page_no, n_wanted, &first, &place)
+    if slot != 0:
+        # A broken share that became equal to the slot still under it needs no new mapping.
+        batch_add(
+            &c.b, INTENT_RESHARE if c.rmap.tags[item].over_store and c.rmap.nodes[item].left == slot
+            else INTENT_MERGE, page_no, item, slot, region.flags, False
+        )
+        c.merges_left -= 1
+    elif not unchanged and not immediate:
+        _wait(c, item, digest)
+    elif c.use_zero_pages and digest == c.zero_digest and page_is_zero(page, c.page_bytes):
+        batch_add(&c.b, INTENT_ZERO, page_no, item, 0, region.flags, False)
+        c.merges_left -= 1
+    else:
+        _match_unshared(c, region, i, n_wanted, first, place, immediate)
+
+
+cdef void match_leave_store(engine_core* c, const region_t* region, size_t n_look) noexcept nogil:
+    """Private copies over the store that stay what they are, and equal to no other: they become plain memory
+    again, whose writes can be tracked."""
+    cdef size_t i
+    cdef uint32_t item
+    for i in range(n_look):
+        item = c.items[i]
+        if (
+            c.flags[i] & HAS_STOOD and c.rmap.tags[item].over_store and c.rmap.tags[item].epoch == c.epoch
+            and c.rmap.tags[item].state == PAGE_UNSHARED
+        ):
+            batch_add(
+                &c.b, INTENT_PLAIN, <uintptr_t>c.pages[i] // c.page_bytes, item, 0, region.flags, False
+            )

@@ -1,0 +1,6 @@
+"""From intents to runs to the merge protocol; see _runs.pyx."""
+
+from ksmcore._pass.batch cimport batch
+
+
+cdef int batch_flush(batch* b) noexcept nogil

@@ -1,0 +1,249 @@
+"""From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
+
+Called by: _scan. Calls: _batch, _blocks, _budget, _costs, _merge, _store, _rmap.
+
+The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
+cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
+serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
+wanted get their bytes; what is left, neighbours in memory together, goes through the merge protocol; what
+became of each page is accounted. A shared page with fewer than two sharers at the end is undone. A batch
+writes at most capacity / 2 pages to the store before it gives the merged pages back.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport qsort
+from libc.string cimport memset
+
+from ksmcore._pass.batch cimport (
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET,
+    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, STAGE_GUARD, STAGE_STORE, batch, batch_clear, drop_sharer, intent,
+    intent_leave, skip_reason, stage_end,
+)
+from ksmcore._pass.blocks cimport (
+    blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
+)
+from ksmcore._records.budget cimport budget_affords, map_budget
+from ksmcore._records.costs cimport slot_under, splits, splits_surely
+from ksmcore._guard.merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_state
+from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
+from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns
+from ksmcore._guard.window cimport CHANGED, DONE, PINNED, REFUSED
+
+
+# ---- runs -----------------------------------------------------------------------------------
+
+cdef int _by_page(const void* a, const void* b) noexcept nogil:
+    cdef uint64_t left = (<const intent*>a).page_no
+    cdef uint64_t right = (<const intent*>b).page_no
+    return (left > right) - (left < right)
+
+
+cdef bint _are_alike(const intent* first, const intent* other) noexcept nogil:
+    """Is the same to happen to this page as to the one so many intents before it, its neighbour in memory?"""
+    return (
+        other.fate == OPEN and other.page_no == first.page_no + (other - first) and other.kind == first.kind
+        and other.flags == first.flags
+    )
+
+
+cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
+    """End of the run of open intents that begins at `start`, itself open."""
+    cdef intent* first = &b.intents[start]
+    cdef uint32_t end = start + 1, n
+    cdef intent* other
+    while end < b.n_intents:
+        n = end - start
+        other = &b.intents[end]
+        if (
+            not _are_alike(first, other)
+            or (first.slot == 0 and other.over_store != first.over_store)
+            or (first.slot != 0 and other.slot != first.slot + n)
+        ):
+            break
+        end += 1
+    return end
+
+
+# ---- what a run costs -----------------------------------------------------------------------
+
+cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
+    carried out."""
+    cdef intent* first = &b.intents[start]
+    cdef uint32_t left = slot_under(b.rmap, first.page_no - 1, 0)
+    cdef uint32_t right = slot_under(b.rmap, b.intents[end - 1].page_no + 1, 0)
+    cdef uint32_t before = left, after = left, under, i
+    cdef int64_t cost = 0
+    for i in range(start, end):
+        under = slot_under(b.rmap, b.intents[i].page_no, b.intents[i].item)
+        cost += <int>splits(after, b.intents[i].slot) - <int>splits_surely(before, under)
+        before = under
+        after = b.intents[i].slot
+    if first.kind == INTENT_PLAIN:
+        cost += (left == 0) + (right == 0)       # see restored_cost
+    return cost + <int>splits(after, right) - <int>splits_surely(before, right)
+
+
+cdef bint _makes_mappings(const intent* first) noexcept nogil:
+    """Dropping memory makes no mapping."""
+    return first.kind != INTENT_RESHARE and (first.kind != INTENT_ZERO or first.over_store)
+
+
+cdef void _choose(batch* b) noexcept nogil:
+    """Take each run that the budget allows, leave the others.
+
+    What the runs that are taken cost together is only put down when they are carried out: some may
+    still be given up for want of a partner.
+    """
+    cdef uint32_t start = 0, end, i
+    cdef int64_t cost
+    cdef map_budget budget = b.budget
+    while start < b.n_intents:
+        if b.intents[start].fate != OPEN:
+            start += 1
+            continue
+        end = _run_end(b, start)
+        if _makes_mappings(&b.intents[start]):
+            cost = _cost(b, start, end)
+            if budget_affords(&budget, cost, end - start):
+                budget.used += cost
+            else:
+                for i in range(start, end):
+                    intent_leave(b, &b.intents[i], SKIP_MAP_BUDGET)
+        start = end
+
+
+# ---- carrying out ---------------------------------------------------------------------------
+
+cdef void _account(batch* b, intent* done) noexcept nogil:
+    """One page was merged: its item and its slot say so from now on."""
+    cdef uint32_t item = done.item
+    done.fate = MERGED
+    b.rmap.tags[item].age = 0
+    if done.kind == INTENT_PLAIN:
+        rmap_set_over_store(b.rmap, item, False)
+        return
+    if done.kind == INTENT_ZERO:
+        b.counters.pages_zeroed += 1
+        rmap_set_over_store(b.rmap, item, False)
+        b.rmap.nodes[item].left = 0
+        rmap_set_state(b.rmap, item, PAGE_ZERO)
+        return
+    b.counters.pages_merged += 1
+    if done.kind == INTENT_RESHARE:
+        b.counters.pages_reshared += 1
+    store_share(b.store, done.slot)
+    rmap_set_state(b.rmap, item, PAGE_SHARED)
+    rmap_set_over_store(b.rmap, item, True)
+    b.rmap.nodes[item].left = done.slot
+
+
+cdef skip_reason _reason(uint8_t outcome) noexcept nogil:
+    return SKIP_CHANGED if outcome == CHANGED else SKIP_PINNED if outcome == PINNED else SKIP_REFUSED
+
+
+cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """Neighbours of one kind; what lies under them is alike, for the guard's sake."""
+    cdef intent* first = &b.intents[start]
+    cdef uint32_t i
+    cdef run_t run
+    cdef sys_error err
+    cdef size_t n_restored
+    cdef int rc = 0
+    error_clear(&err)
+    run.guard = b.guard
+    run.addr = <uintptr_t>(first.page_no * b.page_bytes)
+    run.n_pages = end - start
+    run.page_bytes = b.page_bytes
+    run.over_store = first.over_store
+    run.flags = first.flags
+    run.tracker = b.tracker
+    for i in range(end - start):
+        b.slots[i] = b.intents[start + i].slot
+    if first.kind == INTENT_MERGE:
+        rc = merge_run(b.store, &run, b.slots, b.outcomes, &err)
+    elif first.kind == INTENT_RESHARE:
+        rc = reshare_run(b.store, &run, b.slots, b.outcomes, &err)
+    elif first.kind == INTENT_ZERO:
+        rc = zero_run(&run, b.outcomes, &err)
+    else:
+        # What fails stays as it is, and right; a stuck window is reported when the next one is opened.
+        restore_range(&run, &n_restored, &err)
+        memset(b.outcomes, REFUSED, run.n_pages)
+        memset(b.outcomes, DONE, n_restored)
+    if err.code != 0 and b.err.code == 0:
+        b.err = err
+    for i in range(end - start):
+        if b.outcomes[i] == DONE:
+            _account(b, &b.intents[start + i])
+        else:
+            intent_leave(b, &b.intents[start + i], _reason(b.outcomes[i]))
+    return rc
+
+
+cdef bint _go_together(const intent* first, const intent* next) noexcept nogil:
+    """Neighbours that one window can serve, though they may lead to different places of the store."""
+    return _are_alike(first, next) and next.over_store == first.over_store
+
+
+cdef int _carry_out(batch* b) noexcept nogil:
+    cdef uint32_t start = 0, end
+    cdef int rc = 0
+    while start < b.n_intents and rc == 0:
+        if b.intents[start].fate != OPEN:
+            start += 1
+            continue
+        end = start + 1
+        while end < b.n_intents and _go_together(&b.intents[start], &b.intents[end]):
+            end += 1
+        if _makes_mappings(&b.intents[start]):
+            b.budget.used += _cost(b, start, end)
+        rc = _carry_out_run(b, start, end)
+        start = end
+    return rc
+
+
+cdef void _undo_halves(batch* b) noexcept nogil:
+    """A new shared page that only one of its two founders could be mapped to saves nothing: give that
+    page its own memory back. Where even this fails it stays, right and shared by one."""
+    cdef uint32_t i
+    cdef size_t n_restored
+    cdef intent* founder
+    cdef run_t run
+    for i in range(b.n_intents):
+        founder = &b.intents[i]
+        if not founder.founder or founder.fate != MERGED or store_block_sharers(b.store, founder.slot) != 1:
+            continue
+        run.guard = b.guard
+        run.addr = <uintptr_t>(founder.page_no * b.page_bytes)
+        run.n_pages = 1
+        run.page_bytes = b.page_bytes
+        run.over_store = True
+        run.flags = founder.flags
+        run.tracker = b.tracker
+        if restore_range(&run, &n_restored, &b.err) == 0:
+            drop_sharer(b, founder.item)
+            rmap_set_over_store(b.rmap, founder.item, False)
+            b.rmap.nodes[founder.item].left = 0
+            b.counters.skips[<int>SKIP_PARTNER] += 1
+
+
+cdef int batch_flush(batch* b) noexcept nogil:
+    """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
+    cdef int rc
+    cdef uint64_t begun = sys_now_ns()
+    qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
+    _choose(b)
+    blocks_give_up_unwanted(b)
+    blocks_write(b)
+    blocks_check(b)
+    blocks_settle(b)
+    begun = stage_end(b.counters, STAGE_STORE, begun)
+    rc = _carry_out(b)
+    blocks_release_unmapped(b)
+    _undo_halves(b)
+    store_trim(b.store)
+    stage_end(b.counters, STAGE_GUARD, begun)
+    batch_clear(b)
+    return rc

@@ -1,0 +1,242 @@
+"""The pass: the one place that knows the whole path of a page.
+
+Called by: _core. Calls: _engine, _regions, _pagemap, _quiet, _pages, _rmap, _stretch, _match, _runs.
+
+    which pages are present, written, still shared   pagemap_survey, _classify
+    -> protection, if they seem to be quiet          quiet_arm
+    -> checksum                                      core.checksum
+    -> rmap item                                     match_prepare
+    -> stable, quiet, unstable tree, intent          match_page
+    -> runs, guard, store, account                   batch_flush
+
+A span, the pages of one block that need a look, goes through each stage before the next stage begins. Nothing here
+needs the GIL; the caller holds the engine's lock.
+
+What becomes of a page, in the order of the questions asked (rules of design section 2):
+  - not present: passed over. What was known of it is forgotten, unless its mapping is of the store.
+  - still shared, or still the zero page: nothing to do.
+  - its sharing was broken by a write: the membership is forgotten, and the page waits for the next pass.
+  - changed since the last pass: volatile, waits. So no window is ever opened on a page that changed.
+  - equal to a shared page: an intent to merge with that. A page seen for the first time as well.
+  - all zero: an intent to give it back.
+  - unchanged and equal to another such page: both are to be merged into a new shared page.
+  - else it stands in the unstable tree for the rest of the pass.
+A page that stood there, and still did not change, moves to the quiet tree (see quiet); a private copy over
+the store becomes plain memory first.
+
+`immediate` (dedup) leaves the waiting out.
+
+With smart_scan, pages that were looked at in vain again and again are looked at less often, down to every eighth
+pass. Whatever their ages, the passes in which they are looked at fall together every eighth time, and then they
+all meet.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+
+from ksmcore._pass.batch cimport (
+    SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_SMART, STAGE_CHECKSUM, STAGE_PAGEMAP, STAGE_TREES, stage_end,
+)
+from ksmcore._pass.state cimport SPAN_PAGES, engine_core
+from ksmcore._records.forest cimport forest_prefetch
+from ksmcore._pass.match cimport core_forget_item, leave_tree, match_leave_store, match_page, match_prepare
+from ksmcore._guard.merge cimport REGION_WATCHED
+from ksmcore._kernel.pagemap cimport (
+    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
+)
+from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
+from ksmcore._pass.quiet cimport quiet_arm, quiet_disarm_changed, quiet_disarm_others
+from ksmcore._records.regions cimport region_end, region_t, regions_at
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state
+from ksmcore._pass.runs cimport batch_flush
+from ksmcore._records.store cimport store_page
+from ksmcore._pass.stretch cimport block_is_shared, stretch_go_on
+from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns, sys_pause
+
+cdef enum:
+    PREFETCH = 16              # pages that searches are prepared for ahead
+    SURVEY_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
+    WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
+    YOUNG = 3                  # pages of a lower age are looked at in every pass
+
+
+# ---- stage 1: which pages need a look -----------------------------------------------------------
+
+cdef bint _rests(engine_core* c, uint32_t item) noexcept nogil:
+    """smart_scan: has this page found no partner so often that it is passed over in this pass? Every second one
+    from age 3 on, three of four from 5, seven of eight from 7; a change or a merge makes it young again."""
+    cdef uint32_t age = c.rmap.tags[item].age
+    return (
+        age >= <uint32_t>YOUNG and c.rmap.tags[item].state == PAGE_UNSHARED and not c.rmap.tags[item].quiet
+        and c.counters.full_scans % (<uint64_t>1 << ((age - 1) // 2)) != 0
+    )
+
+
+cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_t flag) noexcept nogil:
+    """Must the bytes of this present page be looked at? `item`: 0 when it has none."""
+    if flag & PAGE_OF_FILE and (item == 0 or not c.rmap.tags[item].over_store):
+        return False             # something that was mapped here behind our back: not ours to touch
+    if item == 0:
+        # The kernel's own zero page, read but never written: there is no memory to save.
+        return flag & (PAGE_OWNED | PAGE_UNSURE) or not page_is_zero(page, c.page_bytes)
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        if not flag & PAGE_UNSURE:
+            return not flag & PAGE_OF_FILE
+        return page_compare(page, store_page(&c.store, c.rmap.nodes[item].left), c.page_bytes) != 0
+    if c.rmap.tags[item].state == PAGE_ZERO:
+        return flag & PAGE_OWNED or not page_is_zero(page, c.page_bytes)
+    return True
+
+
+cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogil:
+    """Fill c.items, c.pages and c.flags with the pages of the survey that need a look; returns how many. Where
+    there are more than `most`, the survey ends before the next one."""
+    cdef uint32_t item = 0, hint = 0
+    cdef const page_range* there
+    cdef const uint8_t* page
+    cdef size_t k, i, n_look = 0
+    for k in range(c.survey.n_ranges):
+        there = &c.survey.ranges[k]
+        for i in range(there.n_pages):
+            page = <const uint8_t*>(there.addr + i * c.page_bytes)
+            if n_look == most:
+                c.survey.next = <uintptr_t>page
+                return n_look
+            item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
+            if item != 0:
+                hint = item
+            if not there.flags & PAGE_PRESENT:
+                c.counters.pages_scanned -= 1
+                c.counters.skips[<int>SKIP_AWAY] += there.flags == PAGE_SWAPPED
+                if item != 0:
+                    _absent(c, item, there.flags)
+                continue
+            if not _wants_look(c, item, page, there.flags):
+                continue
+            if c.smart_scan and not immediate and item != 0 and _rests(c, item):
+                c.counters.skips[<int>SKIP_SMART] += 1
+                continue
+            c.items[n_look] = item
+            c.pages[n_look] = page
+            c.flags[n_look] = there.flags
+            n_look += 1
+    return n_look
+
+
+cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
+    """A tracked page that is not there to be read: not touched since it was merged, swapped out, being
+    moved by the kernel, or given up by the program.
+
+    A sharer stays one: its share is broken only when a private page is seen in its place. To forget a
+    sharer whose mapping still shows the slot would let the slot be released under it; to keep one whose
+    private copy happens to be swapped out only delays that.
+    """
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        return
+    if c.rmap.tags[item].state == PAGE_ZERO and not flag & PAGE_SWAPPED:
+        return
+    if c.rmap.tags[item].quiet and flag & PAGE_SWAPPED:
+        return                   # its protection goes with it, and comes back with it
+    if c.rmap.tags[item].over_store:
+        # Kept, so that the mapping can be put right when the region is removed.
+        leave_tree(c, item)
+        rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    else:
+        core_forget_item(c, item)
+
+
+# ---- the stages, one after the other ------------------------------------------------------------
+
+cdef int _scan_span(
+    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, size_t* n_looked,
+    sys_error* err
+) noexcept nogil:
+    """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
+    c.survey.next tells where to go on. -1 with *err when the kernel did not answer, or when a guard could not
+    be closed."""
+    cdef size_t i, n_look, n_known
+    cdef int rc
+    cdef uint64_t begun = sys_now_ns()
+    # A page of a file is one of the store, unless an item over the store has lost its share of it.
+    cdef bint with_files = c.rmap.n_over_store != c.rmap.n_by_state[<int>PAGE_SHARED]
+    if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
+        return -1
+    if immediate and _has_swapped(c):
+        # Most likely the kernel is moving some pages just now; there is no next pass to wait for.
+        sys_pause()
+        if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
+            return -1
+    n_look = n_looked[0] = _classify(c, immediate, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left))
+    c.counters.pages_scanned += (c.survey.next - addr) // c.page_bytes
+    if n_look == 0:
+        stage_end(&c.counters, STAGE_PAGEMAP, begun)
+        return 0
+    c.block_slot = 0
+    c.more_follows = c.survey.next < region_end(&c.regions, region)
+    quiet_arm(c, region, n_look)
+    begun = stage_end(&c.counters, STAGE_PAGEMAP, begun)
+    n_known = stretch_go_on(c, n_look)
+    checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
+    c.counters.pages_hashed += n_look - n_known
+    begun = stage_end(&c.counters, STAGE_CHECKSUM, begun)
+    match_prepare(c, region, n_look, err)
+    quiet_disarm_changed(c, n_look)
+    if not block_is_shared(c, c.stretch_slot, c.stretch_digest):
+        n_known = 0              # the last that shared it were among these pages
+    for i in range(n_look):
+        forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        forest_prefetch(&c.quiet, c.digests + i, min(n_look - i, <size_t>PREFETCH))
+        match_page(c, region, i, n_look, i < n_known, immediate)
+    quiet_disarm_others(c, n_look)
+    if not immediate:
+        match_leave_store(c, region, n_look)
+    stage_end(&c.counters, STAGE_TREES, begun)
+    error_clear(&c.b.err)
+    rc = batch_flush(&c.b)
+    if rc != 0:
+        err[0] = c.b.err
+    return rc
+
+
+cdef bint _has_swapped(const engine_core* c) noexcept nogil:
+    cdef size_t k
+    for k in range(c.survey.n_ranges):
+        if c.survey.ranges[k].flags == PAGE_SWAPPED:
+            return True
+    return False
+
+
+cdef int core_scan_at(
+    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
+) noexcept nogil:
+    """One step of a walk: the next pages from *cursor on that need a look, SPAN_PAGES at most, or all of
+    a region that is passed over. Moves *cursor on, to `end` when there is nothing left, and adds to
+    *n_pages what it cost, in pages that are looked at. Fails as _scan_span does."""
+    cdef region_t* region = regions_at(&c.regions, cursor[0])
+    cdef uintptr_t from_here, to_here
+    cdef size_t n, n_looked = 0
+    cdef int rc = 0
+    if region == NULL or region.addr >= end:
+        cursor[0] = end
+        return 0
+    from_here = max(cursor[0], region.addr)
+    to_here = min(region_end(&c.regions, region), end)
+    n = (to_here - from_here) // c.page_bytes
+    cursor[0] = to_here
+    if n == 0:
+        cursor[0] = end
+    elif region.being_made:
+        pass
+    elif region.n_holds != 0:
+        c.counters.skips[<int>SKIP_HELD] += n
+    elif region.altered:
+        c.counters.skips[<int>SKIP_ALTERED] += n
+    else:
+        n = min(n, <size_t>SURVEY_PAGES)
+        cursor[0] = from_here + n * c.page_bytes
+        rc = _scan_span(c, region, from_here, cursor[0], immediate, &n_looked, err)
+        if rc == 0:
+            cursor[0] = c.survey.next
+            n = n_looked + (cursor[0] - from_here) // c.page_bytes // WALKED_PER_LOOK
+    n_pages[0] += n
+    return rc

@@ -1,0 +1,160 @@
+"""What an engine owns: trees, table, store and working memory; made, begun anew for a pass, and given back.
+
+Called by: _core, _scan, _stretch, _quiet, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
+_forest, _store, _batch.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+
+from ksmcore._records.forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
+from ksmcore._kernel.pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
+from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
+from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
+from ksmcore._pass.batch cimport batch_destroy, batch_init, stable_page_of
+from ksmcore._records.store cimport store_bytes, store_destroy, store_init, store_thaw
+from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_page_bytes
+from ksmcore._kernel.tracker cimport tracker_close, tracker_open
+from ksmcore._guard.window cimport guard_kind
+
+cdef enum:
+    LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
+    NO_EPOCH = 256
+
+
+cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil:
+    return <const uint8_t*><uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
+
+
+cdef const uint8_t* _page_of_node(void* owner, uint32_t item) noexcept nogil:
+    """A page_of_t, of the unstable and the quiet tree."""
+    return page_of_item(<engine_core*>owner, item)
+
+
+cdef void _forget_stretch(engine_core* c) noexcept nogil:
+    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
+    c.next_slot = c.next_partner = 0
+
+
+cdef int core_init(
+    engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
+) noexcept nogil:
+    """Empty trees, table and store; the settings of *c are set by the caller, before or after.
+
+    The tree keys depend on `by_content` and `checksum`, which must not change afterwards.
+    -1 with *err set, or with err.code 0 when malloc failed.
+    """
+    cdef uint8_t* zeros
+    cdef const uint8_t* zero_page
+    cdef sys_error ignored
+    c.page_bytes = sys_page_bytes()
+    memset(&c.counters, 0, sizeof(c.counters))
+    c.epoch = 1
+    c.last_epoch = NO_EPOCH
+    _forget_stretch(c)
+    regions_init(&c.regions, c.page_bytes)
+    c.pm.file.fd = -1
+    c.tracker.file.fd = -1
+    store_init(&c.store, c.page_bytes)
+    # So that core_destroy finds nothing in what could not be made.
+    memset(&c.rmap, 0, sizeof(c.rmap))
+    memset(&c.stable, 0, sizeof(c.stable))
+    memset(&c.unstable, 0, sizeof(c.unstable))
+    memset(&c.quiet, 0, sizeof(c.quiet))
+    memset(&c.b, 0, sizeof(c.b))
+    c.b.tracker = &c.tracker
+    c.b.store = &c.store
+    c.b.rmap = &c.rmap
+    c.b.stable = &c.stable
+    c.b.counters = &c.counters
+    c.b.guard = guard
+    c.b.checksum = c.checksum
+    c.b.page_bytes = c.page_bytes
+    c.flags = <uint8_t*>malloc(SPAN_PAGES)
+    c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+    c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
+    c.digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+    zeros = <uint8_t*>calloc(1, c.page_bytes)
+    if (
+        c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
+        or forest_init(
+            &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
+        ) != 0
+        or forest_init(
+            &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _page_of_node, c, err
+        ) != 0
+        or forest_init(
+            &c.quiet, &c.rmap.nodes, c.by_content, c.page_bytes, _page_of_node, c, err
+        ) != 0
+        or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
+    ):
+        free(zeros)
+        core_destroy(c, False)
+        return -1
+    zero_page = zeros
+    c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
+    free(zeros)
+    pagemap_open(&c.pm, c.page_bytes, with_pagemap)
+    pagemap_try_scanning(&c.pm)
+    error_clear(&ignored)
+    # In content order a quiet page that is written would break the order of the tree it stays in.
+    c.may_watch = with_tracker and not c.by_content and tracker_open(&c.tracker, &c.pm, &ignored) == 0
+    tracker_close(&c.tracker)
+    return 0
+
+
+cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
+    """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file.
+
+    `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
+    been in the middle of changing it. So all of it is leaked on purpose; it costs memory only where the
+    parent changes its own. The descriptors too: the child may have closed them all, and their numbers
+    may be somebody else's by now.
+    """
+    if in_child:
+        return
+    batch_destroy(&c.b)
+    rmap_destroy(&c.rmap)
+    store_destroy(&c.store)
+    forest_destroy(&c.stable)
+    forest_destroy(&c.unstable)
+    forest_destroy(&c.quiet)
+    tracker_close(&c.tracker)
+    pagemap_close(&c.pm)
+    regions_destroy(&c.regions)
+    free(c.flags)
+    free(c.items)
+    free(c.pages)
+    free(c.digests)
+    c.flags = NULL
+    c.items = NULL
+    c.pages = NULL
+    c.digests = NULL
+
+
+cdef void core_begin_pass(engine_core* c) noexcept nogil:
+    """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
+    cdef size_t i, n_pages = 0
+    for i in range(c.regions.n):
+        n_pages += c.regions.all[i].n_pages
+    store_thaw(&c.store)
+    forest_clear(&c.unstable)
+    forest_expect(&c.unstable, n_pages // 2)
+    forest_expect(&c.stable, n_pages // 2)
+    c.last_epoch = c.epoch
+    c.epoch += 1
+    if c.epoch > LAST_EPOCH:
+        rmap_forget_epochs(&c.rmap)
+        c.epoch = 1
+        c.last_epoch = NO_EPOCH
+    _forget_stretch(c)
+
+
+cdef size_t core_bytes(engine_core* c) noexcept nogil:
+    """Bytes of metadata that grow with the pages tracked."""
+    return (
+        rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)
+        + forest_bytes(&c.quiet)
+        + c.regions.capacity * sizeof(region_t)
+    )

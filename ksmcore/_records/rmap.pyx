@@ -1,0 +1,332 @@
+"""Rmap items, the records of scanned virtual pages, and the rmap hash that finds them by address.
+
+Called by: _engine, _scan, _batch, _runs, _unmerge, _census. Calls: _sys (memory for its arrays).
+
+The hash is a linear one: the bucket array grows by a single bucket whenever the load passes
+LOAD_ITEMS per bucket, and only the items of one bucket move then. An insertion therefore never pays
+for the size of the table. The arrays themselves double by mremap, which moves page tables and no
+bytes: 0.1 ms, measured at each doubling up to two million items.
+
+A bucket belongs to a group of GROUP_PAGES neighbouring pages: bucket = group number modulo size.
+Neighbours in memory so share a bucket or stand in adjacent ones, and as items are handed out in scan
+order, the next page's item usually is the next item: `rmap_find` takes that guess as a hint.
+
+Invariants, checked by `rmap_check`:
+  1. every item in use is in exactly one bucket, the one of its page number;
+  2. no two items have the same page number;
+  3. n_items, and n_by_state, count the items in use;
+  4. the free list holds exactly the items below `top` that are not in use.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
+
+from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_grow, sys_map_anon, sys_unmap
+from ksmcore._trees cimport rb_node
+
+cdef enum:
+    GROUP_SHIFT = 2          # 4 pages share a bucket, ...
+    LOAD_ITEMS = 4           # ... so a bucket of a dense region holds just one group: 1 byte per page
+    FIRST_CAPACITY = 65536   # items; grows by doubling, only touched pages cost memory; whole pages of any size
+    MAX_ITEMS = 0x7fffffff   # a tree link holds 31 bits
+    MIN_BUCKETS = 64
+
+
+cdef inline uint32_t _bucket_of(const rmap_table* table, uint64_t page_no) noexcept nogil:
+    cdef uint64_t group = page_no >> GROUP_SHIFT
+    cdef uint32_t bucket = <uint32_t>(group & (2 * <uint64_t>table.bucket_base - 1))
+    if bucket >= table.n_buckets:
+        bucket = <uint32_t>(group & (table.bucket_base - 1))
+    return bucket
+
+
+cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexcept nogil:
+    memset(table, 0, sizeof(rmap_table))
+    if n_buckets < MIN_BUCKETS:
+        n_buckets = MIN_BUCKETS
+    table.bucket_base = MIN_BUCKETS
+    while table.bucket_base <= n_buckets // 2:
+        table.bucket_base *= 2
+    table.n_buckets = n_buckets
+    table.bucket_capacity = n_buckets
+    table.capacity = FIRST_CAPACITY
+    table.top = 1
+    table.buckets = <uint32_t*>sys_map_anon(<size_t>n_buckets * sizeof(uint32_t), err)
+    table.nodes = <rb_node*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(rb_node), err)
+    table.tags = <rmap_tag*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(rmap_tag), err)
+    table.nexts = <uint32_t*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(uint32_t), err)
+    if table.buckets == NULL or table.nodes == NULL or table.tags == NULL or table.nexts == NULL:
+        rmap_destroy(table)
+        return -1
+    return 0
+
+
+cdef void _unmap_array(void* array, size_t len_bytes) noexcept nogil:
+    cdef sys_error ignored
+    error_clear(&ignored)
+    # Unchecked: munmap of a whole mapping of our own fails only on a broken argument.
+    if array != NULL:
+        sys_unmap(<uintptr_t>array, len_bytes, &ignored)
+
+
+cdef void rmap_destroy(rmap_table* table) noexcept nogil:
+    _unmap_array(table.buckets, <size_t>table.bucket_capacity * sizeof(uint32_t))
+    _unmap_array(table.nodes, <size_t>table.capacity * sizeof(rb_node))
+    _unmap_array(table.tags, <size_t>table.capacity * sizeof(rmap_tag))
+    _unmap_array(table.nexts, <size_t>table.capacity * sizeof(uint32_t))
+    memset(table, 0, sizeof(rmap_table))
+
+
+cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noexcept nogil:
+    """The item of a page, or 0. `hint`: the item of the page before it, or 0."""
+    cdef uint32_t item = hint + 1
+    if hint != 0 and item < table.top and table.tags[item].page_no == page_no:
+        return item
+    item = table.buckets[_bucket_of(table, page_no)]
+    while item != 0 and table.tags[item].page_no != page_no:
+        item = table.nexts[item]
+    return item
+
+
+cdef int _grow_items(rmap_table* table, sys_error* err) noexcept nogil:
+    """Double the three arrays. One that grew before another failed keeps its size unknown to nobody:
+    the arrays are shrunk back in the same way."""
+    cdef size_t old = table.capacity
+    cdef size_t new = old * 2
+    cdef void* grown
+    if new > MAX_ITEMS:
+        new = MAX_ITEMS
+        if old >= new:
+            return -1
+    grown = sys_grow(table.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
+    if grown == NULL:
+        return -1
+    table.nodes = <rb_node*>grown
+    grown = sys_grow(table.tags, old * sizeof(rmap_tag), new * sizeof(rmap_tag), err)
+    if grown == NULL:
+        _shrink(table.nodes, new * sizeof(rb_node), old * sizeof(rb_node))
+        return -1
+    table.tags = <rmap_tag*>grown
+    grown = sys_grow(table.nexts, old * sizeof(uint32_t), new * sizeof(uint32_t), err)
+    if grown == NULL:
+        _shrink(table.nodes, new * sizeof(rb_node), old * sizeof(rb_node))
+        _shrink(table.tags, new * sizeof(rmap_tag), old * sizeof(rmap_tag))
+        return -1
+    table.nexts = <uint32_t*>grown
+    table.capacity = <uint32_t>new
+    return 0
+
+
+cdef void _shrink(void* array, size_t from_bytes, size_t to_bytes) noexcept nogil:
+    _unmap_array(<char*>array + to_bytes, from_bytes - to_bytes)
+
+
+cdef void _grow_buckets(rmap_table* table) noexcept nogil:
+    """Add one bucket: the items of one old bucket are dealt out between it and the new one.
+
+    Where no memory is to be had for the array, the table goes on with longer buckets.
+    """
+    cdef uint32_t item, next_item, source
+    cdef uint32_t* link
+    cdef void* grown
+    cdef sys_error ignored
+    error_clear(&ignored)
+    if table.n_buckets == table.bucket_capacity:
+        grown = sys_grow(
+            table.buckets,
+            <size_t>table.bucket_capacity * sizeof(uint32_t),
+            <size_t>table.bucket_capacity * 2 * sizeof(uint32_t),
+            &ignored,
+        )
+        if grown == NULL:
+            return
+        table.buckets = <uint32_t*>grown
+        table.bucket_capacity *= 2
+    if table.n_buckets == 2 * table.bucket_base:
+        table.bucket_base *= 2
+    source = table.n_buckets - table.bucket_base
+    table.n_buckets += 1
+    table.buckets[table.n_buckets - 1] = 0
+    link = &table.buckets[source]
+    while link[0] != 0:
+        item = link[0]
+        if _bucket_of(table, table.tags[item].page_no) == source:
+            link = &table.nexts[item]
+        else:
+            next_item = table.nexts[item]
+            link[0] = next_item
+            table.nexts[item] = table.buckets[table.n_buckets - 1]
+            table.buckets[table.n_buckets - 1] = item
+
+
+cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil:
+    """Make an item for a page that has none; it starts VOLATILE. 0 when there is no memory for it."""
+    cdef uint32_t item = table.free_head
+    cdef uint32_t bucket
+    if item != 0:
+        table.free_head = table.nexts[item]
+    else:
+        if table.top == table.capacity and _grow_items(table, err) != 0:
+            return 0
+        item = table.top
+        table.top += 1
+    memset(&table.nodes[item], 0, sizeof(rb_node))
+    memset(&table.tags[item], 0, sizeof(rmap_tag))
+    table.tags[item].page_no = page_no
+    table.tags[item].state = PAGE_VOLATILE
+    bucket = _bucket_of(table, page_no)
+    table.nexts[item] = table.buckets[bucket]
+    table.buckets[bucket] = item
+    table.n_items += 1
+    table.n_by_state[<int>PAGE_VOLATILE] += 1
+    if table.n_items > <uint64_t>table.n_buckets * LOAD_ITEMS:
+        _grow_buckets(table)
+    return item
+
+
+cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil:
+    """Forget an item; the caller has taken it out of its tree."""
+    cdef uint32_t* link = &table.buckets[_bucket_of(table, table.tags[item].page_no)]
+    while link[0] != item:
+        link = &table.nexts[link[0]]
+    link[0] = table.nexts[item]
+    table.n_by_state[<int>table.tags[item].state] -= 1
+    table.n_over_store -= table.tags[item].over_store
+    table.n_items -= 1
+    table.tags[item].page_no = 0
+    table.nexts[item] = table.free_head
+    table.free_head = item
+
+
+cdef void rmap_set_over_store(rmap_table* table, uint32_t item, bint over_store) noexcept nogil:
+    table.n_over_store -= table.tags[item].over_store
+    table.n_over_store += over_store
+    table.tags[item].over_store = over_store
+
+
+cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil:
+    table.n_by_state[<int>table.tags[item].state] -= 1
+    table.n_by_state[<int>state] += 1
+    table.tags[item].state = state
+
+
+cdef void rmap_forget_epochs(rmap_table* table) noexcept nogil:
+    """Let no item stand in the unstable tree any more; once every 255 passes, when epochs wrap."""
+    cdef uint32_t item
+    for item in range(1, table.top):
+        table.tags[item].epoch = 0
+
+
+cdef size_t rmap_bytes(rmap_table* table) noexcept nogil:
+    """Bytes of metadata in use: touched items, and buckets."""
+    return (
+        <size_t>table.top * (sizeof(rb_node) + sizeof(rmap_tag) + sizeof(uint32_t))
+        + <size_t>table.n_buckets * sizeof(uint32_t)
+    )
+
+
+cdef int rmap_check(rmap_table* table) noexcept nogil:
+    """0, or the number of the first broken invariant."""
+    cdef uint32_t bucket, item, other
+    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0
+    cdef uint64_t by_state[<int>N_STATES]
+    cdef int state
+    memset(by_state, 0, sizeof(by_state))
+    for bucket in range(table.n_buckets):
+        item = table.buckets[bucket]
+        while item != 0:
+            if table.tags[item].page_no == 0 or _bucket_of(table, table.tags[item].page_no) != bucket:
+                return 1
+            other = table.nexts[item]
+            while other != 0:
+                if table.tags[other].page_no == table.tags[item].page_no:
+                    return 2
+                other = table.nexts[other]
+            by_state[table.tags[item].state] += 1
+            n_over_store += table.tags[item].over_store
+            n_chained += 1
+            if n_chained > table.n_items:
+                return 3
+            item = table.nexts[item]
+    if n_chained != table.n_items or n_over_store != table.n_over_store:
+        return 3
+    for state in range(<int>N_STATES):
+        if by_state[state] != table.n_by_state[state]:
+            return 3
+    item = table.free_head
+    while item != 0:
+        n_free += 1
+        if table.tags[item].page_no != 0 or n_free > table.top:
+            return 4
+        item = table.nexts[item]
+    return 0 if n_free + table.n_items + 1 == table.top else 4
+
+
+cdef class RmapTable:
+    """A table of its own, for tests and inspection: page numbers in, item numbers out."""
+
+    cdef rmap_table table
+
+    def __cinit__(self, uint32_t n_buckets=MIN_BUCKETS):
+        cdef sys_error err
+        error_clear(&err)
+        if rmap_init(&self.table, n_buckets, &err) != 0:
+            error_raise(&err, "rmap table")
+
+    def __dealloc__(self):
+        rmap_destroy(&self.table)
+
+    def add(self, uint64_t page_no):
+        """Make an item for a page; KeyError when there is one, ValueError for page 0 or beyond 2**44."""
+        cdef sys_error err
+        cdef uint32_t item
+        error_clear(&err)
+        if page_no == 0 or page_no >= <uint64_t>1 << 44:
+            raise ValueError(f"page number {page_no} is out of range")
+        if rmap_find(&self.table, page_no, 0) != 0:
+            raise KeyError(page_no)
+        item = rmap_add(&self.table, page_no, &err)
+        if item == 0:
+            error_raise(&err, "rmap item")
+        return item
+
+    def find(self, uint64_t page_no, uint32_t hint=0):
+        """The item of a page, or None."""
+        cdef uint32_t item = rmap_find(&self.table, page_no, hint)
+        return item if item != 0 else None
+
+    def remove(self, uint64_t page_no):
+        """Forget a page; KeyError when it has no item."""
+        cdef uint32_t item = rmap_find(&self.table, page_no, 0)
+        if item == 0:
+            raise KeyError(page_no)
+        rmap_remove(&self.table, item)
+
+    def longest_bucket(self):
+        """Items in the fullest bucket."""
+        cdef uint32_t bucket, item, n, longest = 0
+        for bucket in range(self.table.n_buckets):
+            n = 0
+            item = self.table.buckets[bucket]
+            while item != 0:
+                n += 1
+                item = self.table.nexts[item]
+            longest = max(longest, n)
+        return longest
+
+    def check(self):
+        """Raise RuntimeError with the number of a broken invariant (see the module's docstring)."""
+        cdef int broken = rmap_check(&self.table)
+        if broken:
+            raise RuntimeError(f"rmap invariant {broken} is broken")
+
+    def __len__(self):
+        return self.table.n_items
+
+    @property
+    def n_buckets(self):
+        return self.table.n_buckets
+
+    @property
+    def metadata_bytes(self):
+        return rmap_bytes(&self.table)

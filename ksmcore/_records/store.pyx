@@ -1,0 +1,410 @@
+"""The store: one memory file that holds all shared pages of an engine.
+
+Called by: _merge (reads), _blocks (writes), _batch, _runs, _unmerge and _census (sharers), _scan, _stretch. Calls:
+_forks, _sys.
+
+A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
+pages which are merged one after the other stand one after the other in the file, and one mapping
+serves them. The bytes of a slot are written once, before anybody maps it, and never change while it
+exists; the file is read through private read-only views, and written with pwrite, so no writable
+mapping of it ever exists.
+
+Where the kernel gives memory files huge pages, the copy of a huge page begins at a multiple of its size, so that
+it can be mapped as one again.
+
+A block is a slot and the copies that follow it (`copy` set), all with the same bytes. A stretch of one
+repeated page maps a block over and over. Only its first slot stands in the stable tree; the block is
+released as a whole, when none of its slots has a sharer.
+
+After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
+shared, but are neither punched nor written again while a process of that fork lives. `seen_forks` is
+compared with the process's count of forks, under the fork gate, before anything is punched or written.
+A frozen slot that is released is dead: used by nobody here, and remembering (in its tree node, which it
+does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
+thaws the others, as the children end.
+
+Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
+that is not used has no sharers and no other flag; `copy` slots follow their block without a gap; a dead
+slot is frozen, and has DEAD in place of its sharers.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, qsort, realloc
+from libc.string cimport memset, strstr
+
+from ksmcore._kernel.forks cimport forks_gone, forks_watch, gate_lock, gate_n_forks, gate_unlock
+from ksmcore._kernel.syscalls cimport (
+    ADVISE_DONTFORK, error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
+    sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
+    sys_write_at,
+)
+from ksmcore._trees cimport rb_node
+
+cdef enum:
+    MAX_SLOTS = 0x7fffffff     # a tree link holds 31 bits
+    # Released slots are searched for once they are a quarter of all: searching less often keeps new
+    # pages together at the end of the file, searching later would let the arrays grow without need.
+    REUSE_SHARE = 4
+
+
+# For tests: -1, or what _gets_huge_pages shall answer.
+cdef int _told_huge = -1
+
+
+cdef bint _gets_huge_pages() noexcept nogil:
+    """Does the kernel give memory files huge pages unasked? Unless somebody switched it on it does not."""
+    cdef char modes[128]
+    cdef sys_error ignored
+    cdef int fd
+    if _told_huge >= 0:
+        return _told_huge
+    error_clear(&ignored)
+    fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
+    if fd < 0:
+        return False
+    memset(modes, 0, sizeof(modes))
+    # Always reported as failed, for there are fewer bytes; those that there are have come.
+    sys_read_at(fd, modes, sizeof(modes) - 1, 0, &ignored)
+    sys_close(fd)
+    return (
+        strstr(modes, b"[always]") != NULL or strstr(modes, b"[within_size]") != NULL
+        or strstr(modes, b"[force]") != NULL
+    )
+
+
+def tell_huge(int answer):
+    """Have new stores take memory files for huge (1), or not (0), or ask the kernel (-1). For tests."""
+    global _told_huge
+    _told_huge = answer
+
+
+cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
+    memset(store, 0, sizeof(store_t))
+    store.gets_huge_pages = -1
+    store.file.fd = -1
+    store.page_bytes = page_bytes
+    store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
+    store.top = store.cursor = 1
+    store.seen_forks = gate_n_forks()
+
+
+cdef bint store_is_there(const store_t* store) noexcept nogil:
+    """False when the program closed the descriptor under us. What is shared stays shared, and right; but
+    nothing can be added or given back, and above all nothing is written to somebody else's file."""
+    return sys_is_kept(&store.file)
+
+
+cdef void store_destroy(store_t* store) noexcept nogil:
+    """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right."""
+    cdef sys_error ignored
+    cdef uint32_t i
+    error_clear(&ignored)
+    # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
+    for i in range(store.n_extents):
+        sys_unmap(<uintptr_t>store.views[i], EXTENT_BYTES, &ignored)
+    if store.nodes != NULL:
+        sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
+    if store.uses != NULL:
+        sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
+    free(store.views)
+    if store.file.fd >= 0:
+        forks_watch(-1)
+    sys_drop(&store.file)
+    store_init(store, store.page_bytes)
+
+
+cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
+    """Room for one extent more in the file, the views and the arrays.
+
+    Each step leaves the store as it was when a later one fails: a longer file and longer arrays are
+    only used up to `capacity`, which is raised last.
+    """
+    cdef size_t old = store.capacity
+    cdef size_t new = old + store.slots_per_extent
+    cdef uint8_t* view
+    cdef void* grown
+    if new > MAX_SLOTS:
+        return -1
+    if store.file.fd < 0:
+        sys_keep(&store.file, sys_memfd(b"ksmcore-store", err))
+        if store.file.fd >= 0:
+            forks_watch(1)
+    if not store_is_there(store):
+        return -1
+    if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
+        return -1
+    grown = realloc(store.views, (store.n_extents + 1) * sizeof(uint8_t*))
+    if grown == NULL:
+        return -1
+    store.views = <uint8_t**>grown
+    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
+    if view == NULL:
+        return -1
+    # A child has no use for the view. When the advice is refused the child merely has it as well.
+    sys_advise(<uintptr_t>view, EXTENT_BYTES, ADVISE_DONTFORK, err)
+    if _grow_arrays(store, old, new, err) != 0:
+        sys_unmap(<uintptr_t>view, EXTENT_BYTES, err)
+        return -1
+    store.views[store.n_extents] = view
+    store.n_extents += 1
+    store.capacity = <uint32_t>new
+    return 0
+
+
+cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) noexcept nogil:
+    cdef void* nodes
+    cdef void* uses
+    if old == 0:
+        nodes = sys_map_anon(new * sizeof(rb_node), err)
+        if nodes == NULL:
+            return -1
+        uses = sys_map_anon(new * sizeof(store_use), err)
+        if uses == NULL:
+            sys_unmap(<uintptr_t>nodes, new * sizeof(rb_node), err)
+            return -1
+    else:
+        nodes = sys_grow(store.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
+        if nodes == NULL:
+            return -1
+        store.nodes = <rb_node*>nodes
+        uses = sys_grow(store.uses, old * sizeof(store_use), new * sizeof(store_use), err)
+        if uses == NULL:
+            # Cut the nodes back, so that both arrays have the length that `capacity` tells.
+            sys_unmap(<uintptr_t>nodes + old * sizeof(rb_node), (new - old) * sizeof(rb_node), err)
+            return -1
+    store.nodes = <rb_node*>nodes
+    store.uses = <store_use*>uses
+    return 0
+
+
+cdef uint32_t _free_run(store_t* store, uint32_t start, uint32_t n_slots) noexcept nogil:
+    """First of `n_slots` free neighbours at or after `start` and below `top`, or 0."""
+    cdef uint32_t slot = start
+    cdef uint32_t n = 0
+    while slot < store.top:
+        n = n + 1 if not store.uses[slot].used else 0
+        slot += 1
+        if n == n_slots:
+            return slot - n_slots
+    return 0
+
+
+cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil:
+    """Hand out `n_slots` neighbouring slots, the first of a block; 0 when there is no room.
+
+    Next fit: the slot after the last one handed out if that is free, else the next free one. The
+    cursor goes back to the start only when a good part of the slots is free again.
+    """
+    cdef uint32_t slot = 0
+    cdef uint32_t i
+    if store.cursor < store.top:
+        slot = _free_run(store, store.cursor, n_slots)
+    elif store.top >= store.aligned_end and store.top - 1 - store.n_used > store.top // REUSE_SHARE:
+        slot = _free_run(store, 1, n_slots)
+    if slot == 0:
+        slot = store.top
+        while slot + n_slots > store.capacity:
+            if _add_extent(store, err) != 0:
+                return 0
+        store.top = slot + n_slots
+    for i in range(n_slots):
+        memset(&store.uses[slot + i], 0, sizeof(store_use))
+        store.uses[slot + i].used = 1
+        store.uses[slot + i].copy = 1 if i > 0 else 0
+    store.n_used += n_slots
+    store.cursor = slot + n_slots
+    return slot
+
+
+cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
+    """The slots of a huge page come next: have the first be a multiple of n_slots, a power of two, if that is of
+    use. The slots left out are free."""
+    if store.gets_huge_pages < 0:
+        store.gets_huge_pages = _gets_huge_pages()
+    if store.gets_huge_pages:
+        store.top = (store.top + n_slots - 1) & ~(n_slots - 1)
+        store.cursor = store.top
+        store.aligned_end = store.top + n_slots
+
+
+cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:
+    """The bytes of a written slot, for reading."""
+    cdef uint32_t extent = slot // store.slots_per_extent
+    return store.views[extent] + <size_t>(slot - extent * store.slots_per_extent) * store.page_bytes
+
+
+cdef int store_write(
+    store_t* store, uint32_t slot, const uint8_t* source, uint32_t n_pages, sys_error* err
+) noexcept nogil:
+    """Give slots that nobody maps their bytes. Not mapped: fresh or released before the last fork
+    check, so no other process can see them change either."""
+    if not store_is_there(store):
+        return -1
+    return sys_write_at(
+        store.file.fd, source, <size_t>n_pages * store.page_bytes,
+        <long long>(<size_t>slot * store.page_bytes), err
+    )
+
+
+cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
+    store.uses[slot].n_sharers += 1
+    if store.uses[slot].n_sharers == 1:
+        store.n_shared += 1
+
+
+cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
+    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0.
+
+    The caller then takes that slot out of the stable tree and releases it.
+    """
+    cdef uint32_t first, n_copies, i
+    store.uses[slot].n_sharers -= 1
+    if store.uses[slot].n_sharers != 0:
+        return 0
+    store.n_shared -= 1
+    first = store_block(store, slot, &n_copies)
+    for i in range(n_copies):
+        if store.uses[first + i].n_sharers != 0 or store.uses[first + i].lost:
+            return 0
+    return first
+
+
+cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
+    """Keep a slot and its bytes for ever: the program has mapped it somewhere by its own means."""
+    if slot < store.top and store.uses[slot].used:
+        store.uses[slot].lost = 1
+
+
+cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil:
+    """First slot, and length, of the block that a used slot belongs to."""
+    cdef uint32_t first = slot
+    cdef uint32_t end = slot + 1
+    while store.uses[first].copy:
+        first -= 1
+    while end < store.top and store.uses[end].used and store.uses[end].copy:
+        end += 1
+    n_copies[0] = end - first
+    return first
+
+
+cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
+    """Sharers of all slots of the block that a used slot belongs to."""
+    cdef uint32_t n_copies, i
+    cdef uint32_t first = store_block(store, slot, &n_copies)
+    cdef uint64_t n_sharers = 0
+    for i in range(n_copies):
+        n_sharers += store.uses[first + i].n_sharers
+    return n_sharers
+
+
+cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
+    """Give back the whole block that begins at `slot`. Carried out by store_trim, for all of it at once:
+    were its first slot free before the others, a new block there would be taken to go on over them."""
+    cdef uint32_t n_copies, i
+    store_block(store, slot, &n_copies)
+    if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
+        store_trim(store)
+    for i in range(n_copies):
+        store.uses[slot + i].pending = 0
+        store.uses[slot + i].n_sharers = 0
+        store.releases[store.n_releases] = slot + i
+        store.n_releases += 1
+
+
+cdef int _by_number(const void* a, const void* b) noexcept nogil:
+    cdef uint32_t left = (<const uint32_t*>a)[0]
+    cdef uint32_t right = (<const uint32_t*>b)[0]
+    return (left > right) - (left < right)
+
+
+cdef void _see_forks(store_t* store) noexcept nogil:
+    """Freeze what existed when the process last forked. The caller holds the gate."""
+    cdef uint32_t slot
+    if gate_n_forks() == store.seen_forks:
+        return
+    store.seen_forks = gate_n_forks()
+    store.n_frozen = 0
+    for slot in range(1, store.top):
+        if store.uses[slot].used:
+            store.uses[slot].frozen = 1
+            store.n_frozen += 1
+
+
+cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
+    """Punch neighbouring slots and hand them out again. The caller holds the gate.
+
+    A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
+    writing it again replaces its bytes.
+    """
+    cdef sys_error ignored
+    error_clear(&ignored)
+    if store_is_there(store):
+        sys_punch(
+            store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
+            &ignored
+        )
+    memset(&store.uses[first], 0, n * sizeof(store_use))
+    store.n_used -= n
+
+
+cdef void store_trim(store_t* store) noexcept nogil:
+    """Carry out the releases, neighbours together. Frozen slots stay used, out of every tree: dead."""
+    cdef uint32_t i = 0, n, slot
+    if store.n_releases == 0:
+        return
+    qsort(store.releases, store.n_releases, sizeof(uint32_t), _by_number)
+    gate_lock()
+    _see_forks(store)
+    while i < store.n_releases:
+        slot = store.releases[i]
+        if store.uses[slot].frozen:
+            store.uses[slot].copy = 0
+            store.uses[slot].n_sharers = DEAD
+            store.nodes[slot].digest = store.seen_forks
+            store.n_dead += 1
+            i += 1
+            continue
+        n = 1
+        while i + n < store.n_releases and store.releases[i + n] == slot + n and not store.uses[slot + n].frozen:
+            n += 1
+        _free_slots(store, slot, n)
+        i += n
+    gate_unlock()
+    store.n_releases = 0
+
+
+cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
+    return store.uses[slot].used and store.uses[slot].n_sharers == DEAD and store.nodes[slot].digest <= gone
+
+
+cdef void store_thaw(store_t* store) noexcept nogil:
+    """Give back, or let be written again, what was frozen for children that are gone by now."""
+    cdef uint32_t slot = 1, n, gone
+    gate_lock()
+    _see_forks(store)
+    if store.n_frozen != 0:
+        gone = forks_gone()
+        if gone != store.seen_gone:
+            store.seen_gone = gone
+            while slot < store.top:
+                n = 0
+                while slot + n < store.top and _is_dead_since(store, slot + n, gone):
+                    n += 1
+                if n > 0:
+                    _free_slots(store, slot, n)
+                    store.n_dead -= n
+                    store.n_frozen -= n
+                elif gone == store.seen_forks and store.uses[slot].frozen:
+                    store.uses[slot].frozen = 0
+                    store.n_frozen -= 1
+                slot += max(n, <uint32_t>1)
+    gate_unlock()
+
+
+cdef size_t store_bytes(store_t* store) noexcept nogil:
+    """Bytes of metadata in use."""
+    return (
+        <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
+        + store.n_extents * sizeof(uint8_t*)
+        + sizeof(store_t)
+    )

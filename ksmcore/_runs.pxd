@@ -1,6 +1,0 @@
-"""From intents to runs to the merge protocol; see _runs.pyx."""
-
-from ksmcore._batch cimport batch
-
-
-cdef int batch_flush(batch* b) noexcept nogil

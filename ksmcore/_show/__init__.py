@@ -1,0 +1,1 @@
+"""What there is to see: page maps, charts, notebooks, the HTML report, plots. Changes nothing."""

@@ -1,0 +1,1 @@
+"""What only tests use: trees and tables of their own, hooks into the state of compiled modules."""

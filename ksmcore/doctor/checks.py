@@ -1,0 +1,396 @@
+"""What the kernel, the limits and the settings around this process mean for ksmcore.
+
+Called by `ksmcore.doctor`. Each function looks at one thing and judges it; the files of the kernel
+are found under `root`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ksmcore._engine.settings import GUARDS, Settings
+from ksmcore._kernel import procfs
+from ksmcore.sizes import human_bytes
+
+__all__ = ["Check", "Level"]
+
+Level = Literal["good", "advice", "weak", "broken"]
+
+ROOT = Path("/")
+
+# Linux 6.8 is the first with all that ksmcore can use: 6.4 for the guards of userfaultfd, 6.7 for
+# tracking, 6.8 to tell pinned pages.
+BEST_LINUX = (6, 8)
+# Fewer free mappings than this, of the engine and the program together, are few.
+FEW_MAPS = 4096
+PLENTY_OF_MAPS = 262_144
+LITTLE_MEMORY_BYTES = 64 << 20
+# Some chunks of the allocator.
+FEW_ADDRESSES_BYTES = 1 << 30
+NO_LIMIT_BYTES = 1 << 60
+CAP_SYS_PTRACE = 19
+# Variables of this project that are no settings.
+OTHER_VARIABLES = {"KSMCORE_DISABLE", "KSMCORE_STRESS", "KSMCORE_SANITIZE", "KSMCORE_CI_CHILD"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    level: Level
+    """"good"; "advice": works, and could be better; "weak": does not work as it should; "broken":
+    nothing can be merged."""
+    text: str
+    """What there is, in a line."""
+    remedy: str | None = None
+    """What would make it better; None if and only if the level is "good"."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """The same for programs: numbers, words, None for what is not known."""
+
+
+def _read(path: Path) -> str:
+    """ "" for what cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _fields(path: Path) -> dict[str, str]:
+    parts = (line.partition(":") for line in _read(path).splitlines())
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def _kib(sizes: Mapping[str, str], name: str) -> int | None:
+    words = sizes.get(name, "").split()
+    return int(words[0]) * 1024 if words and words[0].isdigit() else None
+
+
+def _chosen(path: Path) -> str | None:
+    """Of a file such as "always [madvise] never" the word in brackets."""
+    _, _, rest = _read(path).partition("[")
+    return rest.partition("]")[0] or None
+
+
+def _is_filtered(root: Path) -> bool:
+    return _fields(root / "proc/self/status").get("Seccomp") == "2"
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
+
+
+def kernel(release: str | None = None) -> Check:
+    """Version and page size."""
+    release = platform.release() if release is None else release
+    page_bytes = resource.getpagesize()
+    text = f"Linux {release}, {platform.machine()}, pages of {page_bytes:,} bytes"
+    facts = {"release": release, "machine": platform.machine(), "page_bytes": page_bytes}
+    numbers = [part for part in release.replace("-", ".").split(".")[:2] if part.isdigit()]
+    if len(numbers) == 2 and tuple(map(int, numbers)) < BEST_LINUX:
+        best = ".".join(map(str, BEST_LINUX))
+        remedy = f"Linux {best} or newer has everything that ksmcore can use; this one works too"
+        return Check("kernel", "advice", text, remedy, facts)
+    return Check("kernel", "good", text, None, facts)
+
+
+def memory_file(reason: str | None) -> Check:
+    """memfd_create(2), without which nothing can be shared."""
+    facts = {"available": reason is None, "reason": reason}
+    if reason is None:
+        return Check("memfd", "good", "memory files can be made", None, facts)
+    remedy = "allow memfd_create(2): a seccomp filter or a sandbox refuses it"
+    return Check("memfd", "broken", f"memory files cannot be made: {reason}", remedy, facts)
+
+
+def page_map(reason: str | None) -> Check:
+    """/proc/self/pagemap, which tells what is present and what is shared."""
+    facts = {"available": reason is None, "reason": reason}
+    if reason is None:
+        return Check("pagemap", "good", "/proc/self/pagemap can be read", None, facts)
+    text = f"/proc/self/pagemap cannot be read ({reason}): numbers of shared pages may be too high"
+    return Check("pagemap", "weak", text, "mount /proc, and let this process read it", facts)
+
+
+def guard(found: Mapping[str, str | None], in_use: str | None = None, root: Path = ROOT) -> Check:
+    """What keeps writers out of a page that is being merged. `found`: why each is not there;
+    `in_use`: the one that engines take, None for the best."""
+    possible = next((name for name in GUARDS if found[name] is None), None)
+    best = in_use or possible
+    facts = {"in_use": best, "missing": {name: why for name, why in found.items() if why}}
+    if best is None:
+        return Check("guard", "broken", "no guard is to be had", "please report this", facts)
+    if best == GUARDS[0]:
+        return Check("guard", "good", f"{best}: system calls wait for a merge", None, facts)
+    text = (
+        f"{best}: all works; a system call that writes into a page at the moment it is merged "
+        "fails with EFAULT, so hold() memory that read() and the like write into"
+    )
+    if best != possible:
+        remedy = f"unset KSMCORE_GUARD: '{possible}' can be had here"
+        return Check("guard", "advice", text, remedy, facts)
+    remedy = f"for the guard '{GUARDS[0]}': {_for_userfaultfd(found[GUARDS[0]], root)}"
+    return Check("guard", "advice", text, remedy, facts)
+
+
+def _for_userfaultfd(reason: str | None, root: Path) -> str:
+    if _is_filtered(root):
+        return (
+            "allow userfaultfd(2) in the seccomp profile, or give the container the device "
+            "(docker run --device /dev/userfaultfd)"
+        )
+    if reason and reason.startswith(os.strerror(1)):  # EPERM
+        return (
+            "sudo sysctl vm.unprivileged_userfaultfd=1, or let this user open /dev/userfaultfd, or "
+            "give it CAP_SYS_PTRACE"
+        )
+    return "Linux 6.4 or newer, built with userfaultfd"
+
+
+def tracking(reason: str | None, in_use: str | None = None, root: Path = ROOT) -> Check:
+    """Whether the kernel tells which pages were written. `in_use`: what engines go by, "pagemap" or
+    "checksum"; None for what is possible."""
+    facts = {"available": reason is None, "reason": reason, "in_use": in_use}
+    if reason is None and in_use == "checksum":
+        text = "not wanted: each pass reads all pages"
+        remedy = "unset KSMCORE_DIRTY and KSMCORE_ORDER: the kernel can tell what was written"
+        return Check("tracking", "advice", text, remedy, facts)
+    if reason is None:
+        text = "the kernel tells which pages were written; the others are not read again"
+        return Check("tracking", "good", text, None, facts)
+    text = "not to be had: each pass reads all pages (smart_scan=True reads fewer)"
+    if _is_filtered(root):
+        remedy = "allow userfaultfd(2) in the seccomp profile, on Linux 6.7 or newer"
+    else:
+        remedy = f"Linux 6.7 or newer, and userfaultfd(2) allowed; here: {reason}"
+    return Check("tracking", "advice", text, remedy, facts)
+
+
+def map_limit(used: int, limit: int) -> Check:
+    """vm.max_map_count, of which merged pages that lie scattered take two each."""
+    free = max(limit - used, 0)
+    text = f"{used:,} memory mappings of {limit:,} in use; ksmcore takes half of the rest at most"
+    facts = {"used": used, "limit": limit, "free": free}
+    remedy = "sudo sysctl vm.max_map_count=1048576 (on the host, for a container)"
+    if free < max(FEW_MAPS, limit // 10):
+        text = f"{used:,} memory mappings of {limit:,} in use: hardly any are left for merging"
+        return Check("mappings", "weak", text, remedy, facts)
+    if limit < PLENTY_OF_MAPS:
+        remedy = f"if equal pages lie scattered: {remedy}"
+        return Check("mappings", "advice", text, remedy, facts)
+    return Check("mappings", "good", text, None, facts)
+
+
+def huge_pages(root: Path = ROOT) -> Check:
+    """Transparent huge pages, of the program's memory and of memory files."""
+    here = root / "sys/kernel/mm/transparent_hugepage"
+    enabled, shmem = _chosen(here / "enabled"), _chosen(here / "shmem_enabled")
+    facts = {"enabled": enabled, "shmem_enabled": shmem}
+    if enabled in (None, "never"):
+        return Check("huge pages", "good", "the kernel gives none, so none are lost", None, facts)
+    text = f"{enabled} for programs, {shmem or 'unknown'} for memory files"
+    if shmem in ("always", "within_size", "advise", "force"):
+        return Check("huge pages", "good", f"{text}: merged ones can stay huge", None, facts)
+    text += ": memory that is merged leaves its huge pages, the rest keeps them"
+    remedy = f"if reading gets slower: write advise to /{here.relative_to(root)}/shmem_enabled"
+    return Check("huge pages", "advice", text, remedy, facts)
+
+
+def kernel_ksm(root: Path = ROOT) -> Check:
+    """The kernel's own KSM, which ksmcore needs not, and which may work beside it."""
+    run = _read(root / "sys/kernel/mm/ksm/run")
+    own = dict(
+        line.split(None, 1)
+        for line in _read(root / "proc/self/ksm_stat").splitlines()
+        if len(line.split()) == 2
+    )
+    joined = own.get("ksm_merge_any:", own.get("ksm_merge_any")) == "yes"
+    facts = {"run": int(run) if run.isdigit() else None, "whole_process": joined}
+    state = {"0": "off", "1": "on", "2": "off, and told to unmerge"}.get(run, "not there")
+    text = f"{state}; ksmcore does not need it"
+    if joined and run == "1":
+        text = "on, for the whole of this process too: both look for the same pages"
+        remedy = "switch one of them off (MemoryKSM= of systemd, PR_SET_MEMORY_MERGE)"
+        return Check("kernel's KSM", "advice", text, remedy, facts)
+    return Check("kernel's KSM", "good", text, None, facts)
+
+
+# ---- limits --------------------------------------------------------------------------------------
+
+
+def memory_limit(root: Path = ROOT) -> Check:
+    """The memory that may still be taken: to unmerge takes some."""
+    meminfo, membership = root / "proc/meminfo", root / "proc/self/cgroup"
+    cgroups = root / "sys/fs/cgroup"
+    available = procfs.available_bytes(meminfo, membership, cgroups)
+    limit, whose = _smallest_limit(membership, cgroups)
+    total = _kib(_fields(meminfo), "MemTotal")
+    facts = {
+        "available_bytes": available,
+        "limit_bytes": limit,
+        "cgroup": whose,
+        "machine_bytes": total,
+    }
+    text = f"{human_bytes(available)} can be had"
+    if limit:
+        text += f", under a control group's limit of {human_bytes(limit)}"
+    else:
+        text += "; no control group limits it"
+    least = LITTLE_MEMORY_BYTES if limit is None else max(LITTLE_MEMORY_BYTES, limit // 20)
+    if available < least:
+        remedy = (
+            "raise the limit, or hold less: unregister() needs memory, and is refused "
+            "(MemoryError) where there is too little"
+        )
+        return Check("memory", "weak", text, remedy, facts)
+    return Check("memory", "good", text, None, facts)
+
+
+def address_space(root: Path = ROOT) -> Check:
+    """RLIMIT_AS (`ulimit -v`): the allocator takes addresses in chunks."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _kib(_fields(root / "proc/self/status"), "VmSize")
+    if limit == resource.RLIM_INFINITY or used is None:
+        facts = {"limit_bytes": None, "used_bytes": used}
+        return Check("addresses", "good", "no limit (ulimit -v)", None, facts)
+    facts = {"limit_bytes": limit, "used_bytes": used}
+    left = max(limit - used, 0)
+    text = f"{human_bytes(left)} left of {human_bytes(limit)} (ulimit -v)"
+    remedy = (
+        "raise it (ulimit -v unlimited): the allocator takes 64 MiB of addresses at once, and "
+        "leaves arrays to NumPy where it gets none"
+    )
+    return Check(
+        "addresses", "weak" if left < FEW_ADDRESSES_BYTES else "advice", text, remedy, facts
+    )
+
+
+def _smallest_limit(membership: Path, cgroups: Path) -> tuple[int | None, str | None]:
+    """(bytes, directory) of the control group with the least limit; version 2 or 1."""
+    found: list[tuple[int, str]] = []
+    for group in procfs._groups(membership, cgroups):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(group / name)
+            if text.isdigit() and int(text) < NO_LIMIT_BYTES:
+                found.append((int(text), str(group)))
+    return min(found, default=(None, None))
+
+
+def overcommit(root: Path = ROOT) -> Check:
+    """Whether the kernel promises more memory than there is."""
+    mode = _read(root / "proc/sys/vm/overcommit_memory")
+    sizes = _fields(root / "proc/meminfo")
+    limit, promised = _kib(sizes, "CommitLimit"), _kib(sizes, "Committed_AS")
+    facts = {
+        "mode": int(mode) if mode.isdigit() else None,
+        "limit_bytes": limit,
+        "committed_bytes": promised,
+    }
+    if mode != "2":
+        words = {"0": "memory is promised as far as it seems sensible", "1": "always promised"}
+        return Check("overcommit", "good", words.get(mode, "not known"), None, facts)
+    remedy = "sudo sysctl vm.overcommit_memory=0, or a larger vm.overcommit_ratio"
+    if limit is None or promised is None:
+        return Check("overcommit", "advice", "never (mode 2)", remedy, facts)
+    left = max(limit - promised, 0)
+    text = f"never (mode 2): {human_bytes(left)} of {human_bytes(limit)} not yet promised"
+    return Check("overcommit", "weak" if left < limit // 10 else "advice", text, remedy, facts)
+
+
+def swap(root: Path = ROOT) -> Check:
+    """Pages that were swapped out are not looked at."""
+    sizes = _fields(root / "proc/meminfo")
+    total, free = _kib(sizes, "SwapTotal"), _kib(sizes, "SwapFree")
+    facts = {"total_bytes": total, "free_bytes": free}
+    if not total:
+        return Check("swap", "good", "none", None, facts)
+    text = f"{human_bytes(free or 0)} of {human_bytes(total)} free; pages there are not looked at"
+    return Check("swap", "good", text, None, facts)
+
+
+def container(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Check:
+    """Whose container this seems to be; settings of the kernel are then the host's."""
+    kinds = _read(root / "proc/1/cgroup") + _read(root / "proc/self/cgroup")
+    kind = None
+    if "KUBERNETES_SERVICE_HOST" in environ or "kubepods" in kinds:
+        kind = "kubernetes"
+    elif (root / ".dockerenv").exists() or "/docker" in kinds:
+        kind = "docker"
+    elif (root / "run/.containerenv").exists() or environ.get("container") == "podman":
+        kind = "podman"
+    elif environ.get("container") or "/lxc" in kinds:
+        kind = environ.get("container", "lxc")
+    text = f"{kind}: settings of the kernel (sysctl) are the host's" if kind else "none seen"
+    return Check("container", "good", text, None, {"kind": kind})
+
+
+def privileges(root: Path = ROOT) -> Check:
+    """Who runs it, and which filters there are; what they take away shows elsewhere."""
+    status = _fields(root / "proc/self/status")
+    capabilities = int(status.get("CapEff", "0") or "0", 16)
+    mode = {"0": "none", "1": "strict", "2": "filter"}.get(status.get("Seccomp", ""))
+    facts = {
+        "uid": os.geteuid(),
+        "cap_sys_ptrace": bool(capabilities >> CAP_SYS_PTRACE & 1),
+        "seccomp": mode,
+        "no_new_privileges": status.get("NoNewPrivs") == "1",
+    }
+    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    with_ptrace = "with" if facts["cap_sys_ptrace"] else "without"
+    text = f"{who}, {with_ptrace} CAP_SYS_PTRACE, which is not needed; seccomp: {mode or 'unknown'}"
+    return Check("privileges", "good", text, None, facts)
+
+
+# ---- Python --------------------------------------------------------------------------------------
+
+
+def numpy_allocator(handler: str | None = None) -> Check:
+    """NumPy's version, and whose memory its arrays get."""
+    handler = _handler_name() if handler is None else handler
+    text = f"NumPy {np.__version__}, allocator '{handler}'"
+    facts = {"version": np.__version__, "allocator": handler}
+    if handler in ("default_allocator", "ksmcore"):
+        return Check("numpy", "good", text, None, facts)
+    remedy = (
+        "another library gives arrays their memory: they are merged only where it is private and "
+        "page-aligned; have that library leave NumPy's allocator alone"
+    )
+    return Check("numpy", "advice", text, remedy, facts)
+
+
+def _handler_name() -> str:
+    try:
+        from numpy._core import multiarray
+    except ImportError:  # NumPy 1
+        from numpy.core import multiarray  # type: ignore[no-redef]
+    find: Any = multiarray.get_handler_name
+    return str(find())
+
+
+def environment(environ: Mapping[str, str] = os.environ) -> Check:
+    """KSMCORE_... variables."""
+    own = {name: value for name, value in sorted(environ.items()) if name.startswith("KSMCORE_")}
+    facts = {"variables": own}
+    if not own:
+        return Check("environment", "good", "no KSMCORE_... variable is set", None, facts)
+    text = " ".join(f"{name}={value}" for name, value in own.items())
+    if own.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no"):
+        return Check("environment", "broken", text, "unset KSMCORE_DISABLE to merge at all", facts)
+    try:
+        Settings.made()
+    except (TypeError, ValueError) as error:
+        return Check("environment", "broken", text, f"correct or unset it: {error}", facts)
+    known = {f"KSMCORE_{setting.name.upper()}" for setting in fields(Settings)}
+    strange = own.keys() - known - OTHER_VARIABLES
+    if strange:
+        names = ", ".join(sorted(strange))
+        return Check("environment", "advice", text, f"there is no such setting: {names}", facts)
+    return Check("environment", "good", text, None, facts)
