@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from ksmcore._arrays import installing as _allocating  # noqa: E402
 from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
+from ksmcore._engine.all_engines import process_memory_info as memory_info  # noqa: E402
 from ksmcore._engine.area import Area  # noqa: E402
 from ksmcore._engine.engine import Engine  # noqa: E402
-from ksmcore._engine.engine import process_memory_info as memory_info  # noqa: E402
 from ksmcore._engine.features import features  # noqa: E402
 from ksmcore._engine.history import History, Sample  # noqa: E402
+from ksmcore._engine.page_state import PageState  # noqa: E402
 from ksmcore._engine.progress import Progress  # noqa: E402
-from ksmcore._engine.region import PageState, Region  # noqa: E402
+from ksmcore._engine.region import Region  # noqa: E402
 from ksmcore._engine.settings import Settings  # noqa: E402
 from ksmcore._engine.stats import (  # noqa: E402
     Estimate,
@@ -306,4 +307,6 @@ def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "
         raise ValueError(f"most_regions must be at least 0, not {most_regions}")
     from ksmcore._show import plotting
 
-    return plotting.plot(default_engine() if target is None else target, most_regions)
+    if isinstance(target, Region):
+        return plotting.of_region(target)
+    return plotting.of_engine(default_engine() if target is None else target, most_regions)

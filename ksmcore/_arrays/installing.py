@@ -1,8 +1,8 @@
 """NumPy's arrays, made page-aligned and registered with the default engine, without a change of the
 program.
 
-Called by users, and by the default engine before its passes. Calls _allocator, which NumPy then
-calls for the memory of every array (NEP 49), and _arena.
+NumPy calls `allocator`, compiled, for the memory of every array (NEP 49); that takes it from the
+arena.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import operator
 import threading
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 import numpy as np
 
 from ksmcore._arrays import allocator, arena
 
 if TYPE_CHECKING:
-    from ksmcore._engine.passes import PassMaker
+    from ksmcore._core.core import Core
 
 __all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
 
@@ -39,6 +40,12 @@ _begun = False
 _tidied_at = 0.0
 
 
+class Home(Protocol):
+    """The engine that the arena registers its memory with."""
+
+    def _adopt(self, tidy: Callable[[bool], object]) -> Core | None: ...
+
+
 def _checked(threshold_bytes: SupportsIndex) -> int:
     n_bytes = operator.index(threshold_bytes)
     if not 1 <= n_bytes <= 2**63 - 1:
@@ -46,14 +53,12 @@ def _checked(threshold_bytes: SupportsIndex) -> int:
     return n_bytes
 
 
-def _begin(engine: PassMaker) -> None:
-    """Tie the arena to the default engine's core, once; with KSMCORE_DISABLE, to none."""
+def _begin(engine: Home) -> None:
+    """Tie the arena to the default engine, once."""
     global _begun
     with _beginning:
         if not _begun:
-            core = None if engine._disabled else engine._core
-            allocator.begin(core, _numpy_wants_huge())
-            engine._tidiers.append(_tidy)
+            allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())
             _begun = True
 
 
@@ -83,7 +88,7 @@ class Allocator:
     """`with ksmcore.allocator():`; may be entered again and again, within itself and in several
     threads too."""
 
-    def __init__(self, engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
+    def __init__(self, engine: Home, threshold_bytes: SupportsIndex) -> None:
         self._threshold_bytes = _checked(threshold_bytes)
         self._engine = engine
 
@@ -111,7 +116,7 @@ class Allocator:
         _blocks.set((*blocks[:place], *inner))
 
 
-def install(engine: PassMaker, threshold_bytes: SupportsIndex) -> None:
+def install(engine: Home, threshold_bytes: SupportsIndex) -> None:
     """See `ksmcore.install_allocator`."""
     n_bytes = _checked(threshold_bytes)
     _begin(engine)

@@ -1,7 +1,7 @@
 """Page-aligned NumPy arrays, registered with an engine from birth.
 
-Called by users, as methods of an engine. Equal arrays share pages only when
-they begin at the same offset within a page; these all begin at offset 0.
+Equal arrays share pages only when they begin at the same offset within a page; these all begin at
+offset 0. Arguments, and what is raised, are those of the methods of `Engine`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
-
-from ksmcore._kernel import syscalls
-from ksmcore.errors import InternalError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,147 +83,105 @@ def _extent(source: NDArray[Any]) -> tuple[int, int] | None:
     return (first, first + reach) if reach <= 2 * source.nbytes else None
 
 
-class ArrayMaker:
-    """The part of an engine that makes arrays; the rest of it allocates their memory."""
+class Memory(Protocol):
+    """Where the memory of arrays comes from."""
 
-    page_bytes: int = syscalls.page_bytes()
+    page_bytes: int
 
-    def _allocate(self, n_bytes: int, offset: int = 0) -> PageMemory:
-        """New registered memory that begins `offset` bytes into a page; ValueError when the engine
-        is closed."""
-        raise InternalError("an engine must know how to allocate")
+    def allocate(self, n_bytes: int, offset: int = 0) -> PageMemory:
+        """New registered memory of zeros that begins `offset` bytes into a page."""
 
-    def _is_registered(self, addr: int, end: int) -> bool:
-        """Is any of this memory registered with this engine?"""
-        raise InternalError("an engine must know what is registered")
+    def is_registered(self, addr: int, end: int) -> bool:
+        """Is any of this memory registered there?"""
 
-    def _copy_memory(self, source: int, target: int, n_bytes: int) -> None:
-        """Copy to fresh registered memory at the same offset in a page; both share whole pages."""
-        raise InternalError("an engine must know how to copy memory")
 
-    def empty(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        dtype: DTypeLike = float,
-        order: Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned array, registered from birth, given back when its last view is collected.
+# Copies bytes (source, target, length) to memory just allocated, at the same offset in a page, so
+# that both share whole pages.
+Share = Callable[[int, int, int], None]
 
-        As `numpy.empty`, except that the memory is zero, which costs nothing: fresh pages are, and
-        none is touched.
 
-        Raises:
-            TypeError: a dtype that holds references to objects.
-            ValueError: a negative size, an unknown order, or an engine that is closed.
-            MemoryError: no memory.
-        """
-        _check_order(order)
-        kind = _plain(dtype)
-        sizes = _sizes(shape)
-        n_bytes = math.prod(sizes) * kind.itemsize
-        if n_bytes == 0:
-            return np.empty(sizes, kind, order)
-        if n_bytes > 2**63 - 1:
-            raise ValueError(f"array is too big: {n_bytes} bytes")
-        memory: Any = self._allocate(n_bytes)  # Any: NumPy's stubs take listed buffers only
-        return np.ndarray(sizes, kind, buffer=memory, order=order)
+def empty(
+    memory: Memory,
+    shape: SupportsIndex | Sequence[SupportsIndex],
+    dtype: DTypeLike = float,
+    order: Order = "C",
+) -> NDArray[Any]:
+    """Page-aligned; zero, which costs nothing: fresh pages are, and none is touched."""
+    _check_order(order)
+    kind = _plain(dtype)
+    sizes = _sizes(shape)
+    n_bytes = math.prod(sizes) * kind.itemsize
+    if n_bytes == 0:
+        return np.empty(sizes, kind, order)
+    if n_bytes > 2**63 - 1:
+        raise ValueError(f"array is too big: {n_bytes} bytes")
+    pages: Any = memory.allocate(n_bytes)  # Any: NumPy's stubs take listed buffers only
+    return np.ndarray(sizes, kind, buffer=pages, order=order)
 
-    def zeros(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        dtype: DTypeLike = float,
-        order: Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned, registered array of zeros; takes no memory until it is written."""
-        return self.empty(shape, dtype, order)
 
-    def full(
-        self,
-        shape: SupportsIndex | Sequence[SupportsIndex],
-        fill_value: Any,
-        dtype: DTypeLike | None = None,
-        order: Order = "C",
-    ) -> NDArray[Any]:
-        """A page-aligned, registered array filled with a value, as `numpy.full`."""
-        kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
-        made = self.empty(shape, kind, order)
-        made[...] = fill_value
-        return made
+def full(
+    memory: Memory,
+    shape: SupportsIndex | Sequence[SupportsIndex],
+    fill_value: Any,
+    dtype: DTypeLike | None = None,
+    order: Order = "C",
+) -> NDArray[Any]:
+    """Filled with a value."""
+    kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
+    made = empty(memory, shape, kind, order)
+    made[...] = fill_value
+    return made
 
-    def rows(
-        self,
-        n: SupportsIndex,
-        row_shape: SupportsIndex | Sequence[SupportsIndex],
-        dtype: DTypeLike = float,
-    ) -> NDArray[Any]:
-        """An array of n rows, each of which begins on a page: equal rows can be merged, whatever
-        their size. For frames and records that are not a whole number of pages long.
 
-        The shape is (n, *row_shape). Between the rows are gaps of less than a page, which hold
-        zeros and cannot be reached; so the array is not contiguous as a whole, each row is, and
-        rows much shorter than a page waste most of their memory. All is zero, and takes no memory
-        until it is written. Other calls (`dedup`, `hold`, `unregister`) take such an array for all
-        the memory that it lies in.
+def rows(
+    memory: Memory,
+    n: SupportsIndex,
+    row_shape: SupportsIndex | Sequence[SupportsIndex],
+    dtype: DTypeLike = float,
+) -> NDArray[Any]:
+    """Each row begins on a page; the gaps between the rows cannot be reached."""
+    kind = _plain(dtype)
+    sizes = (operator.index(n), *_sizes(row_shape))
+    row_bytes = math.prod(sizes[1:]) * kind.itemsize
+    if sizes[0] < 0:
+        raise ValueError(f"negative dimensions are not allowed: {sizes}")
+    if sizes[0] * row_bytes == 0:
+        return np.empty(sizes, kind)
+    stride = -(-row_bytes // memory.page_bytes) * memory.page_bytes
+    if sizes[0] * stride > 2**63 - 1:
+        raise ValueError(f"array is too big: {sizes[0] * stride} bytes")
+    pages: Any = memory.allocate(sizes[0] * stride)
+    within = [kind.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(1, len(sizes))]
+    return np.ndarray(sizes, kind, buffer=pages, strides=(stride, *within))
 
-        Raises as `empty` does.
-        """
-        kind = _plain(dtype)
-        sizes = (operator.index(n), *_sizes(row_shape))
-        row_bytes = math.prod(sizes[1:]) * kind.itemsize
-        if sizes[0] < 0:
-            raise ValueError(f"negative dimensions are not allowed: {sizes}")
-        if sizes[0] * row_bytes == 0:
-            return np.empty(sizes, kind)
-        stride = -(-row_bytes // self.page_bytes) * self.page_bytes
-        if sizes[0] * stride > 2**63 - 1:
-            raise ValueError(f"array is too big: {sizes[0] * stride} bytes")
-        memory: Any = self._allocate(sizes[0] * stride)
-        within = [kind.itemsize * math.prod(sizes[axis + 1 :]) for axis in range(1, len(sizes))]
-        return np.ndarray(sizes, kind, buffer=memory, strides=(stride, *within))
 
-    def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
-        """A page-aligned, registered copy of anything array-like; its axes keep their order in
-        memory (as `numpy.copy` with order "K" has it)."""
-        given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
-        if _is_masked(given):
-            raise TypeError("masked arrays hold two arrays: copy .data and .mask")
-        # The axis with the longest stride comes first in memory.
-        axes = sorted(range(given.ndim), key=lambda axis: -abs(given.strides[axis]))
-        made = self.empty([given.shape[axis] for axis in axes], given.dtype)
-        made = made.transpose(np.argsort(axes)) if given.ndim > 1 else made
-        made[...] = given
-        return made
+def array(memory: Memory, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """A copy; its axes keep their order in memory."""
+    given = np.asanyarray(source) if dtype is None else np.asanyarray(source, dtype=dtype)
+    if _is_masked(given):
+        raise TypeError("masked arrays hold two arrays: copy .data and .mask")
+    # The axis with the longest stride comes first in memory.
+    axes = sorted(range(given.ndim), key=lambda axis: -abs(given.strides[axis]))
+    made = empty(memory, [given.shape[axis] for axis in axes], given.dtype)
+    made = made.transpose(np.argsort(axes)) if given.ndim > 1 else made
+    made[...] = given
+    return made
 
-    def copy(self, source: NDArray[Any]) -> NDArray[Any]:
-        """A registered copy of an array that shares its pages with the source, copy-on-write.
 
-        Pages of the source that are shared already are mapped once more: no byte is copied, so it
-        takes a small part of the time of `numpy.copy`, and no memory. Others are copied, and then
-        merged with their copies, so the next copy shares them from the start. Writes to either side
-        stay there. Shape, dtype and strides are kept.
-
-        For that the source has to lie in memory that is registered with this engine: made by it, or
-        under the allocator, or registered. Others, arrays of fewer than 16 pages, and views whose
-        elements leave large gaps or lie over each other are copied as by `array`: page-aligned,
-        their axes in the same order.
-
-        Raises:
-            TypeError: no array; or one that holds references to objects.
-            ValueError: the engine is closed.
-            MemoryError: no memory.
-        """
-        if not isinstance(source, np.ndarray):
-            raise TypeError(f"copy takes an array, not {type(source).__name__}; see array")
-        extent = _extent(source)
-        if (
-            extent is None
-            or extent[1] - extent[0] < MIN_SHARED_PAGES * self.page_bytes
-            or not self._is_registered(*extent)
-        ):
-            return self.array(source)
-        _plain(source.dtype)
-        start, end = extent
-        made: Any = self._allocate(end - start, start % self.page_bytes)
-        self._copy_memory(start, made.addr + made.offset, end - start)
-        first: int = source.__array_interface__["data"][0] - start
-        return np.ndarray(source.shape, source.dtype, made, first, source.strides)
+def copy(memory: Memory, share: Share, source: NDArray[Any]) -> NDArray[Any]:
+    """A copy that shares its pages with the source, where that is registered memory."""
+    if not isinstance(source, np.ndarray):
+        raise TypeError(f"copy takes an array, not {type(source).__name__}; see array")
+    extent = _extent(source)
+    if (
+        extent is None
+        or extent[1] - extent[0] < MIN_SHARED_PAGES * memory.page_bytes
+        or not memory.is_registered(*extent)
+    ):
+        return array(memory, source)
+    _plain(source.dtype)
+    start, end = extent
+    made: Any = memory.allocate(end - start, start % memory.page_bytes)
+    share(start, made.addr + made.offset, end - start)
+    first: int = source.__array_interface__["data"][0] - start
+    return np.ndarray(source.shape, source.dtype, made, first, source.strides)

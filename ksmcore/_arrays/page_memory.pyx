@@ -43,8 +43,7 @@ cdef class PageMemory:
             error_raise(&err, "array")
         self.addr = <uintptr_t>memory
         # Even the last page belongs to this memory alone, so all of it is registered.
-        if core is not None:
-            core.add(region_id, self.addr, self.mapped_bytes // page, 0, fresh=True)
+        core.add(region_id, self.addr, self.mapped_bytes // page, 0, fresh=True)
         self.region_id = region_id
         self.core = core
         self.owner = owner

@@ -1,32 +1,33 @@
-"""Areas: groups of regions that are removed together, and give no control over the engine.
-
-Called by users: code that should not stop or tune an engine gets an area of it (`Engine.area`).
-"""
+"""Areas: groups of regions that are removed together, for code that should not stop or tune an
+engine: what an area is made of can register, and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.stats import RegionStats
 
 if TYPE_CHECKING:
     from ksmcore._engine.region import Region
-    from ksmcore._engine.registrar import Registrar
 
 __all__ = ["Area"]
 
 log = logging.getLogger("ksmcore")
 
 
+class Registers(Protocol):
+    def register(self, buffer: object, *, privatize: bool = False) -> Region: ...
+
+
 class Area(Closing):
     """A group of regions of one engine. Made by `Engine.area`; ended by `close`, `with`, or when it
     is collected: then its regions are plain private memory again. Any thread may use it."""
 
-    def __init__(self, engine: Registrar) -> None:
+    def __init__(self, engine: Registers) -> None:
         self._engine = engine
         # Not weak references: those of a cycle are cleared before its finalisers run.
         self._regions: set[Region] = set()

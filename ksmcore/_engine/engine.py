@@ -1,36 +1,53 @@
-"""The engine: settings, control and numbers over what is registered with it.
+"""The engine that users have: control, registration, arrays and numbers over one core.
 
-Called by users, directly or through the module-level functions, which use a default engine. The
-work is done by `ksmcore._core.core.Core`; this, with `registrar`, `passes` and `scanner`, is its
-thin face.
+It is put together of parts (`Parts`), each of which knows the core, the settings in force, and the
+one callable that it needs; the engine hands calls on to them. The parts belong to one process.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import functools
 import logging
+import os
 import warnings
 import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
+from ksmcore._arrays import making
 from ksmcore._core.core import Core
-from ksmcore._engine import estimating
+from ksmcore._core.null_core import NullCore
+from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.features import check_tracker, choose_guard
-from ksmcore._engine.passes import PassMaker
+from ksmcore._engine.history import History, Sample
+from ksmcore._engine.passes import EVERYTHING, Passes
 from ksmcore._engine.progress import Progress
+from ksmcore._engine.region import Region
+from ksmcore._engine.registrar import Registrar
 from ksmcore._engine.scanner import Scanner
-from ksmcore._engine.settings import Settings
-from ksmcore._engine.stats import Estimate, MemoryInfo, Stats, frozen_counts, memory_info
+from ksmcore._engine.settings import InForce, Settings
+from ksmcore._engine.stats import (
+    Estimate,
+    PassReport,
+    Stats,
+    frozen_counts,
+)
+from ksmcore._kernel import forks
+from ksmcore._kernel.syscalls import page_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from ksmcore._arrays.making import Order
 
 __all__ = ["Engine"]
 
 log = logging.getLogger("ksmcore")
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Scanning(contextlib.AbstractContextManager["Engine"]):
@@ -46,12 +63,26 @@ class Scanning(contextlib.AbstractContextManager["Engine"]):
         self._engine.stop()
 
 
-class Engine(PassMaker, Closing):
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is put together of, in one process."""
+
+    generation: int
+    """Of the process, see `forks.generation`."""
+    in_force: InForce
+    registrar: Registrar
+    passes: Passes
+    scanner: Scanner
+
+
+class Engine(Closing):
     """Finds equal pages in the buffers registered with it, and keeps each content once.
 
     Two engines share nothing: equal pages of different engines are not merged. Settings are keyword
     arguments, see `ksmcore.Settings`.
     """
+
+    page_bytes: int = page_bytes()
 
     def __init__(self, **settings: Any) -> None:
         made = Settings.made(**settings)
@@ -66,24 +97,55 @@ class Engine(PassMaker, Closing):
             with_tracker=made.dirty != "checksum",
             n_buckets=made.rmap_hash_size,
         )
-        super().__init__(core, made)
+        self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
+        self._core = cast(Core, NullCore(core)) if self._disabled else core
+        self._closed = False
+        self._renewed: dict[int, Parts] = {}
+        self._parts = self._make_parts(InForce(made))
         self._apply_settings()
-        _engines.add(self)
+        all_engines.add(self)
         self._run(made.run)
 
-    def _renew(self) -> None:
-        super()._renew()
-        self._scanner = Scanner(self)
-        if self._is_inherited():
-            self._settings = self._settings.changed(run=0)
+    # ---- its parts ----------------------------------------------------------------------------
+
+    def _make_parts(self, in_force: InForce) -> Parts:
+        passes = Passes(self._core, in_force)
+        scanner = Scanner(passes, in_force)
+        notice = functools.partial(scanner.wake, only_if_resting=True)
+        registrar = Registrar(self._core, weakref.ref(self), notice)
+        return Parts(forks.generation(), in_force, registrar, passes, scanner)
+
+    def _now(self) -> Parts:
+        """The parts, made anew in a forked child, where nothing is registered and nothing scans:
+        the parent's regions count as closed. No fork hook does that, see `PerProcess`."""
+        parts = self._parts
+        if parts.generation == forks.generation():
+            return parts
+        in_force = parts.in_force
+        settings = in_force.settings.changed(run=0)
+        fresh = self._make_parts(InForce(settings, in_force.on_pass, in_force.tidiers))
+        # Of two threads that come here at a time, the first wins.
+        self._parts = self._renewed.setdefault(forks.generation(), fresh)
+        parts.registrar.end()
+        return self._parts
+
+    def _open(self) -> Parts:
+        """The parts; ValueError when the engine is closed."""
+        if self._closed:
+            raise ValueError("this engine is closed")
+        return self._now()
+
+    def _open_core(self) -> Core:
+        """For what shows its memory; ValueError when the engine is closed."""
+        self._open()
+        return self._core
 
     # ---- settings -----------------------------------------------------------------------------
 
     @property
     def settings(self) -> Settings:
         """The settings in force."""
-        self._own()
-        return self._settings
+        return self._now().in_force.settings
 
     def configure(self, **changes: Any) -> Settings:
         """Change settings; they hold from the next batch on. Returns all settings.
@@ -92,27 +154,37 @@ class Engine(PassMaker, Closing):
             TypeError, ValueError: an unknown name, a wrong value, or a setting that is fixed.
                 Nothing was changed.
         """
-        self._check_open()
-        settings = self._settings.changed(**changes)
+        parts = self._open()
+        settings = parts.in_force.settings.changed(**changes)
         if "run" in changes and settings.run != 1:
-            self._check_outside()
-        self._settings = settings
+            parts.passes.alone.check_outside()
+        parts.in_force.settings = settings
         self._apply_settings()
         if "run" in changes:
             self._run(settings.run)
-        return self._settings
+        return parts.in_force.settings
 
     def _apply_settings(self) -> None:
-        settings = self._settings
+        settings = self._parts.in_force.settings
         self._core.configure(
             settings.use_zero_pages,
             settings.smart_scan,
             -1 if settings.max_shared_pages is None else settings.max_shared_pages,
             -1 if settings.max_page_sharing == "auto" else settings.max_page_sharing,
         )
-        self._scanner.wake()
+        self._parts.scanner.wake()
 
     # ---- control ------------------------------------------------------------------------------
+
+    @property
+    def on_pass(self) -> Callable[[PassReport], object] | None:
+        """Called with the report of each full pass, `scan` and the background scanner's alike, by
+        the thread that made it. What it raises ends the `scan`, or the scanner."""
+        return self._now().in_force.on_pass
+
+    @on_pass.setter
+    def on_pass(self, callback: Callable[[PassReport], object] | None) -> None:
+        self._now().in_force.on_pass = callback
 
     def start(self, **changes: Any) -> Scanning:
         """Start the background scanner, after changing settings as `configure` does.
@@ -133,29 +205,206 @@ class Engine(PassMaker, Closing):
     @property
     def scanning(self) -> bool:
         """Is the background scanner running?"""
-        self._own()
-        return self._scanner.is_running
-
-    def area(self) -> Area:
-        """A group of regions that is removed together, for code that is to register memory and
-        nothing else."""
-        self._check_open()
-        return Area(self)
+        return self._now().scanner.is_running
 
     def _run(self, run: int) -> None:
         """Have the scanner do what the setting `run` says."""
+        parts = self._parts
         if run == 1:
-            self._scanner.start()
+            parts.scanner.start()
             return
-        self._check_outside()  # the scanner may be waiting for this thread's pass to end
+        parts.passes.alone.check_outside()  # the scanner may be waiting for this thread's pass
         try:
-            self._scanner.stop()
+            parts.scanner.stop()
         finally:
             if run == 2:
                 self.unmerge()
 
-    def _registered(self) -> None:
-        self._scanner.wake(only_if_resting=True)
+    # ---- registration -------------------------------------------------------------------------
+
+    def register(self, buffer: object, *, privatize: bool = False) -> Region:
+        """Let the pages of a writable, contiguous buffer be merged.
+
+        The whole pages inside the buffer are scanned; a first and last page that it shares with
+        other memory are never touched. The buffer is held until the region is closed.
+
+        `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
+        memory in place, with the same bytes; other processes then no longer see what is written.
+
+        Raises:
+            TypeError: not a buffer, or one that holds references to objects.
+            ValueError: read-only, not contiguous, no whole page inside, registered already (in part
+                or whole), or memory that cannot be merged; the message says why and what to do.
+        """
+        return self._open().registrar.register(buffer, privatize=privatize)
+
+    def unregister(self, buffer: Region | object) -> None:
+        """Make the pages of a region, or of a registered buffer, plain private memory again.
+
+        Raises:
+            ValueError: it is not registered with this engine.
+            MemoryError: not enough memory to unmerge; it is still registered, all bytes are right.
+        """
+        self._open().registrar.unregister(buffer)
+
+    def hold(self, buffer: Region | object) -> contextlib.AbstractContextManager[None]:
+        """Keep the scanner away from registered memory, for system calls that write into it:
+
+            with engine.hold(buffer):
+                sock.recv_into(buffer)
+
+        Entering waits until the scanner is out of the buffer's regions (a span of pages at most);
+        nothing in them is merged until the block is left. Holds may be nested, and taken by several
+        threads. A region that is held cannot be unregistered. The buffer may be any part of a
+        registered one, and is kept in memory meanwhile.
+
+        Raises:
+            ValueError: nothing of the buffer is registered with this engine.
+            TypeError: not a writable, contiguous buffer.
+        """
+        return self._open().registrar.hold(buffer)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The open regions, in the order of their registration; arrays made by the engine aside."""
+        return self._now().registrar.regions
+
+    def area(self) -> Area:
+        """A group of regions that is removed together, for code that is to register memory and
+        nothing else."""
+        self._open()
+        return Area(self)
+
+    # ---- passes -------------------------------------------------------------------------------
+
+    def scan(self, *, progress: Progress = None) -> PassReport:
+        """One full pass over everything registered, by the rules of KSM; the GIL is released.
+
+        A page is merged when it is equal to a shared page, or when it did not change since the last
+        pass and equals another such page: so nothing new is merged before the second pass. See
+        `dedup` for merging at once.
+
+        `progress`: True for a bar, or a callback (pages done, pages in all). Ctrl-C ends the pass
+        between two batches; memory is right at any moment.
+        """
+        return self._open().passes.scan(progress)
+
+    def dedup(self, *buffers: object, progress: Progress = None) -> PassReport:
+        """Register what is not yet registered, and merge equal pages of these buffers now.
+
+        Without arguments: of everything registered. The pages are compared with each other and with
+        all shared pages; nothing waits for a second pass. What it registers stays registered.
+
+        Raises as `register` does, before anything is registered or merged.
+        """
+        parts = self._open()
+        parts.passes.tidy(idle_only=bool(buffers))
+        pages = parts.registrar.register_all(buffers) if buffers else EVERYTHING
+        return parts.passes.merge(pages, progress)
+
+    def unmerge(self) -> None:
+        """Make everything plain private memory again, and leave it registered: later passes merge
+        it anew. Atomic for threads that write meanwhile.
+
+        Raises:
+            MemoryError: not enough memory for all; nothing was changed, all bytes are right. (Where
+                less was to be had than the machine had said, what is still merged stays so.)
+            RuntimeError: some of it is held.
+        """
+        parts = self._open()
+        parts.passes.tidy(idle_only=False)
+        with parts.passes.alone:
+            parts.registrar.restore_all(keep=True)
+
+    # ---- arrays -------------------------------------------------------------------------------
+
+    def empty(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned array, registered from birth, given back when its last view is collected.
+
+        As `numpy.empty`, except that the memory is zero, which costs nothing: fresh pages are, and
+        none is touched.
+
+        Raises:
+            TypeError: a dtype that holds references to objects.
+            ValueError: a negative size, an unknown order, or an engine that is closed.
+            MemoryError: no memory.
+        """
+        return making.empty(self._open().registrar, shape, dtype, order)
+
+    def zeros(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned, registered array of zeros; takes no memory until it is written."""
+        return making.empty(self._open().registrar, shape, dtype, order)
+
+    def full(
+        self,
+        shape: SupportsIndex | Sequence[SupportsIndex],
+        fill_value: Any,
+        dtype: DTypeLike | None = None,
+        order: Order = "C",
+    ) -> NDArray[Any]:
+        """A page-aligned, registered array filled with a value, as `numpy.full`."""
+        return making.full(self._open().registrar, shape, fill_value, dtype, order)
+
+    def rows(
+        self,
+        n: SupportsIndex,
+        row_shape: SupportsIndex | Sequence[SupportsIndex],
+        dtype: DTypeLike = float,
+    ) -> NDArray[Any]:
+        """An array of n rows, each of which begins on a page: equal rows can be merged, whatever
+        their size. For frames and records that are not a whole number of pages long.
+
+        The shape is (n, *row_shape). Between the rows are gaps of less than a page, which hold
+        zeros and cannot be reached; so the array is not contiguous as a whole, each row is, and
+        rows much shorter than a page waste most of their memory. All is zero, and takes no memory
+        until it is written. Other calls (`dedup`, `hold`, `unregister`) take such an array for all
+        the memory that it lies in.
+
+        Raises as `empty` does.
+        """
+        return making.rows(self._open().registrar, n, row_shape, dtype)
+
+    def array(self, source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
+        """A page-aligned, registered copy of anything array-like; its axes keep their order in
+        memory (as `numpy.copy` with order "K" has it)."""
+        return making.array(self._open().registrar, source, dtype)
+
+    def copy(self, source: NDArray[Any]) -> NDArray[Any]:
+        """A registered copy of an array that shares its pages with the source, copy-on-write.
+
+        Pages of the source that are shared already are mapped once more: no byte is copied, so it
+        takes a small part of the time of `numpy.copy`, and no memory. Others are copied, and then
+        merged with their copies, so the next copy shares them from the start. Writes to either side
+        stay there. Shape, dtype and strides are kept.
+
+        For that the source has to lie in memory that is registered with this engine: made by it, or
+        under the allocator, or registered. Others, arrays of fewer than 16 pages, and views whose
+        elements leave large gaps or lie over each other are copied as by `array`: page-aligned,
+        their axes in the same order.
+
+        Raises:
+            TypeError: no array; or one that holds references to objects.
+            ValueError: the engine is closed.
+            MemoryError: no memory.
+        """
+        parts = self._open()
+        return making.copy(parts.registrar, parts.passes.copy, source)
+
+    def _adopt(self, tidy: Callable[[bool], object]) -> Core | None:
+        """For the arena: what its memory is to be registered with (None: nothing, see
+        KSMCORE_DISABLE); it is tidied before passes."""
+        self._open().in_force.tidiers.append(tidy)
+        return None if self._disabled else self._core
 
     # ---- numbers ------------------------------------------------------------------------------
 
@@ -168,13 +417,15 @@ class Engine(PassMaker, Closing):
 
         Raises as `register` does for buffers that could not be merged.
         """
-        self._check_open()
+        parts = self._open()
         with contextlib.ExitStack() as held:
-            ranges = self._held_ranges(buffers, held)
-            return estimating.tally(ranges, self.page_bytes, self._settings.checksum, progress)
+            ranges = parts.registrar.hold_ranges(buffers, held)
+            checksum = parts.in_force.settings.checksum
+            return estimating.tally(ranges, self.page_bytes, checksum, progress)
 
     def stats(self) -> Stats:
         """All counters of this moment."""
+        parts = self._now()
         numbers = self._core.snapshot()
         with_pagemap = numbers.pop("with_pagemap")
         with_tracker = numbers.pop("with_tracker")
@@ -182,13 +433,28 @@ class Engine(PassMaker, Closing):
             page_bytes=self.page_bytes,
             skipped=frozen_counts(numbers.pop("skipped")),
             seconds=MappingProxyType(numbers.pop("seconds")),
-            run=self._settings.run,
-            scanner_error=None if self._scanner.error is None else repr(self._scanner.error),
+            run=parts.in_force.settings.run,
+            scanner_error=None if parts.scanner.error is None else repr(parts.scanner.error),
             guard=self._core.guard_in_use,
             dirty="pagemap" if with_tracker else "checksum",
             presence="pagemap" if with_pagemap else "mincore",
             **numbers,
         )
+
+    @property
+    def history(self) -> History:
+        """What each `scan`, `dedup` and pass of the scanner left behind; thinned out when there are
+        thousands. A forked child begins a new one."""
+        return self._now().passes.history
+
+    @property
+    def peak_bytes_saved(self) -> int:
+        """Most that was saved at the end of a `scan`, a `dedup`, or a pass of the scanner."""
+        return self._now().passes.peak_bytes_saved
+
+    def _sample(self) -> Sample:
+        """The numbers of this moment, as the history keeps them."""
+        return self._now().passes.sample()
 
     # ---- life ---------------------------------------------------------------------------------
 
@@ -202,27 +468,28 @@ class Engine(PassMaker, Closing):
         """
         if self._closed:
             return
-        self._own()
-        self._check_outside()
+        parts = self._now()
+        parts.passes.alone.check_outside()
         try:
-            self._scanner.stop()
+            parts.scanner.stop()
         except Exception:
             log.exception("the scanner of %r had ended by an error", self)
-        with self._alone():
-            for region in list(self._regions.values()):
-                region.close()
-            for region_id, addr, _ in self._core.regions():
-                self._restore(region_id, addr)
+        with parts.passes.alone:
+            parts.registrar.restore_all()
+            parts.registrar.end()
             self._core.stop_watching()
-            self._closed = True
-        _engines.discard(self)
+            self._closed = parts.passes.ended = True
+        all_engines.discard(self)
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self._regions and not self._is_inherited():
+        if getattr(self, "_closed", True):
+            return
+        registrar = self._parts.registrar
+        if registrar.regions and registrar.is_current():
             try:
                 # Where warnings are errors this raises, which must not keep the memory merged.
                 warnings.warn(
@@ -235,25 +502,9 @@ class Engine(PassMaker, Closing):
     def _repr_html_(self) -> str:
         from ksmcore._show import notebook
 
-        return notebook.shown_engine(self)
+        return notebook.of_engine(self)
 
     def __repr__(self) -> str:
         if self._closed:
             return "<ksmcore.Engine: closed>"
         return f"<ksmcore.Engine: {self._core.snapshot()['regions']} regions>"
-
-
-def process_memory_info() -> MemoryInfo:
-    """`memory_info` for all engines of this process."""
-    fds = [engine._core.store_fd for engine in list(_engines)]
-    return memory_info(fd for fd in fds if fd >= 0)
-
-
-@atexit.register
-def _close_engines() -> None:
-    """Let memory that outlives the interpreter be plain again."""
-    for engine in list(_engines):
-        try:
-            engine.close()
-        except Exception as error:
-            log.warning("at exit: %r stays merged: %s", engine, error)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from ksmcore._core.estimate import Tally
 from ksmcore._engine.progress import Progress, reporting
-from ksmcore._engine.region import disjoint
 from ksmcore._engine.stats import Estimate
+from ksmcore._gate.ranges import disjoint
 
 # Pages between two looks at signals.
 BATCH_PAGES = 4096

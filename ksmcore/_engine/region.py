@@ -1,14 +1,9 @@
-"""The handle of one registered buffer.
-
-Called by users and by the engine, which makes it. It owns the buffer export (through the gate's
-`Admission`) until the region is closed.
-"""
+"""The handle of one registered buffer. It owns the buffer's export until it is closed."""
 
 from __future__ import annotations
 
-import enum
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,39 +14,23 @@ from ksmcore.sizes import human_bytes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ksmcore._engine.registrar import Registrar
-    from ksmcore._gate.buffers import Admission
+    from ksmcore._core.core import Core
+    from ksmcore._gate.buffers import Export
 
-__all__ = ["PageState", "Region", "disjoint"]
-
-
-def disjoint(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same addresses, each once: (address, end) ranges sorted, with overlaps cut off."""
-    found: list[tuple[int, int]] = []
-    covered = 0
-    for start, end in sorted(ranges):
-        start = max(start, covered)
-        if end > start:
-            found.append((start, end))
-            covered = end
-    return found
+__all__ = ["Holder", "Region"]
 
 
-class PageState(enum.IntEnum):
-    """What a page of a region is (see `Region.page_map`)."""
+class Holder(Protocol):
+    """Who has registered a region, and takes it back."""
 
-    NOT_PRESENT = 0
-    """Never touched, given up, or swapped out."""
-    VOLATILE = 1
-    """Changed since the last pass, or not seen often enough to tell."""
-    UNIQUE = 2
-    """Did not change, and equals no other."""
-    SHARED = 3
-    """Maps a shared page."""
-    ZERO = 4
-    """Was all zero and given back."""
-    BROKEN = 5
-    """Was shared or zero, and has been written since; the next pass will notice."""
+    def is_current(self) -> bool:
+        """False in a forked child, where nothing of its parent is registered."""
+
+    def hold(self, buffer: object) -> AbstractContextManager[None]:
+        """Keep the scanner away from it."""
+
+    def close_region(self, region: Region) -> None:
+        """Make it plain memory, take it out, and let its buffer go."""
 
 
 class Region(Closing):
@@ -63,20 +42,24 @@ class Region(Closing):
     __slots__ = (
         "__weakref__",
         "_addr",
-        "_admission",
+        "_core",
         "_engine",
-        "_generation",
+        "_export",
+        "_holder",
         "_id",
         "_n_pages",
-        "_phase",
+        "_nbytes",
     )
 
-    def __init__(self, engine: Registrar, region_id: int, admission: Admission) -> None:
-        self._engine = engine
+    def __init__(
+        self, region_id: int, export: Export, *, core: Core, holder: Holder, engine: object
+    ) -> None:
         self._id = region_id
-        self._admission: Admission | None = admission
-        self._generation = engine._generation
-        self._addr, self._n_pages, self._phase = admission.addr, admission.n_pages, admission.phase
+        self._export: Export | None = export
+        self._addr, self._n_pages, self._nbytes = export.addr, export.n_pages, export.n_bytes
+        self._core = core
+        self._holder = holder
+        self._engine = engine  # kept alive, also for who has forgotten all but the region
 
     @property
     def addr(self) -> int:
@@ -91,29 +74,29 @@ class Region(Closing):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pages; the buffer's bytes before and after them are never touched."""
-        return self._n_pages * self._engine.page_bytes
+        return self._nbytes
 
     @property
     def closed(self) -> bool:
         """True once it was unregistered; also in a forked child, whose engine starts empty."""
-        return self._admission is None or self._generation != self._engine._generation_now()
+        return self._export is None or not self._holder.is_current()
 
     def _view(self) -> memoryview:
         """The registered buffer's bytes, head and tail included; ValueError once it is closed."""
-        admission = self._admission
-        if self.closed or admission is None:
+        export = self._export
+        if self.closed or export is None:
             raise ValueError(f"{self!r} is closed")
-        return admission.view[:]
+        return export.view[:]
 
     def hold(self) -> AbstractContextManager[None]:
         """Keep the scanner away from this region until the block is left; see `Engine.hold`."""
-        return self._engine.hold(self)
+        return self._holder.hold(self)
 
     def stats(self) -> RegionStats:
         """What its pages are; nothing once it is closed."""
         if self.closed:
             return RegionStats()
-        return RegionStats(**self._engine._core.tally(self._id, self._addr))
+        return RegionStats(**self._core.tally(self._id, self._addr))
 
     def page_map(self) -> NDArray[np.uint8]:
         """What each of its pages is now: a `PageState` for each, in their order. Writes to shared
@@ -123,7 +106,7 @@ class Region(Closing):
             ValueError: the region is closed.
         """
         states = np.zeros(self._n_pages, np.uint8)
-        if self.closed or not self._engine._core.page_map(self._id, self._addr, states):
+        if self.closed or not self._core.page_map(self._id, self._addr, states):
             raise ValueError(f"{self!r} is not registered")
         return states
 
@@ -137,12 +120,12 @@ class Region(Closing):
                 region is still registered and all its bytes are right.
             RuntimeError: it is held (see `hold`).
         """
-        self._engine._close_region(self)
+        self._holder.close_region(self)
 
     def _repr_html_(self) -> str:
         from ksmcore._show import notebook
 
-        return notebook.shown(self)
+        return notebook.of_region(self)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else human_bytes(self.nbytes)

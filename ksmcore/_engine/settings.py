@@ -9,10 +9,14 @@ import contextlib
 import numbers
 import operator
 import os
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["Settings"]
+if TYPE_CHECKING:
+    from ksmcore._engine.stats import PassReport
+
+__all__ = ["InForce", "Settings"]
 
 # What can be asked for by name; "auto" stands for the first of them that is to be had.
 ORDERS = ("digest", "content")
@@ -143,14 +147,14 @@ class Settings:
         """These settings; for the others what the environment says (KSMCORE_PAGES_TO_SCAN=100, with
         numbers and words as in Python, and yes or no), or their defaults."""
         check_names(given)
-        for field in fields(cls):
-            variable = f"KSMCORE_{field.name.upper()}"
-            if field.name not in given and os.environ.get(variable):
+        for setting in fields(cls):
+            variable = f"KSMCORE_{setting.name.upper()}"
+            if setting.name not in given and os.environ.get(variable):
                 try:
-                    cls(**{field.name: (value := _from_text(field.type, os.environ[variable]))})
+                    cls(**{setting.name: (value := _from_text(setting.type, os.environ[variable]))})
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{variable}={os.environ[variable]!r}: {error}") from None
-                given[field.name] = value
+                given[setting.name] = value
         return cls(**given)
 
     def changed(self, **changes: Any) -> Settings:
@@ -167,6 +171,19 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(slots=True)
+class InForce:
+    """What the parts of an engine go by at the moment. All of them share it, and look at it anew
+    for each batch."""
+
+    settings: Settings
+    on_pass: Callable[[PassReport], object] | None = None
+    """See `Engine.on_pass`."""
+    tidiers: list[Callable[[bool], object]] = field(default_factory=list)
+    """What keeps free memory that is registered gives it back: with True, what was not needed for a
+    while, and now and then; with False, all. Nothing is raised."""
 
 
 def check_names(given: dict[str, Any]) -> None:

@@ -29,11 +29,6 @@ class _Numbers:
             for name, value in ((name, getattr(self, name)) for name in self._names())
         }
 
-    def _repr_html_(self) -> str:
-        from ksmcore._show import notebook
-
-        return notebook.shown(self)
-
     @classmethod
     def _names(cls) -> list[str]:
         own: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
@@ -135,6 +130,11 @@ class Stats(_Numbers):
             f"{self.pages_volatile} volatile, {self.ksm_zero_pages} zero pages>"
         )
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_stats(self)
+
 
 @dataclass(frozen=True, repr=False)
 class RegionStats(_Numbers):
@@ -170,6 +170,11 @@ class RegionStats(_Numbers):
             f"{self.pages_unshared} unshared, {self.pages_volatile} volatile of {self.pages} pages>"
         )
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_region_stats(self)
+
 
 @dataclass(frozen=True, repr=False)
 class PassReport(_Numbers):
@@ -204,6 +209,11 @@ class PassReport(_Numbers):
             f"of {self.pages_scanned} pages in {self.seconds:.3f} s>"
         )
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_pass_report(self)
+
 
 @dataclass(frozen=True, repr=False)
 class Estimate(_Numbers):
@@ -237,6 +247,11 @@ class Estimate(_Numbers):
             f"{self.pages_duplicate} duplicate, {self.pages_zero} zero pages>"
         )
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_estimate(self)
+
 
 @dataclass(frozen=True, repr=False)
 class MemoryInfo(_Numbers):
@@ -255,6 +270,11 @@ class MemoryInfo(_Numbers):
             f"<ksmcore.MemoryInfo: pss {human_bytes(self.pss)}, rss {human_bytes(self.rss)}, "
             f"saved {human_bytes(self.saved)}>"
         )
+
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_memory_info(self)
 
 
 STORE_PATH = "/memfd:ksmcore-store"

@@ -1,8 +1,8 @@
 """The one gate that every buffer passes before the engine may touch its pages.
 
-Owns the rules for what can be merged and the texts for what cannot; called by the engine for
-`register`, `dedup` and `estimate`. The gate never copies, never writes and never touches the bytes
-of a buffer, so a page that was not present stays so. It looks at two things:
+Owns the rules for what can be merged and the texts for what cannot. The gate never copies, never
+writes and never touches the bytes of a buffer, so a page that was not present stays so. It looks at
+two things:
 
 1. the buffer: writable, contiguous, free of object references, with a whole page inside;
 2. the mappings under its whole pages: plain private anonymous memory, readable and writable, with
@@ -14,60 +14,86 @@ unmapped between the answer and the end of the registration.
 Cost, measured on Linux 6.18 in a virtual machine with slow page tables: the first part takes 5 us.
 The second reads ``/proc/self/smaps`` up to the buffer (see `ksmcore._kernel.smaps` for why nothing
 cheaper is honest): 0.3 ms in an interpreter with NumPy, 10-15 ms with 1 GiB of small resident pages
-below the buffer's end, 175 ms behind 60,000 mappings. `admit_all` reads it once for any number of
-buffers, so 10,000 of them take 12 us each in an ordinary process, 37 us behind 60,000 mappings.
-`fresh` spares it for memory that the caller has just mapped: 27 us.
+below the buffer's end, 175 ms behind 60,000 mappings. It is read once for any number of buffers, so
+10,000 of them take 12 us each in an ordinary process, 37 us behind 60,000 mappings.
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksmcore._gate.address import address_of
 from ksmcore._gate.mapping_rules import MappingTraits, check_mappings, refusal
 from ksmcore._kernel import smaps
 
-__all__ = [
-    "Admission",
-    "admit",
-    "admit_all",
-    "hold",
-]
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["Admission", "Export", "admit", "release_all"]
+
+# Tells for (address of the first byte, length in bytes) which pages belong to that buffer alone, as
+# (address, pages), when more is known of it than that its whole pages do; else None.
+Known = Callable[[int, int], tuple[int, int] | None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # eq would compare the bytes of the views
-class Admission:
-    """A buffer that may be merged, and the hold on it.
+class Export:
+    """The first half of the gate: one buffer that can be merged as far as itself goes, and the hold
+    on it. Until `release`, or the end of a `with` block, it can neither be closed nor resized.
 
-    The owner calls `release` once; until then the buffer can neither be closed nor resized.
+    Raises:
+        TypeError: not a buffer, or it holds Python objects.
+        ValueError: read-only, not contiguous, or no whole page inside.
     """
 
+    __slots__ = ("addr", "len_bytes", "n_bytes", "n_pages", "phase", "view")
+
     view: memoryview
-    """Holds the buffer export for the whole registration."""
+    """All bytes of the buffer; holds its export."""
     addr: int
     """Address of the first whole page."""
     n_pages: int
     """Whole pages; at least 1."""
+    n_bytes: int
+    """Their length."""
     phase: int
     """Address of the buffer's first byte modulo the page size."""
     len_bytes: int
     """Length of the buffer, head and tail included."""
-    must_privatize: bool
-    """The pages are shared anonymous memory, to be turned private before the first merge."""
-    dontfork: bool
-    """MADV_DONTFORK is set on the pages; like the next three, every new mapping needs it again."""
-    dontdump: bool
-    """MADV_DONTDUMP is set on some of the pages."""
-    hugepage: bool
-    """MADV_HUGEPAGE is set on some of the pages."""
-    nohugepage: bool
-    """MADV_NOHUGEPAGE is set on some of the pages."""
+
+    def __init__(self, buffer: object, page_bytes: int, known: Known | None = None) -> None:
+        self.view = _writable_view(buffer)
+        try:
+            first_byte = address_of(self.view)
+            self.len_bytes = self.view.nbytes
+            self.phase = first_byte % page_bytes
+            self.addr = first_byte + -first_byte % page_bytes
+            last = first_byte + self.len_bytes
+            self.n_pages = max((last - last % page_bytes - self.addr) // page_bytes, 0)
+            whole = known(first_byte, self.len_bytes) if known is not None else None
+            if whole is not None:
+                self.addr, self.n_pages = whole
+            self.n_bytes = self.n_pages * page_bytes
+            if self.n_pages == 0:
+                raise ValueError(
+                    f"no whole page inside this buffer: it has {self.len_bytes:,} bytes and begins "
+                    f"{self.phase} bytes into a page of {page_bytes:,} bytes; register larger "
+                    "buffers, or make page-aligned ones with ksmcore.empty"
+                )
+        except BaseException:
+            self.view.release()
+            raise
+
+    @property
+    def end(self) -> int:
+        """Address after the last whole page."""
+        return self.addr + self.n_bytes
 
     def release(self) -> None:
         """Let go of the buffer; a second call does nothing.
@@ -79,119 +105,62 @@ class Admission:
         """
         self.view.release()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admission:
+    """A buffer that may be merged: the hold on it, and what was found out about its mappings."""
+
+    export: Export
+    traits: MappingTraits
+
+    def release(self) -> None:
+        """As `Export.release`."""
+        self.export.release()
+
 
 def admit(
-    buffer: object, *, page_bytes: int, privatize: bool = False, fresh: bool = False
-) -> Admission:
-    """Decide whether the whole pages inside `buffer` may be merged, and hold the buffer if so.
+    exports: Sequence[Export], *, page_bytes: int, privatize: bool = False
+) -> list[Admission]:
+    """The second half of the gate: decide whether the whole pages inside these buffers may be
+    merged. All of them are admitted, or all are let go.
 
-    Only pages that lie inside the buffer completely are admitted: those in [addr, addr + n_pages *
-    page_bytes). Nothing is copied, written or faulted in. Whatever goes wrong, no export is left
-    behind.
+    Only pages that lie inside a buffer completely are admitted: those in [addr, end). Nothing is
+    copied, written or faulted in, and smaps is read once.
 
     Args:
-        buffer: any writable, C- or F-contiguous buffer without object references. NumPy arrays
-            of every other type are taken, also those that export no buffer (datetime64).
+        exports: the buffers, held.
         page_bytes: the system page size.
         privatize: also take shared anonymous memory, with `must_privatize` set.
-        fresh: the caller itself has just mapped this memory, private and anonymous, and nobody
-            else knows of it; then its mappings are not read again, unless mlockall(2) may have
-            locked them.
 
     Raises:
-        TypeError: not a buffer, or it holds Python objects.
-        ValueError: the buffer or the memory under it cannot be merged; the text says why and what
-            to do.
+        ValueError: the memory under the first buffer that is refused cannot be merged; the text
+            says why and what to do.
         OSError: ``/proc/self/smaps`` cannot be read.
     """
-    (admission,) = admit_all([buffer], page_bytes=page_bytes, privatize=privatize, fresh=fresh)
-    return admission
-
-
-def admit_all(
-    buffers: Sequence[object], *, page_bytes: int, privatize: bool = False, fresh: bool = False
-) -> list[Admission]:
-    """`admit` for many buffers at the price of one reading of smaps: all of them or none.
-
-    Raises:
-        TypeError, ValueError, OSError: as `admit`, for the first buffer that is refused.
-    """
-    exports: list[_Export] = []
     try:
-        for buffer in buffers:
-            exports.append(_Export(buffer, page_bytes))
-        traits = _traits_of(exports, page_bytes, privatize, fresh)
+        traits = _traits_of(exports, page_bytes, privatize)
     except BaseException:
-        # A stored traceback keeps the frames alive, so waiting for the garbage collector is not
-        # enough.
-        for export in exports:
-            export.view.release()
+        release_all(exports)
         raise
-    return [export.admission(found) for export, found in zip(exports, traits, strict=True)]
+    return [Admission(export, found) for export, found in zip(exports, traits, strict=True)]
 
 
-# Tells for (address of the first byte, length in bytes) which pages belong to that buffer alone, as
-# (address, pages), when more is known of it than that its whole pages do; else None.
-Known = Callable[[int, int], tuple[int, int] | None]
-
-
-@contextmanager
-def hold(
-    buffer: object, *, page_bytes: int, known: Known | None = None
-) -> Iterator[tuple[int, int]]:
-    """Only the first half of the gate: (address of the first whole page, whole pages), and the
-    buffer held until the block is left. For buffers whose mappings are known, or are not judged.
-
-    Raises:
-        TypeError, ValueError: as `admit`, for the buffer itself.
-    """
-    export = _Export(buffer, page_bytes, known)
-    try:
-        yield export.addr, export.n_pages
-    finally:
-        export.view.release()
-
-
-class _Export:
-    """The first half of the gate: one buffer, its view and where it lies."""
-
-    __slots__ = ("addr", "first_byte", "len_bytes", "n_pages", "phase", "view")
-
-    def __init__(self, buffer: object, page_bytes: int, known: Known | None = None) -> None:
-        self.view = _writable_view(buffer)
-        try:
-            self.first_byte = _address_of(self.view)
-            self.len_bytes = self.view.nbytes
-            self.phase = self.first_byte % page_bytes
-            self.addr = self.first_byte + -self.first_byte % page_bytes
-            last = self.first_byte + self.len_bytes
-            self.n_pages = max((last - last % page_bytes - self.addr) // page_bytes, 0)
-            whole = known(self.first_byte, self.len_bytes) if known is not None else None
-            if whole is not None:
-                self.addr, self.n_pages = whole
-            if self.n_pages == 0:
-                raise ValueError(
-                    f"no whole page inside this buffer: it has {self.len_bytes:,} bytes and begins "
-                    f"{self.phase} bytes into a page of {page_bytes:,} bytes; register larger "
-                    "buffers, or make page-aligned ones with ksmcore.empty"
-                )
-        except BaseException:
-            self.view.release()
-            raise
-
-    def admission(self, traits: MappingTraits) -> Admission:
-        return Admission(
-            view=self.view,
-            addr=self.addr,
-            n_pages=self.n_pages,
-            phase=self.phase,
-            len_bytes=self.len_bytes,
-            must_privatize=traits.must_privatize,
-            dontfork=traits.dontfork,
-            dontdump=traits.dontdump,
-            hugepage=traits.hugepage,
-            nohugepage=traits.nohugepage,
-        )
+def release_all(held: Iterable[Export | Admission]) -> None:
+    """Let go of all of them. A stored traceback keeps the frames alive that hold a buffer, so after
+    an error waiting for the garbage collector is not enough."""
+    for one in held:
+        one.release()
 
 
 def _writable_view(buffer: object) -> memoryview:
@@ -266,62 +235,17 @@ def _stride_error(name: str) -> ValueError:
     )
 
 
-class _PyBuffer(ctypes.Structure):
-    """Py_buffer, whose layout CPython has fixed as part of its stable ABI."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.c_void_p),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-_PYBUF_ANY_CONTIGUOUS_WRITABLE = 0x0080 | 0x0010 | 0x0008 | 0x0001
-_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
-_get_buffer.argtypes = (ctypes.py_object, ctypes.POINTER(_PyBuffer), ctypes.c_int)
-_get_buffer.restype = ctypes.c_int
-_release_buffer = ctypes.pythonapi.PyBuffer_Release
-_release_buffer.argtypes = (ctypes.POINTER(_PyBuffer),)
-_release_buffer.restype = None
-
-
-def _address_of(view: memoryview) -> int:
-    """Address of the first byte of a contiguous view.
-
-    Asked of the buffer protocol itself, because ctypes' from_buffer() refuses F-contiguous views
-    and NumPy's frombuffer() empty ones.
-    """
-    raw = _PyBuffer()
-    _get_buffer(view, ctypes.byref(raw), _PYBUF_ANY_CONTIGUOUS_WRITABLE)
-    try:
-        return raw.buf or 0
-    finally:
-        _release_buffer(ctypes.byref(raw))
-
-
-def _traits_of(
-    exports: Sequence[_Export], page_bytes: int, privatize: bool, fresh: bool
-) -> list[MappingTraits]:
+def _traits_of(exports: Sequence[Export], page_bytes: int, privatize: bool) -> list[MappingTraits]:
     if not exports:
         return []
-    if fresh and smaps.locked_bytes() == 0:
-        return [MappingTraits()] * len(exports)
     lowest = min(export.addr for export in exports)
-    highest = max(export.addr + export.n_pages * page_bytes for export in exports)
+    highest = max(export.end for export in exports)
     snapshot = smaps.Snapshot(lowest, highest)
     found: list[MappingTraits] = []
     # By address, as many buffers can lie in one mapping.
     judged: dict[int, smaps.Vma] = {}
     for export in exports:
-        start, end = export.addr, export.addr + export.n_pages * page_bytes
+        start, end = export.addr, export.end
         mappings = snapshot.vmas_in(start, end)
         found.append(
             check_mappings(mappings, start, end, page_bytes=page_bytes, privatize=privatize)

@@ -54,13 +54,23 @@ _USERFAULTFD_FLAGS = frozenset({"um", "uw", "ui"})
 
 @dataclass(frozen=True, slots=True)
 class MappingTraits:
-    """What `check_mappings` found out about pages that may be merged; see `Admission`."""
+    """What `check_mappings` found out about pages that may be merged."""
 
     must_privatize: bool = False
+    """The pages are shared anonymous memory, to be turned private before the first merge."""
     dontfork: bool = False
+    """MADV_DONTFORK is set on the pages; like the next three, every new mapping needs it again."""
     dontdump: bool = False
+    """MADV_DONTDUMP is set on some of the pages."""
     hugepage: bool = False
+    """MADV_HUGEPAGE is set on some of the pages."""
     nohugepage: bool = False
+    """MADV_NOHUGEPAGE is set on some of the pages."""
+
+    @property
+    def region_flags(self) -> int:
+        """As the enum region_flag has them."""
+        return self.dontfork | self.dontdump << 1 | self.hugepage << 2 | self.nohugepage << 3
 
 
 def refusal(start: int, end: int, why: str, way_out: str) -> ValueError:

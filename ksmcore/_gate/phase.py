@@ -1,19 +1,17 @@
-"""Phase: where within a page a buffer begins, and the warning when that keeps pages apart.
-
-Called by the engine before it registers buffers.
-"""
+"""Phase: where within a page a buffer begins, and the warning when that keeps pages apart."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ksmcore._gate.buffers import Admission
+    from ksmcore._gate.buffers import Export
 
-__all__ = ["PhaseWarning", "phase_advice", "warn_of_phase"]
+__all__ = ["PhaseWarning", "Phases", "phase_advice"]
 
 # Buffers of fewer pages are not worth a warning.
 LEAST_PAGES = 16
@@ -39,20 +37,38 @@ def phase_advice(len_bytes: int, phase: int, other_phase: int) -> str:
     )
 
 
-def warn_of_phase(new: Sequence[Admission], registered: Sequence[Admission]) -> None:
-    """Warn for each new buffer when one of its size, registered or new, has another phase."""
-    others = list(registered)
-    for buffer in new:
-        for other in others:
-            if (
-                buffer.n_pages >= LEAST_PAGES
-                and other.len_bytes == buffer.len_bytes
-                and other.phase != buffer.phase
-            ):
-                text = phase_advice(buffer.len_bytes, buffer.phase, other.phase)
+class Phases:
+    """The phases of the buffers that are registered, by their length. Callers see to it that one
+    thread at a time uses it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Counter[int]] = {}
+        self._told: set[int] = set()
+
+    def add(self, buffer: Export) -> None:
+        if buffer.n_pages >= LEAST_PAGES:
+            self._counts.setdefault(buffer.len_bytes, Counter())[buffer.phase] += 1
+
+    def remove(self, buffer: Export) -> None:
+        counts = self._counts.get(buffer.len_bytes)
+        if counts is not None and counts[buffer.phase] > 0:
+            counts[buffer.phase] -= 1
+
+    def warn(self, new: Iterable[Export]) -> None:
+        """Warn when one of these buffers has another phase than one of its length, registered or
+        new: once in a call, and once for each length."""
+        first: dict[int, int] = {}
+        for buffer in new:
+            if buffer.n_pages < LEAST_PAGES or buffer.len_bytes in self._told:
+                continue
+            others = {phase for phase, n in self._counts.get(buffer.len_bytes, {}).items() if n > 0}
+            others.add(first.setdefault(buffer.len_bytes, buffer.phase))
+            others.discard(buffer.phase)
+            if others:
+                text = phase_advice(buffer.len_bytes, buffer.phase, min(others))
                 warnings.warn(text, PhaseWarning, stacklevel=_callers_level())
-                break
-        others.append(buffer)
+                self._told.add(buffer.len_bytes)  # not where the warning is an error
+                return
 
 
 def _callers_level() -> int:

@@ -9,7 +9,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ksmcore._engine.region import PageState
+from ksmcore._engine.page_state import PageState
 from ksmcore._show.page_maps import LOOKS
 from ksmcore.sizes import human_bytes
 

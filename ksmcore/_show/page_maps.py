@@ -1,6 +1,6 @@
 """Page maps as pictures: which memory to show, how to make it fit, and the colours of the states.
 
-Called by what draws (plotting, html, report). Calls the core for the states; needs NumPy only.
+Needs NumPy only.
 """
 
 from __future__ import annotations
@@ -15,15 +15,28 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ksmcore._arrays import arena
-from ksmcore._engine.region import PageState, Region
+from ksmcore._engine.page_state import PageState
+from ksmcore._kernel.syscalls import page_bytes
 from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ksmcore._core.core import Core
     from ksmcore._engine.engine import Engine
+    from ksmcore._engine.region import Region
 
-__all__ = ["LOOKS", "MIXED_NOTE", "Cells", "Look", "PageMap", "page_maps", "png_uri", "reduced"]
+__all__ = [
+    "LOOKS",
+    "MIXED_NOTE",
+    "Cells",
+    "Look",
+    "PageMap",
+    "engine_maps",
+    "png_uri",
+    "reduced",
+    "region_map",
+]
 
 N_STATES = len(PageState)
 # A cell that lies behind the last page.
@@ -129,45 +142,47 @@ def reduced(states: NDArray[np.uint8], most_cells: int) -> Cells:
 # ---- which memory -------------------------------------------------------------------------------
 
 
-def page_maps(target: Engine | Region, most_regions: int) -> list[PageMap]:
-    """The page maps of a region, or of all memory of an engine: the largest regions one by one,
-    then all others end to end, by address. Nothing of a region that is closed meanwhile.
+def region_map(region: Region) -> PageMap:
+    """The page map of a region; ValueError when it is closed."""
+    return PageMap(f"Region at {region.addr:#x}", region.page_map(), page_bytes())
+
+
+def engine_maps(engine: Engine, most_regions: int) -> list[PageMap]:
+    """The page maps of all memory of an engine: the largest regions one by one, then all others end
+    to end, by address. Nothing of a region that is closed meanwhile.
 
     Raises:
-        ValueError: the region, or the engine, is closed.
+        ValueError: the engine is closed.
     """
-    if isinstance(target, Region):
-        title = f"Region at {target.addr:#x}"
-        return [PageMap(title, target.page_map(), target._engine.page_bytes)]
-    target._check_open()
-    with_handle = {region._id for region in target.regions}
+    core = engine._open_core()
+    with_handle = {region._id for region in engine.regions}
 
     def owner(region_id: int) -> str:
         if region_id in with_handle:
             return "Region"
         return "Arrays of the allocator" if arena.is_chunk(region_id) else "Memory of an array"
 
-    by_size = sorted(target._core.regions(), key=lambda one: -one[2])
+    by_size = sorted(core.regions(), key=lambda one: -one[2])
     # One more is shown as easily as it is summed up.
     n_shown = most_regions if len(by_size) > most_regions + 1 else len(by_size)
     maps = [
-        PageMap(f"{owner(region_id)} at {addr:#x}", states, target.page_bytes)
-        for region_id, addr, states in _states(target, by_size[:n_shown])
+        PageMap(f"{owner(region_id)} at {addr:#x}", states, page_bytes())
+        for region_id, addr, states in _states(core, by_size[:n_shown])
     ]
-    others = list(_states(target, sorted(by_size[n_shown:], key=lambda one: one[1])))
+    others = list(_states(core, sorted(by_size[n_shown:], key=lambda one: one[1])))
     if others:
         states = np.concatenate([states for _, _, states in others])
         title = f"{len(others):,} smaller regions, end to end"
-        maps.append(PageMap(title, states, target.page_bytes, len(others)))
+        maps.append(PageMap(title, states, page_bytes(), len(others)))
     return maps
 
 
 def _states(
-    engine: Engine, regions: Iterable[tuple[int, int, int]]
+    core: Core, regions: Iterable[tuple[int, int, int]]
 ) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
     for region_id, addr, n_pages in regions:
         states = np.zeros(n_pages, np.uint8)
-        if engine._core.page_map(region_id, addr, states):
+        if core.page_map(region_id, addr, states):
             yield region_id, addr, states
 
 

@@ -18,7 +18,6 @@ try:
 except ImportError as error:
     raise ImportError("ksmcore.plot draws with matplotlib: pip install 'ksmcore[plot]'") from error
 
-from ksmcore._engine.region import Region
 from ksmcore._show.charts import (
     SAVED_COLOUR,
     USED_COLOUR,
@@ -27,8 +26,16 @@ from ksmcore._show.charts import (
     savings_points,
     time_ticks,
 )
-from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, OUTSIDE, PageMap, page_maps, reduced
-from ksmcore.sizes import human_bytes
+from ksmcore._show.page_maps import (
+    LOOKS,
+    MIXED_NOTE,
+    OUTSIDE,
+    PageMap,
+    engine_maps,
+    reduced,
+    region_map,
+)
+from ksmcore.sizes import counted, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +45,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ksmcore._engine.engine import Engine
+    from ksmcore._engine.region import Region
 
-__all__ = ["Picture", "plot"]
+__all__ = ["Picture", "of_engine", "of_region"]
 
 MOST_COLUMNS = 160
 # All maps together: about what a page of paper can show.
@@ -56,37 +64,42 @@ class Picture(Figure):
         return file.getvalue()
 
 
-def plot(target: Engine | Region, most_regions: int) -> Picture:
+def of_region(region: Region) -> Picture:
     """See `ksmcore.plot`."""
-    with_savings = not isinstance(target, Region)
-    maps = page_maps(target, most_regions)
+    the_map = region_map(region)
+    return _drawn(f"ksmcore: a region of {human_bytes(the_map.nbytes)}", [the_map])
+
+
+def of_engine(engine: Engine, most_regions: int) -> Picture:
+    """See `ksmcore.plot`."""
+    maps = engine_maps(engine, most_regions)
+    n_bytes = human_bytes(sum(one.nbytes for one in maps))
+    regions = counted(sum(one.n_regions for one in maps), "region")
+    saved = human_bytes(engine.stats().bytes_saved)
+    title = f"ksmcore: {saved} saved in {regions}, {n_bytes}"
+    return _drawn(title, maps, savings_points(engine))
+
+
+def _drawn(title: str, maps: Sequence[PageMap], savings: Sequence[Point] | None = None) -> Picture:
+    """A panel for each map, above them one for what was saved over time."""
     most_cells = max(MOST_CELLS // max(len(maps), 1), 1024)
     cells = [reduced(one.states, most_cells) for one in maps]
     grids = [one.grid(MOST_COLUMNS) for one in cells]
-    heights = [2.4] * with_savings + [_inches_high(grid) for grid in grids]
+    heights = [2.4] * (savings is not None) + [_inches_high(grid) for grid in grids]
     # Each panel has a title and a caption; below all of them is the legend.
     size = (INCHES_WIDE, sum(heights) + 0.6 * len(heights) + 1.1)
     figure = Picture(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_title(target, maps), fontsize=12, x=0.01, ha="left")
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     panels: Any = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
     axes = list(panels[:, 0])
-    if not isinstance(target, Region):
-        _draw_savings(axes.pop(0), savings_points(target))
+    if savings is not None:
+        _draw_savings(axes.pop(0), savings)
     for panel, one, fitted, grid in zip(axes, maps, cells, grids, strict=True):
         _draw_map(panel, one, grid, fitted.caption(one.page_bytes))
     if maps:
         _draw_legend(figure, maps)
     return figure
-
-
-def _title(target: Engine | Region, maps: Sequence[PageMap]) -> str:
-    n_bytes = human_bytes(sum(one.nbytes for one in maps))
-    if isinstance(target, Region):
-        return f"ksmcore: a region of {n_bytes}"
-    n_regions = sum(one.n_regions for one in maps)
-    counted = f"{n_regions:,} region{'' if n_regions == 1 else 's'}, {n_bytes}"
-    return f"ksmcore: {human_bytes(target.stats().bytes_saved)} saved in {counted}"
 
 
 def _inches_high(grid: NDArray[np.uint8]) -> float:

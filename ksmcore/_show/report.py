@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ksmcore._engine.all_engines import process_memory_info
 from ksmcore._engine.counters import COUNTERS, SKIPPED, STAGES
-from ksmcore._engine.engine import process_memory_info
 from ksmcore._engine.features import features
-from ksmcore._engine.region import PageState
+from ksmcore._engine.page_state import PageState
 from ksmcore._engine.stats import MemoryInfo, Stats
 from ksmcore._kernel import smaps
 from ksmcore._show.charts import savings_points
-from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, PageMap, page_maps
+from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, PageMap, engine_maps
 from ksmcore._show.pieces import (
     ABSENT,
     bar,
@@ -71,7 +71,7 @@ def html_report(
     points = savings_points(engine)
     stats = engine.stats()
     peak = max(engine.peak_bytes_saved, stats.bytes_saved)
-    maps = [] if engine.closed else page_maps(engine, MOST_REGIONS)
+    maps = [] if engine.closed else engine_maps(engine, MOST_REGIONS)
     sections = (
         ("Memory", _memory(stats, process_memory_info(), peak)),
         ("Savings over time", savings_figure(points) or "<p>No pass has ended yet.</p>"),

@@ -95,7 +95,7 @@ class Session(Companion):
     def conclude(self, exit_status: int) -> list[str]:
         """Takes the numbers and writes the reports; what goes wrong with those is told too."""
         try:
-            self._engine._tidy(idle_only=False)
+            self._engine._now().passes.tidy(idle_only=False)
             figures = {**self._source.snapshot(), "exit_status": exit_status}
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]

@@ -139,9 +139,9 @@ def engine(engine, rng):
 
 
 def maps_of(engine):
-    from ksmcore._show.page_maps import page_maps
+    from ksmcore._show.page_maps import engine_maps
 
-    return page_maps(engine, 100)
+    return engine_maps(engine, 100)
 
 
 def report(engine):

@@ -13,10 +13,11 @@ from ksmcore._show.page_maps import (
     N_STATES,
     OUTSIDE,
     Cells,
-    page_maps,
+    engine_maps,
     png,
     png_uri,
     reduced,
+    region_map,
     rgb,
 )
 
@@ -122,14 +123,14 @@ def test_a_region(engine, private_buffer):
     memory[: 4 * engine.page_bytes] = b"a" * (4 * engine.page_bytes)
     region = engine.register(memory)
     engine.dedup()
-    (only,) = page_maps(region, 3)
+    only = region_map(region)
     assert np.array_equal(only.states, region.page_map())
     assert only.nbytes == region.nbytes
     assert only.counts()[PageState.SHARED] == 4
     assert f"{region.addr:#x}" in only.title
     region.close()
     with pytest.raises(ValueError, match="not registered"):
-        page_maps(region, 3)
+        region_map(region)
 
 
 def test_all_memory_of_an_engine(engine, private_buffer):
@@ -138,7 +139,7 @@ def test_all_memory_of_an_engine(engine, private_buffer):
     for n, array in enumerate(arrays):
         array[:] = n + 1
     engine.dedup()
-    maps = page_maps(engine, 3)
+    maps = engine_maps(engine, 3)
     assert [len(one.states) for one in maps] == [50, 9, 8, 7 * 8 // 2]
     assert [one.n_regions for one in maps] == [1, 1, 1, 7]
     assert maps[0].title == f"Region at {region.addr:#x}"
@@ -150,21 +151,21 @@ def test_all_memory_of_an_engine(engine, private_buffer):
     )
     assert np.array_equal(maps[3].states, expected)
     # A single one more is not worth a sum.
-    assert [one.n_regions for one in page_maps(engine, 9)] == [1] * 10
-    assert [one.n_regions for one in page_maps(engine, 0)] == [10]
+    assert [one.n_regions for one in engine_maps(engine, 9)] == [1] * 10
+    assert [one.n_regions for one in engine_maps(engine, 0)] == [10]
     engine.close()
     with pytest.raises(ValueError, match="closed"):
-        page_maps(engine, 3)
+        engine_maps(engine, 3)
 
 
 def test_nothing_registered(engine):
-    assert page_maps(engine, 3) == []
+    assert engine_maps(engine, 3) == []
 
 
 def test_the_allocators_memory_is_named():
     with ksmcore.allocator():
         kept = np.ones(1 << 20, np.uint8)
-    titles = [one.title for one in page_maps(ksmcore.default_engine(), 100)]
+    titles = [one.title for one in engine_maps(ksmcore.default_engine(), 100)]
     assert any(title.startswith("Arrays of the allocator at 0x") for title in titles)
     assert kept.all()
     del kept

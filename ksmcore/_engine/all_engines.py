@@ -1,0 +1,43 @@
+"""All engines of this process: their memory taken together, and the end of the interpreter."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from typing import TYPE_CHECKING
+
+from ksmcore._engine.stats import MemoryInfo, memory_info
+
+if TYPE_CHECKING:
+    from ksmcore._engine.engine import Engine
+
+__all__ = ["add", "discard", "process_memory_info"]
+
+log = logging.getLogger("ksmcore")
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def add(engine: Engine) -> None:
+    _open.add(engine)
+
+
+def discard(engine: Engine) -> None:
+    _open.discard(engine)
+
+
+def process_memory_info() -> MemoryInfo:
+    """`memory_info` for all engines of this process."""
+    fds = [engine._core.store_fd for engine in list(_open)]
+    return memory_info(fd for fd in fds if fd >= 0)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let memory that outlives the interpreter be plain again."""
+    for engine in list(_open):
+        try:
+            engine.close()
+        except Exception as error:
+            log.warning("at exit: %r stays merged: %s", engine, error)

@@ -1,0 +1,93 @@
+"""Threads of ours beside a program that should not notice them."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable
+
+from ksmcore._kernel.per_process import PerProcess
+
+__all__ = ["HiddenThread", "hide"]
+
+log = logging.getLogger("ksmcore")
+
+# Sent to the thread that caused them; a guard waits in the handler of SIGSEGV.
+OWN_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+
+# Identities of threads: in a forked child they may be those of others.
+_hidden: PerProcess[set[int]] = PerProcess(set)
+
+
+def hide() -> None:
+    """If this thread is hidden: whoever asks for the current thread, as each message that is logged
+    does, makes an entry for it in the module threading; take that out again."""
+    ident = threading.get_ident()
+    with contextlib.suppress(AttributeError):  # should there be none of this some day
+        if ident in _hidden.get():
+            with threading._active_limbo_lock:  # type: ignore[attr-defined]
+                threading._active.pop(ident, None)  # type: ignore[attr-defined]
+
+
+def _hide_before_handlers(record: logging.LogRecord) -> bool:
+    """A filter that lets all through."""
+    del record
+    hide()
+    return True
+
+
+log.addFilter(_hide_before_handlers)
+
+
+class HiddenThread:
+    """A thread that ends with the process, and that the module threading knows nothing of: there
+    are programs that wait for all threads that it knows.
+
+    It gets none of the signals that are sent to the process. A program may keep a signal for
+    itself, by blocking it in all its threads and waiting for it; and a handler must not run, and
+    write into memory that is being merged, on the thread that merges it.
+    """
+
+    def __init__(self, target: Callable[[], object]) -> None:
+        self._target = target
+        self._ident = 0
+        self._alive = threading.Lock()
+
+    def start(self) -> None:
+        """Raises RuntimeError where the system has no further thread."""
+        self._alive.acquire()
+        # Blocked before it begins: it inherits this.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - OWN_FAULTS)
+        try:
+            _thread.start_new_thread(self._run, ())
+        except BaseException:
+            self._alive.release()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _run(self) -> None:
+        self._ident = threading.get_ident()
+        _hidden.get().add(self._ident)
+        try:
+            self._target()
+        finally:
+            hide()
+            _hidden.get().discard(self._ident)
+            self._alive.release()
+
+    def is_alive(self) -> bool:
+        return self._alive.locked()
+
+    def is_current(self) -> bool:
+        return self._ident == threading.get_ident()
+
+    def join(self, timeout: float = -1) -> bool:
+        """Wait for its end; False where it has not come."""
+        ended = self._alive.acquire(timeout=timeout)
+        if ended:
+            self._alive.release()
+        return ended

@@ -1,0 +1,32 @@
+"""Arithmetic of address ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["disjoint", "overlap_bytes"]
+
+
+def disjoint(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same addresses, each once: (address, end) ranges sorted, with overlaps cut off."""
+    found: list[tuple[int, int]] = []
+    covered = 0
+    for start, end in sorted(ranges):
+        start = max(start, covered)
+        if end > start:
+            found.append((start, end))
+            covered = end
+    return found
+
+
+def overlap_bytes(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> int:
+    """Bytes that are in both of two lists of ranges, each sorted and disjoint."""
+    i = j = n_bytes = 0
+    while i < len(some) and j < len(others):
+        (start, end), (other_start, other_end) = some[i], others[j]
+        n_bytes += max(min(end, other_end) - max(start, other_start), 0)
+        if end < other_end:
+            i += 1
+        else:
+            j += 1
+    return n_bytes
