@@ -25,31 +25,31 @@ HERE = Path(__file__).parent
 # What says nothing about the modules under AddressSanitizer, or takes too long.
 LEFT_OUT = {
     "its own memory is part of what they measure": (
-        "unit/test_allocator.py::test_zeros_touches_no_page_also_where_other_arrays_were_before",
-        "unit/test_allocator.py::test_the_memory_of_collected_arrays_goes_back_merged_or_not",
-        "unit/test_allocator.py::test_without_address_space_numpy_says_no_and_the_next_array_is_made",
-        "unit/test_copy.py::test_the_first_copy_shares_as_well",
-        "unit/test_copy.py::test_the_second_copy_takes_no_memory_and_copies_nothing",
-        "unit/test_demo.py",
-        "unit/test_merge.py::test_pss_falls_by_what_bytes_saved_says",
-        "unit/test_merge.py::test_zero_pages_are_given_back_and_count",
-        "unit/test_merge.py::test_extra_memory_while_merging_is_bounded",
-        "unit/test_stats.py::TestMemoryInfo",
-        "unit/test_vmas.py",
+        "arrays/test_allocator.py::test_zeros_touches_no_page_also_where_other_arrays_were_before",
+        "arrays/test_allocator.py::test_the_memory_of_collected_arrays_goes_back_merged_or_not",
+        "arrays/test_allocator.py::test_without_address_space_numpy_says_no_and_the_next_array_is_made",
+        "core/test_copy.py::test_the_first_copy_shares_as_well",
+        "core/test_copy.py::test_the_second_copy_takes_no_memory_and_copies_nothing",
+        "cli/test_demo.py",
+        "guard/test_merge.py::test_pss_falls_by_what_bytes_saved_says",
+        "guard/test_merge.py::test_zero_pages_are_given_back_and_count",
+        "guard/test_merge.py::test_extra_memory_while_merging_is_bounded",
+        "engine/test_stats.py::TestMemoryInfo",
+        "kernel/test_smaps.py",
     ),
     "it turns mlock into nothing": (
-        "unit/test_altered.py::test_mlock",
-        "unit/test_gate.py::test_locked_memory",
-        "unit/test_gate.py::test_fresh_memory_is_looked_up_where_some_is_locked",
+        "core/test_altered.py::test_mlock",
+        "gate/test_buffers.py::test_locked_memory",
+        "gate/test_buffers.py::test_fresh_memory_is_looked_up_where_some_is_locked",
     ),
     "it needs a mapping where none are left": (
-        "unit/test_doctor_processes.py::test_no_mappings_left_to_speak_of",
+        "doctor/test_processes.py::test_no_mappings_left_to_speak_of",
     ),
     "they count what happens in a few seconds, and everything is slower here": (
         "stress/test_lost_writes.py::test_no_word_is_lost[",
     ),
     "the size is the test, and a smaller tree has the same code": (
-        "unit/test_trees.py::test_a_million_nodes",
+        "test_trees.py::test_a_million_nodes",
     ),
 }
 

@@ -12,9 +12,18 @@ import time
 
 import numpy as np
 import pytest
-from detector import WORDS, Writers, address, at_least, has_merged, private_pages, rounds, running
 
 import ksmcore
+from helpers.detector import (
+    WORDS,
+    Writers,
+    address,
+    at_least,
+    has_merged,
+    private_pages,
+    rounds,
+    running,
+)
 from ksmcore._kernel import syscalls
 
 N_PAGES = 600

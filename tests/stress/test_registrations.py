@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from kernels_view import pss_bytes
 
 import ksmcore
+from helpers.kernels_view import pss_bytes
 from ksmcore._kernel import smaps
 
 N_THREADS = 8

@@ -13,7 +13,9 @@ import threading
 
 import numpy as np
 import pytest
-from detector import (
+
+import ksmcore
+from helpers.detector import (
     PAGE,
     WORDS,
     Callers,
@@ -23,8 +25,6 @@ from detector import (
     private_pages,
     rounds,
 )
-
-import ksmcore
 
 N_PAGES = Callers.N_SLOTS * Callers.SLOT_PAGES
 # Calls that each guard has to see in the long form.

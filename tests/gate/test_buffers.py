@@ -18,8 +18,8 @@ import warnings
 
 import numpy as np
 import pytest
-from kernels_view import present_pages
 
+from helpers.kernels_view import present_pages
 from ksmcore._gate import buffers, mapping_rules, phase
 from ksmcore._kernel import smaps
 

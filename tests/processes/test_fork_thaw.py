@@ -11,7 +11,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from forks import (
+
+import ksmcore
+from helpers.forks import (
     PAGE,
     THREADS_RUN,
     Child,
@@ -27,8 +29,6 @@ from forks import (
     scanning,
     watch,
 )
-
-import ksmcore
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 N_PAGES = 32

@@ -14,11 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import KSMCORE, MERGED, is_alive, ksmcore, own_directories, running, wait_until, write
-from forks import THREADS_RUN
 from rich.console import Console
 
 import ksmcore as library
+from helpers.cli import (
+    KSMCORE,
+    MERGED,
+    is_alive,
+    ksmcore,
+    own_directories,
+    running,
+    wait_until,
+    write,
+)
+from helpers.forks import THREADS_RUN
 from ksmcore.cli import live, serving, view
 from ksmcore.cli.figures import Source
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli import ksmcore as command_line
 
 import ksmcore
 import ksmcore.cli.demo
+from helpers.cli import ksmcore as command_line
 
 TINY = 0.01
 

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from cli import ksmcore, own_directories, write
+
+from helpers.cli import ksmcore, own_directories, write
 
 __all__ = ["own_directories"]
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from kernels_view import pss_bytes
-from processes import FORK_OFTEN, run_python
 
 import ksmcore
+from helpers.kernels_view import pss_bytes
+from helpers.processes import FORK_OFTEN, run_python
 from ksmcore._arrays import arena, installing
 from ksmcore._arrays.installing import is_here
 

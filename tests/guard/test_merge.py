@@ -8,9 +8,9 @@ import threading
 
 import numpy as np
 import pytest
-from kernels_view import present_pages, pss_bytes, pss_of
 
 import ksmcore
+from helpers.kernels_view import present_pages, pss_bytes, pss_of
 from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import smaps, syscalls
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, own_directories, python, write
 
 import ksmcore as library
+from helpers.cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, own_directories, python, write
 from ksmcore.cli.figures import REASONS, Source, summary
 
 __all__ = ["own_directories"]

@@ -8,7 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from forks import (
+
+import ksmcore
+from helpers.forks import (
     PAGE,
     THREADS_RUN,
     Memory,
@@ -20,8 +22,6 @@ from forks import (
     live_anew,
     random_pages,
 )
-
-import ksmcore
 from ksmcore._engine.passes import BATCH_PAGES
 from ksmcore._guard import guard
 from ksmcore._kernel import forks

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from kernels_view import present_pages, pss_bytes
-from processes import run_python
 
 import ksmcore
+from helpers.kernels_view import present_pages, pss_bytes
+from helpers.processes import run_python
 from ksmcore._arrays import arena, installing
 from ksmcore._kernel import syscalls
 

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from forks import THREADS_RUN, in_child
-from test_html import Reader
 
 import ksmcore
+from helpers.forks import THREADS_RUN, in_child
+from helpers.html_reader import Reader
 from ksmcore._engine.counters import COUNTERS, SKIPPED, STAGES
 from ksmcore._show.report import MOST_REGIONS
 

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from cli import KSMCORE, ksmcore, python, write
 
+from helpers.cli import KSMCORE, ksmcore, python, write
 from ksmcore import __version__
 from ksmcore.cli.checkup import show
 from ksmcore.doctor.checks import Check, map_limit

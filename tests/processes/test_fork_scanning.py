@@ -1,12 +1,14 @@
 """Forks in the middle of a pass of another thread: nobody waits for ever, nobody sees wrong bytes.
 
-A child that hangs is ended by its watchdog, see forks.py.
+A child that hangs is ended by its watchdog, see helpers/forks.py.
 """
 
 import threading
 
 import pytest
-from forks import (
+
+import ksmcore
+from helpers.forks import (
     PAGE,
     THREADS_RUN,
     Child,
@@ -18,8 +20,6 @@ from forks import (
     random_pages,
     scanning,
 )
-
-import ksmcore
 from ksmcore._guard import guard
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)

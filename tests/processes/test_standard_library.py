@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import (
+
+from helpers.forks import (
     PAGE,
     THREADS_RUN,
     Memory,
@@ -225,7 +226,7 @@ def run_script(code: str) -> tuple[int, list[str]]:
     options = ["-W", "error", "-W", "ignore::DeprecationWarning"]
     done = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(code)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],  # where helpers are found
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -240,7 +241,7 @@ def test_the_child_outlives_the_parent(end):
     code, words = run_script(f"""
         import os, sys
         import ksmcore
-        from forks import Memory, finish, fork, live, live_anew
+        from helpers.forks import Memory, finish, fork, live, live_anew
 
         engine = ksmcore.Engine()
         memory = Memory.merged(engine, 1)
@@ -281,7 +282,7 @@ def test_the_child_exits_as_programs_do(uses):
             os.write(1, b"parent " if os.getpid() == parent else b"child ")
 
         import ksmcore
-        from forks import Memory, exit_code, fork, live
+        from helpers.forks import Memory, exit_code, fork, live
 
         parent = os.getpid()
         engine = ksmcore.Engine()
@@ -305,7 +306,7 @@ def test_a_daemon():
     code, words = run_script("""
         import os
         import ksmcore
-        from forks import Memory, close_all_fds, exit_code, finish, fork, live_anew
+        from helpers.forks import Memory, close_all_fds, exit_code, finish, fork, live_anew
 
         engine = ksmcore.Engine()
         memory = Memory.merged(engine, 1)

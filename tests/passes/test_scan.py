@@ -1,4 +1,4 @@
-"""The rules of a pass (KSM's), by counters whose truth test_merge.py proves."""
+"""The rules of a pass (KSM's), by counters whose truth guard/test_merge.py proves."""
 
 import mmap
 import os

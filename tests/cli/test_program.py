@@ -10,7 +10,8 @@ import time
 import zipfile
 
 import pytest
-from cli import QUIETLY, interruptible, ksmcore, own_directories, python, write
+
+from helpers.cli import QUIETLY, interruptible, ksmcore, own_directories, python, write
 
 __all__ = ["interruptible", "own_directories"]
 

@@ -7,9 +7,9 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
-from kernels_view import pss_bytes
 
 import ksmcore
+from helpers.kernels_view import pss_bytes
 from ksmcore._kernel import pagemap
 
 PAGE = mmap.PAGESIZE

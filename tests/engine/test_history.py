@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from forks import THREADS_RUN, in_child
 
+from helpers.forks import THREADS_RUN, in_child
 from ksmcore._engine.history import History, Sample, sample
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

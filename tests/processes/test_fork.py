@@ -6,7 +6,9 @@ import os
 
 import numpy as np
 import pytest
-from forks import (
+
+import ksmcore
+from helpers.forks import (
     PAGE,
     THREADS_RUN,
     Child,
@@ -18,8 +20,6 @@ from forks import (
     live_anew,
     random_pages,
 )
-
-import ksmcore
 
 N_PAGES = 32
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
-from processes import FORK_OFTEN, run_python
 
 import ksmcore
+from helpers.forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
+from helpers.processes import FORK_OFTEN, run_python
 from ksmcore._kernel import forks
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)

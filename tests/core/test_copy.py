@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_view import pss_bytes, pss_of
+from helpers.kernels_view import pss_bytes, pss_of
 
 import ksmcore
 from ksmcore._kernel import smaps, syscalls

@@ -12,8 +12,9 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from cli import KSMCORE, ksmcore, own_directories, python, write
-from forks import THREADS_RUN
+
+from helpers.cli import KSMCORE, ksmcore, own_directories, python, write
+from helpers.forks import THREADS_RUN
 
 __all__ = ["own_directories"]
 
