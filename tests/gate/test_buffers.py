@@ -1,11 +1,9 @@
 """The gate: what is taken, what is refused and why, and that it leaves no trace."""
 
 import array
-import builtins
 import ctypes
 import datetime
 import fcntl
-import io
 import mmap
 import multiprocessing
 import os
@@ -60,7 +58,19 @@ READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 def admit(buffer, **options):
-    return buffers.admit(buffer, page_bytes=PAGE, **options)
+    return admit_all([buffer], **options)[0]
+
+
+def admit_all(given, *, page_bytes=PAGE, **options):
+    """Both halves of the gate, as registration takes them."""
+    held = []
+    try:
+        for buffer in given:
+            held.append(buffers.Export(buffer, page_bytes))
+    except BaseException:
+        buffers.release_all(held)
+        raise
+    return buffers.admit(held, page_bytes=page_bytes, **options)
 
 
 def refused(buffer, error=ValueError, **options):
@@ -118,7 +128,7 @@ def private_mmap(len_bytes=LEN_BYTES):
 
 def told_advice(admission):
     names = ("dontfork", "dontdump", "hugepage", "nohugepage")
-    return {name for name in names if getattr(admission, name)}
+    return {name for name in names if getattr(admission.traits, name)}
 
 
 # --- what is taken --------------------------------------------------------------------------------
@@ -127,11 +137,13 @@ def told_advice(admission):
 def test_private_anonymous_mmap():
     area = private_mmap()
     admission = admit(area)
-    assert admission.addr == ctypes.addressof(ctypes.c_char.from_buffer(admission.view))
-    assert admission.phase == 0
-    assert admission.n_pages == N_PAGES
-    assert admission.len_bytes == LEN_BYTES == admission.view.nbytes
-    assert not admission.must_privatize
+    assert admission.export.addr == ctypes.addressof(
+        ctypes.c_char.from_buffer(admission.export.view)
+    )
+    assert admission.export.phase == 0
+    assert admission.export.n_pages == N_PAGES
+    assert admission.export.len_bytes == LEN_BYTES == admission.export.view.nbytes
+    assert not admission.traits.must_privatize
     assert told_advice(admission) == set()
 
 
@@ -170,14 +182,14 @@ def test_array(name):
     values = ARRAYS[name]
     admission = admit(values)
     first_byte = values.ctypes.data
-    assert admission.len_bytes == values.nbytes
-    assert admission.phase == first_byte % PAGE
-    assert admission.addr % PAGE == 0
-    assert 0 <= admission.addr - first_byte < PAGE
-    left = first_byte + values.nbytes - (admission.addr + admission.n_pages * PAGE)
+    assert admission.export.len_bytes == values.nbytes
+    assert admission.export.phase == first_byte % PAGE
+    assert admission.export.addr % PAGE == 0
+    assert 0 <= admission.export.addr - first_byte < PAGE
+    left = first_byte + values.nbytes - (admission.export.addr + admission.export.n_pages * PAGE)
     assert 0 <= left < PAGE
     # A view of the very same bytes, not of a copy.
-    octets = np.frombuffer(admission.view, np.uint8)
+    octets = np.frombuffer(admission.export.view, np.uint8)
     octets[-1] = 7
     assert values.tobytes("A")[-1] == 7
     octets[-1] = 0
@@ -221,9 +233,12 @@ def test_array_of_a_foreign_type():
 def test_other_buffers(make):
     buffer = make()
     admission = admit(buffer)
-    assert admission.len_bytes == memoryview(buffer).nbytes
-    assert admission.n_pages in (admission.len_bytes // PAGE, admission.len_bytes // PAGE - 1)
-    assert admission.addr % PAGE == 0
+    assert admission.export.len_bytes == memoryview(buffer).nbytes
+    assert admission.export.n_pages in (
+        admission.export.len_bytes // PAGE,
+        admission.export.len_bytes // PAGE - 1,
+    )
+    assert admission.export.addr % PAGE == 0
     admission.release()
 
 
@@ -241,10 +256,10 @@ def test_other_buffers(make):
 def test_only_whole_pages_are_admitted(mapped, offset, len_bytes, first_page, n_pages):
     mapping = mapped()
     admission = admit(memoryview(mapping.buffer)[offset : offset + len_bytes])
-    assert admission.addr == mapping.addr + first_page * PAGE
-    assert admission.n_pages == n_pages
-    assert admission.phase == offset % PAGE
-    assert admission.len_bytes == len_bytes
+    assert admission.export.addr == mapping.addr + first_page * PAGE
+    assert admission.export.n_pages == n_pages
+    assert admission.export.phase == offset % PAGE
+    assert admission.export.len_bytes == len_bytes
 
 
 def test_whole_pages_of_random_slices(mapped):
@@ -258,22 +273,22 @@ def test_whole_pages_of_random_slices(mapped):
             assert "no whole page" in refused(everything[first:last])
             continue
         with_slice = admit(everything[first:last])
-        assert with_slice.addr == mapping.addr + inside[0] * PAGE
-        assert with_slice.n_pages == len(inside)
+        assert with_slice.export.addr == mapping.addr + inside[0] * PAGE
+        assert with_slice.export.n_pages == len(inside)
 
 
 def test_memory_of_several_mappings(mapped):
     mapping = mapped()
     mapping.call("madvise", mmap.MADV_NOHUGEPAGE, 4, 4)
     assert len(smaps.vmas_in(mapping.addr, mapping.addr + LEN_BYTES)) == 3
-    assert admit(mapping.buffer).n_pages == N_PAGES
+    assert admit(mapping.buffer).export.n_pages == N_PAGES
 
 
 def test_the_page_size_is_the_callers():
     # As seen by a system of larger pages: alignment follows; the mappings do not match it.
     area = private_mmap()
     with pytest.raises(ValueError, match=f"pages have .* instead of {4 * PAGE:,}"):
-        buffers.admit(area, page_bytes=4 * PAGE)
+        admit(area, page_bytes=4 * PAGE)
 
 
 def test_heap_memory_is_private_anonymous():
@@ -291,7 +306,7 @@ def test_memory_with_a_name(mapped):
     if libc.prctl(pr_set_vma, *args) != 0:
         pytest.skip(why_failed("prctl(PR_SET_VMA)"))
     assert smaps.vmas_in(mapping.addr, mapping.addr + PAGE)[0].path == "[anon:cache]"
-    assert admit(mapping.buffer).n_pages == N_PAGES
+    assert admit(mapping.buffer).export.n_pages == N_PAGES
 
 
 def test_private_mapping_of_dev_zero_is_anonymous(mapped):
@@ -301,8 +316,8 @@ def test_private_mapping_of_dev_zero_is_anonymous(mapped):
     finally:
         os.close(fd)
     admission = admit(mapping.buffer)
-    assert admission.n_pages == N_PAGES
-    assert not admission.must_privatize
+    assert admission.export.n_pages == N_PAGES
+    assert not admission.traits.must_privatize
 
 
 # --- flags that a new mapping needs again ---------------------------------------------------------
@@ -329,15 +344,15 @@ def test_advice_outside_the_whole_pages_is_not_told(mapped):
     mapping.call("madvise", mmap.MADV_DONTDUMP, 0, 1)
     mapping.call("madvise", mmap.MADV_DONTFORK, N_PAGES - 1, 1)
     admission = admit(memoryview(mapping.buffer)[5:-5])
-    assert admission.n_pages == N_PAGES - 2
-    assert not admission.dontdump
-    assert not admission.dontfork
+    assert admission.export.n_pages == N_PAGES - 2
+    assert not admission.traits.dontdump
+    assert not admission.traits.dontfork
 
 
 def test_dump_advice_on_a_part_counts_for_all(mapped):
     mapping = mapped()
     mapping.call("madvise", mmap.MADV_DONTDUMP, 4, 1)
-    assert admit(mapping.buffer).dontdump
+    assert admit(mapping.buffer).traits.dontdump
 
 
 def test_fork_advice_on_a_part_is_refused(mapped):
@@ -459,8 +474,8 @@ def test_the_default_mmap_is_shared():
 def test_shared_anonymous_memory_can_be_made_private():
     area = mmap.mmap(-1, LEN_BYTES)
     admission = admit(area, privatize=True)
-    assert admission.must_privatize
-    assert admission.n_pages == N_PAGES
+    assert admission.traits.must_privatize
+    assert admission.export.n_pages == N_PAGES
 
 
 def test_shared_anonymous_memory_with_a_name(mapped):
@@ -475,7 +490,7 @@ def test_shared_anonymous_memory_with_a_name(mapped):
 
 
 def test_privatize_does_no_harm_to_private_memory():
-    assert not admit(private_mmap(), privatize=True).must_privatize
+    assert not admit(private_mmap(), privatize=True).traits.must_privatize
 
 
 @pytest.mark.parametrize("privatize", [False, True])
@@ -613,7 +628,7 @@ def test_locked_memory(mapped):
     mapping.call("mlock", 0, 2, 1)
     assert "locked" in refused(mapping.buffer)
     mapping.call("munlock")
-    assert admit(mapping.buffer).n_pages == N_PAGES
+    assert admit(mapping.buffer).export.n_pages == N_PAGES
 
 
 def test_memory_that_is_wiped_on_fork(mapped):
@@ -648,10 +663,10 @@ def test_memory_that_a_userfaultfd_watches(mapped):
         )
         fcntl.ioctl(fd, UFFDIO_REGISTER, bytearray(request))
         assert "userfaultfd" in refused(mapping.buffer)
-        assert admit(memoryview(mapping.buffer)[: 4 * PAGE]).n_pages == 4
+        assert admit(memoryview(mapping.buffer)[: 4 * PAGE]).export.n_pages == 4
     finally:
         os.close(fd)
-    assert admit(mapping.buffer).n_pages == N_PAGES
+    assert admit(mapping.buffer).export.n_pages == N_PAGES
 
 
 def test_memory_with_a_numa_policy(mapped):
@@ -840,7 +855,7 @@ def test_memory_of_an_array_outlives_the_array():
     values = np.full(LEN_BYTES, 9, np.uint8)
     admission = admit(values)
     del values
-    assert admission.view[LEN_BYTES // 2] == 9
+    assert admission.export.view[LEN_BYTES // 2] == 9
     admission.release()
 
 
@@ -849,7 +864,7 @@ def test_the_callers_memoryview_may_go():
     view = memoryview(buffer)
     admission = admit(view)
     view.release()
-    assert admission.view.nbytes == LEN_BYTES
+    assert admission.export.view.nbytes == LEN_BYTES
     with pytest.raises(BufferError):
         buffer.append(1)
     admission.release()
@@ -866,7 +881,7 @@ def test_an_admission_that_is_dropped_lets_go():
 def test_a_view_of_the_view_keeps_the_hold():
     area = private_mmap()
     admission = admit(area)
-    view = np.frombuffer(admission.view, np.uint8)
+    view = np.frombuffer(admission.export.view, np.uint8)
     admission.release()
     with pytest.raises(BufferError):
         area.close()
@@ -1000,7 +1015,7 @@ def test_no_descriptor_is_left_open(mapped):
     shared.close()
 
 
-# --- many at once, and fresh memory ---------------------------------------------------------------
+# --- many at once ------------------------------------------------------------------------------
 
 
 def test_many_buffers_cost_one_reading(monkeypatch):
@@ -1009,12 +1024,12 @@ def test_many_buffers_cost_one_reading(monkeypatch):
     monkeypatch.setattr(smaps, "Snapshot", lambda *args: made.append(args) or snapshot(*args))
     areas = [private_mmap() for _ in range(20)]
     arrays = [np.zeros(LEN_BYTES + 8 * n) for n in range(20)]
-    admissions = buffers.admit_all([*areas, *arrays], page_bytes=PAGE)
+    admissions = admit_all([*areas, *arrays])
     assert len(made) == 1
-    assert [admission.len_bytes for admission in admissions] == [
+    assert [admission.export.len_bytes for admission in admissions] == [
         memoryview(buffer).nbytes for buffer in [*areas, *arrays]
     ]
-    assert len({admission.addr for admission in admissions}) == 40
+    assert len({admission.export.addr for admission in admissions}) == 40
 
 
 @pytest.mark.parametrize("culprit", ["shared", "small", "nothing"])
@@ -1023,7 +1038,7 @@ def test_all_of_many_buffers_or_none(culprit):
     shared = mmap.mmap(-1, LEN_BYTES)
     bad = {"shared": shared, "small": bytearray(1), "nothing": None}[culprit]
     with pytest.raises((TypeError, ValueError)) as kept:
-        buffers.admit_all([*areas[:3], bad, *areas[3:]], page_bytes=PAGE)
+        admit_all([*areas[:3], bad, *areas[3:]])
     for area in [*areas, shared]:
         area.close()
     assert kept.value.__traceback__ is not None
@@ -1031,31 +1046,7 @@ def test_all_of_many_buffers_or_none(culprit):
 
 def test_no_buffers_are_no_work(monkeypatch):
     monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
-    assert buffers.admit_all([], page_bytes=PAGE) == []
-
-
-def test_fresh_memory_is_not_looked_up(mapped, monkeypatch):
-    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
-    monkeypatch.setattr(smaps, "locked_bytes", lambda: 0)
-    mapping = mapped()
-    admission = admit(mapping.buffer, fresh=True)
-    assert (admission.addr, admission.n_pages) == (mapping.addr, N_PAGES)
-    assert not admission.dontfork
-    with pytest.raises(FileNotFoundError):
-        admit(mapping.buffer)
-
-
-def test_fresh_memory_is_looked_up_where_some_is_locked(mapped):
-    mapping = mapped()
-    mapping.call("mlock")
-    assert "locked" in refused(mapping.buffer, fresh=True)
-
-
-def test_fresh_memory_is_looked_up_where_nobody_tells_of_locks(mapped, monkeypatch):
-    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name: x\n"))
-    monkeypatch.setattr(smaps, "Snapshot", missing_smaps)
-    with pytest.raises(FileNotFoundError):
-        admit(mapped().buffer, fresh=True)
+    assert admit_all([]) == []
 
 
 # --- phase ----------------------------------------------------------------------------------------

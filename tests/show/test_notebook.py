@@ -9,7 +9,6 @@ import pytest
 import ksmcore
 from helpers.html_reader import Reader
 from ksmcore._engine.history import Sample
-from ksmcore._show import notebook
 from ksmcore._show.charts import Point, byte_ticks, savings_points, savings_svg, time_ticks
 
 PAGE = ksmcore.Engine.page_bytes
@@ -98,11 +97,6 @@ def test_what_comes_from_outside_is_escaped(engine):
     assert "<script>alert(1)</script>" in Reader(stats._repr_html_()).text
 
 
-def test_other_things_have_no_picture():
-    with pytest.raises(TypeError, match="int"):
-        notebook.shown(3)
-
-
 # ---- the chart ----------------------------------------------------------------------------------
 
 
@@ -165,9 +159,9 @@ def test_one_moment_is_seen_too():
 
 
 def test_of_a_long_history_the_extremes_are_drawn(engine):
-    engine._made_at -= 4
+    engine._parts.passes._made_at -= 4
     for n in range(3000):
-        engine._history.add(Sample(n * 0.001, n * PAGE, 1, 10_000 if n == 1717 else n % 5, 1, 1, 0))
+        engine.history.add(Sample(n * 0.001, n * PAGE, 1, 10_000 if n == 1717 else n % 5, 1, 1, 0))
     points = savings_points(engine)
     assert len(points) <= 4 * 400 + 4
     assert max(point.saved_bytes for point in points) == 10_000 * PAGE
