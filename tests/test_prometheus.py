@@ -50,14 +50,39 @@ def test_scrape(engine, scrape, rng):
 
 
 def test_every_number_of_stats_is_a_metric(engine):
-    from ksmcore.prometheus import COUNTERS, GAUGES
+    from ksmcore.prometheus import Collector
 
-    names = {name for name, value in engine.stats().as_dict().items() if type(value) is int}
-    left_out = {"page_bytes", "page_compares", "guard_waits", "store_pages", "store_pages_frozen"}
-    assert names - left_out - {"pages_skipped", "pages_reshared", "pages_tracked"} == {
-        *COUNTERS,
-        *GAUGES,
+    metrics = {
+        metric.name.removeprefix("ksmcore_"): metric for metric in Collector(engine).collect()
     }
+    stats = engine.stats().as_dict()
+    numbers = {name for name, value in stats.items() if type(value) is int} | {"seconds"}
+    assert set(metrics) == numbers
+    by_reason = {one.labels["reason"]: one.value for one in metrics["pages_skipped"].samples}
+    assert by_reason == stats["skipped"]
+    assert {one.labels["stage"] for one in metrics["seconds"].samples} == set(stats["seconds"])
+
+
+def test_what_only_grows_is_a_counter(engine):
+    from ksmcore.prometheus import Collector
+
+    kinds = {metric.name.removeprefix("ksmcore_"): metric for metric in Collector(engine).collect()}
+    counters = {name for name, metric in kinds.items() if metric.type == "counter"}
+    assert counters == {
+        "cow_breaks",
+        "full_scans",
+        "guard_waits",
+        "page_compares",
+        "pages_hashed",
+        "pages_merged",
+        "pages_reshared",
+        "pages_scanned",
+        "pages_skipped",
+        "pages_zeroed",
+        "seconds",
+    }
+    assert {kinds[name].type for name in set(kinds) - counters} == {"gauge"}
+    assert kinds["full_scans"].documentation == "Completed passes over everything registered."
 
 
 def test_a_closed_engine_has_no_metrics(scrape, engine):
