@@ -151,7 +151,7 @@ class Stats(Snapshot):
     @property
     @derived(NOW, "pages")
     def pages_tracked(self) -> int:
-        """Shared, sharing, unshared and volatile pages together: all with a record but zero pages."""
+        """Shared, sharing, unshared and volatile pages: all that have a record, but zero pages."""
         return self.pages_shared + self.pages_sharing + self.pages_unshared + self.pages_volatile
 
     @property

@@ -13,7 +13,6 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import pss_bytes
-from ksmcore._engine.counters import NUMBERS, SKIPPED, STAGES
 from ksmcore._kernel import pagemap
 
 PAGE = mmap.PAGESIZE
@@ -121,26 +120,6 @@ def test_a_snapshot_keeps_nothing_of_what_it_was_made_from(engine):
     report = replace(engine.scan(), skipped=skipped)
     skipped["held"] = 4
     assert report.skipped == {"held": 3}
-
-
-# ---- the table of counters ----------------------------------------------------------------------
-
-
-def test_every_number_reason_and_stage_is_in_the_table(engine):
-    stats = engine.stats()
-    assert set(NUMBERS) == set(stats.as_dict())
-    assert list(SKIPPED) == list(stats.skipped)
-    assert list(STAGES) == list(stats.seconds)
-    for name, meaning in NUMBERS.items():
-        value = getattr(stats, name)
-        assert meaning.sentence.endswith(".")
-        assert (meaning.kind == "text") == (value is None or isinstance(value, str))
-        assert bool(meaning.by) == isinstance(value, dict)
-
-
-def test_help_tells_what_every_number_is():
-    for name, meaning in NUMBERS.items():
-        assert f"{name}: {meaning.sentence}\n" in f"{ksmcore.Stats.__doc__}\n"
 
 
 def test_derived_numbers_are_in_the_dict(engine):
