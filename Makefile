@@ -30,11 +30,11 @@ STUBBED := $(subst /,.,$(filter $(basename $(SOURCES)),$(basename $(wildcard ksm
 # Only what really is a virtual environment, whatever VENV says.
 REMOVE_VENV = if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); \
     elif [ -e $(VENV) ]; then echo "$(VENV) is no virtual environment" >&2; exit 1; fi
-LINTED := $(wildcard setup.py ksmcore ksmcore_pytest.py tests bench examples)
+LINTED := $(wildcard setup.py ksmcore ksmcore_pytest.py tests bench examples docs/tables.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dev demo test stress sanitize leaks neon bench examples lint style types format sdist clean
+.PHONY: help venv build dev demo test stress sanitize leaks neon bench examples tables lint style types format sdist clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: build ## Run the benchmarks
 examples: build ## Run every example at full size (some minutes, 2 GB)
 	@set -e; for file in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
 	    echo "== $$file"; $(PY) "$$file"; done
+
+tables: build ## Write the tables of docs/ that are made from the package
+	$(PY) docs/tables.py
 
 lint: style types ## Check style and types, and the stubs against the compiled modules
 

@@ -24,6 +24,7 @@ from ksmcore._arrays import installing as _allocating  # noqa: E402
 from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
 from ksmcore._engine.all_engines import process_memory_info as memory_info  # noqa: E402
 from ksmcore._engine.area import Area  # noqa: E402
+from ksmcore._engine.counters import Stats  # noqa: E402
 from ksmcore._engine.engine import Engine  # noqa: E402
 from ksmcore._engine.features import features  # noqa: E402
 from ksmcore._engine.history import History, Sample  # noqa: E402
@@ -31,13 +32,7 @@ from ksmcore._engine.page_state import PageState  # noqa: E402
 from ksmcore._engine.progress import Progress  # noqa: E402
 from ksmcore._engine.region import Region  # noqa: E402
 from ksmcore._engine.settings import Settings  # noqa: E402
-from ksmcore._engine.stats import (  # noqa: E402
-    Estimate,
-    MemoryInfo,
-    PassReport,
-    RegionStats,
-    Stats,
-)
+from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats  # noqa: E402
 from ksmcore._gate.phase import PhaseWarning  # noqa: E402
 from ksmcore.errors import InternalError  # noqa: E402
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from ksmcore._engine.counters import NUMBERS
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -50,14 +51,33 @@ def test_scrape(engine, scrape, rng):
 
 
 def test_every_number_of_stats_is_a_metric(engine):
-    from ksmcore.prometheus import COUNTERS, GAUGES
+    from ksmcore.prometheus import Collector
 
-    names = {name for name, value in engine.stats().as_dict().items() if type(value) is int}
-    left_out = {"page_bytes", "page_compares", "guard_waits", "store_pages", "store_pages_frozen"}
-    assert names - left_out - {"pages_skipped", "pages_reshared", "pages_tracked"} == {
-        *COUNTERS,
-        *GAUGES,
+    metrics = {
+        metric.name.removeprefix("ksmcore_"): metric for metric in Collector(engine).collect()
     }
+    stats = engine.stats().as_dict()
+    numbers = {name for name, value in stats.items() if type(value) is int} | {"seconds"}
+    assert set(metrics) == numbers
+    by_reason = {one.labels["reason"]: one.value for one in metrics["pages_skipped"].samples}
+    assert by_reason == stats["skipped"]
+    assert {one.labels["stage"] for one in metrics["seconds"].samples} == set(stats["seconds"])
+
+
+def test_what_only_grows_is_a_counter(engine):
+    from ksmcore.prometheus import Collector
+
+    metrics = {
+        metric.name.removeprefix("ksmcore_"): metric for metric in Collector(engine).collect()
+    }
+    assert metrics["full_scans"].type == metrics["pages_skipped"].type == "counter"
+    assert metrics["pages_shared"].type == metrics["maps_used"].type == "gauge"
+    assert metrics["full_scans"].documentation == "Completed passes over everything registered."
+    for name in {*metrics} - {"pages_skipped"}:
+        assert (metrics[name].type, metrics[name].documentation) == (
+            NUMBERS[name].kind,
+            NUMBERS[name].sentence,
+        )
 
 
 def test_a_closed_engine_has_no_metrics(scrape, engine):

@@ -14,7 +14,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from ksmcore._arrays import making
@@ -23,6 +22,7 @@ from ksmcore._core.null_core import NullCore
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
 from ksmcore._engine.closing import Closing
+from ksmcore._engine.counters import Stats
 from ksmcore._engine.features import check_tracker, choose_guard
 from ksmcore._engine.history import History, Sample
 from ksmcore._engine.passes import EVERYTHING, Passes
@@ -31,12 +31,7 @@ from ksmcore._engine.region import Region
 from ksmcore._engine.registrar import Registrar
 from ksmcore._engine.scanner import Scanner
 from ksmcore._engine.settings import InForce, Settings
-from ksmcore._engine.stats import (
-    Estimate,
-    PassReport,
-    Stats,
-    frozen_counts,
-)
+from ksmcore._engine.stats import Estimate, PassReport
 from ksmcore._kernel import forks
 from ksmcore._kernel.syscalls import page_bytes
 
@@ -431,8 +426,6 @@ class Engine(Closing):
         with_tracker = numbers.pop("with_tracker")
         return Stats(
             page_bytes=self.page_bytes,
-            skipped=frozen_counts(numbers.pop("skipped")),
-            seconds=MappingProxyType(numbers.pop("seconds")),
             run=parts.in_force.settings.run,
             scanner_error=None if parts.scanner.error is None else repr(parts.scanner.error),
             guard=self._core.guard_in_use,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ksmcore._core.scopes import GuardScope, PassLock
 from ksmcore._engine.history import History, Sample, sample
 from ksmcore._engine.progress import Progress, reporting
-from ksmcore._engine.stats import PassReport, frozen_counts
+from ksmcore._engine.stats import PassReport
 from ksmcore._gate.ranges import overlap_bytes
 from ksmcore._kernel import smaps
 from ksmcore._kernel.syscalls import page_bytes
@@ -240,7 +240,7 @@ class Passes:
         return PassReport(
             bytes_saved=saved - saved_before,
             pages_scanned=scanned,
-            skipped=frozen_counts(skipped),
+            skipped=skipped,
             seconds=time.perf_counter() - begun.seconds,
             **grown,
         )

@@ -1,6 +1,6 @@
-"""What an engine reports: frozen snapshots, each with a one-line repr.
+"""What is reported: frozen snapshots, each with a one-line repr. That of an engine is in counters.
 
-Called by the engine and by users. Holds numbers only; `memory_info` asks the kernel for its own.
+They hold numbers only, and can be pickled and copied; `memory_info` asks the kernel for its own.
 """
 
 from __future__ import annotations
@@ -8,19 +8,38 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from ksmcore._kernel import smaps
 from ksmcore.sizes import human_bytes
 
-__all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Stats", "memory_info"]
+__all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Snapshot", "memory_info"]
+
+Number = TypeVar("Number", bound=float)
 
 
-class _Numbers:
-    """What the frozen snapshots share."""
+class FrozenDict(dict[str, Number]):
+    """A dict that stays as it is. Of its own `copy` and `|` make plain ones."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("the numbers of a snapshot cannot be changed; dict(...) makes a copy")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenDict[Number]], tuple[dict[str, Number]]]:
+        return type(self), (dict(self),)
+
+
+class Snapshot:
+    """What the frozen dataclasses of numbers share."""
 
     __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, FrozenDict(value))
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, and the derived numbers, as plain Python values (ready for json)."""
@@ -37,107 +56,7 @@ class _Numbers:
 
 
 @dataclass(frozen=True, repr=False)
-class Stats(_Numbers):
-    """The state of an engine at one moment, under the names of /sys/kernel/mm/ksm where it has
-    them."""
-
-    page_bytes: int
-    """Size of a page in bytes."""
-    regions: int
-    """Registered regions."""
-    pages_shared: int
-    """Shared pages in use: pages of the store that at least one virtual page maps."""
-    pages_sharing: int
-    """Mappings of shared pages beyond the first of each: pages saved."""
-    pages_unshared: int
-    """Pages that did not change and equal no other."""
-    pages_quiet: int
-    """Those of them that are not read again until the kernel says that they were written."""
-    pages_volatile: int
-    """Pages that changed since the last pass, or were not seen often enough to tell."""
-    ksm_zero_pages: int
-    """Pages that were all zero and given back."""
-    full_scans: int
-    """Completed passes over everything registered."""
-    pages_scanned: int
-    """Present pages passed, over all passes."""
-    pages_hashed: int
-    """Checksums computed, over all passes."""
-    pages_merged: int
-    """Mappings of shared pages made, over all passes."""
-    pages_reshared: int
-    """Those of them that only dropped a private copy which had become equal again."""
-    pages_zeroed: int
-    """Zero pages given back, over all passes."""
-    cow_breaks: int
-    """Shared pages that were found copied by a write."""
-    page_compares: int
-    """Whole pages compared while searching the trees."""
-    guard_waits: int
-    """Writes of this process that had to wait for a merge, under any engine."""
-    store_pages: int
-    """Pages that the store holds, copies in blocks without a sharer included."""
-    store_pages_frozen: int
-    """Those of them that another process may still map because of a fork."""
-    metadata_bytes: int
-    """Memory of the engine's own records: rmap items, rmap hash, tree nodes, regions."""
-    maps_used: int
-    """Memory mappings that the engine is taken to use, of `maps_allowed`."""
-    maps_allowed: int
-    """Memory mappings that the engine may use."""
-    skipped: Mapping[str, int]
-    """Pages that could have been merged and were not, or were not looked at, by reason, over all
-    passes."""
-    seconds: Mapping[str, float]
-    """Time spent on each stage of a page's path, over all passes: "pagemap" (which pages need a
-    look), "checksum", "trees" (searching), "store" (new shared pages), "guard" (mapping)."""
-    run: int
-    """The setting of that name: 1 while the background scanner is wanted."""
-    scanner_error: str | None
-    """What the scanner ended by, until `stop` raises it."""
-    guard: str
-    """The guard in use."""
-    dirty: str
-    """What tells changed pages: "pagemap" (the kernel, of pages that are quiet), or "checksum"."""
-    presence: str
-    """What tells present and shared pages: "pagemap", or "mincore" with byte compares, which takes
-    a private copy with unchanged bytes for still shared."""
-
-    @property
-    def bytes_saved(self) -> int:
-        """(pages_sharing + ksm_zero_pages) x page."""
-        return (self.pages_sharing + self.ksm_zero_pages) * self.page_bytes
-
-    @property
-    def general_profit(self) -> int:
-        """bytes_saved less all metadata, in bytes."""
-        return self.bytes_saved - self.metadata_bytes
-
-    @property
-    def pages_tracked(self) -> int:
-        """Present pages of which a record is kept, zero-merged ones aside."""
-        return self.pages_shared + self.pages_sharing + self.pages_unshared + self.pages_volatile
-
-    @property
-    def pages_skipped(self) -> int:
-        """Sum of `skipped`."""
-        return sum(self.skipped.values())
-
-    def __repr__(self) -> str:
-        return (
-            f"<ksmcore.Stats: {human_bytes(self.bytes_saved)} saved, {self.pages_shared} shared, "
-            f"{self.pages_sharing} sharing, {self.pages_unshared} unshared, "
-            f"{self.pages_volatile} volatile, {self.ksm_zero_pages} zero pages>"
-        )
-
-    def _repr_html_(self) -> str:
-        from ksmcore._show import notebook
-
-        return notebook.of_stats(self)
-
-
-@dataclass(frozen=True, repr=False)
-class RegionStats(_Numbers):
+class RegionStats(Snapshot):
     """What the pages of a region, or of all regions of an area, are at one moment."""
 
     pages: int = 0
@@ -177,7 +96,7 @@ class RegionStats(_Numbers):
 
 
 @dataclass(frozen=True, repr=False)
-class PassReport(_Numbers):
+class PassReport(Snapshot):
     """What one `scan` or `dedup` did."""
 
     bytes_saved: int
@@ -216,7 +135,7 @@ class PassReport(_Numbers):
 
 
 @dataclass(frozen=True, repr=False)
-class Estimate(_Numbers):
+class Estimate(Snapshot):
     """What merging some buffers would save at most. See `ksmcore.estimate`."""
 
     page_bytes: int
@@ -254,7 +173,7 @@ class Estimate(_Numbers):
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryInfo(_Numbers):
+class MemoryInfo(Snapshot):
     """This process's memory as the kernel accounts it, in bytes."""
 
     rss: int
@@ -294,7 +213,3 @@ def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
             unsharing += (vma.end - vma.start) - vma.anonymous - vma.swap
     held = sum(os.fstat(fd).st_blocks * 512 for fd in store_fds)
     return MemoryInfo(rss=totals["Rss"], pss=totals["Pss"], saved=unsharing - held)
-
-
-def frozen_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
-    return MappingProxyType(dict(counts))

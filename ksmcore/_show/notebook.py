@@ -25,9 +25,10 @@ from ksmcore._show.pieces import (
 from ksmcore.sizes import counted
 
 if TYPE_CHECKING:
+    from ksmcore._engine.counters import Stats
     from ksmcore._engine.engine import Engine
     from ksmcore._engine.region import Region
-    from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats, Stats
+    from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats
 
 __all__ = [
     "of_engine",

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from ksmcore._engine.counters import Stats
 from ksmcore._engine.page_state import PageState
-from ksmcore._engine.stats import MemoryInfo, Stats
+from ksmcore._engine.stats import MemoryInfo
 from ksmcore._show.charts import SAVED_COLOUR, USED_COLOUR, Point, savings_svg
 from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, PageMap, png_uri, reduced
 from ksmcore.sizes import counted, human_bytes

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksmcore._engine.all_engines import process_memory_info
-from ksmcore._engine.counters import COUNTERS, SKIPPED, STAGES
+from ksmcore._engine.counters import COST, NOW, NUMBERS, SKIPPED, STAGES, WORK, Stats
 from ksmcore._engine.features import features
 from ksmcore._engine.page_state import PageState
-from ksmcore._engine.stats import MemoryInfo, Stats
+from ksmcore._engine.stats import MemoryInfo
 from ksmcore._kernel import smaps
 from ksmcore._show.charts import savings_points
 from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, PageMap, engine_maps
@@ -48,8 +48,6 @@ __all__ = ["html_report"]
 # Regions whose page maps are shown one by one.
 MOST_REGIONS = 12
 
-# Of the counters those that are bytes.
-SIZES = ("bytes_saved", "general_profit", "metadata_bytes", "page_bytes")
 # Longer values may be broken into lines.
 LONGEST_NUMBER = 24
 
@@ -181,7 +179,8 @@ def _left_out(stats: Stats) -> str:
         return "<p>No page that could have been merged was left out.</p>"
     rows = "".join(
         f'<tr><th scope="row"><code>{escape(reason)}</code></th><td class="number">{n:,}</td>'
-        f"<td>The page {SKIPPED[reason][0]}.</td><td>{escape(SKIPPED[reason][1])}</td></tr>"
+        f"<td>The page {escape(SKIPPED[reason].page)}.</td>"
+        f"<td>{escape(SKIPPED[reason].remedy)}</td></tr>"
         for n, reason in met
     )
     return (
@@ -195,10 +194,14 @@ def _left_out(stats: Stats) -> str:
 
 def _counters(stats: Stats) -> str:
     numbers = stats.as_dict()
-    tables = [
-        _table(group, "Counter", {name: numbers[name] for name in names}, names)
-        for group, names in COUNTERS.items()
-    ]
+    tables = []
+    for group in (NOW, WORK, COST):
+        told = {
+            name: meaning.sentence
+            for name, meaning in NUMBERS.items()
+            if meaning.group == group and not meaning.by
+        }
+        tables.append(_table(group, "Counter", {name: numbers[name] for name in told}, told))
     seconds = {stage: f"{spent:.3f} s" for stage, spent in stats.seconds.items()}
     tables.append(_table("Time spent by stage", "Stage", seconds, STAGES))
     return f'<div class="tables">{"".join(tables)}</div>'
@@ -241,7 +244,7 @@ def _table(
     for name, value in values.items():
         said = f"{value:,}" if type(value) is int else str(value)
         text = escape(said)
-        if name in SIZES:
+        if name in NUMBERS and NUMBERS[name].unit == "bytes":
             text = f"{human_bytes(value)}<small>{said} bytes</small>"
         kind = "number" if len(said) <= LONGEST_NUMBER else "text"
         shown_name = f"<code>{escape(name)}</code>" if as_code else escape(name)

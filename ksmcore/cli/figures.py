@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ksmcore
 from ksmcore._arrays import arena
+from ksmcore._engine.counters import SKIPPED
 from ksmcore._engine.stats import RegionStats
 from ksmcore.sizes import counted, human_bytes
 
@@ -27,21 +28,6 @@ does; more may be added."""
 
 DISABLED = "KSMCORE_DISABLE is set, so no memory was touched"
 
-# What the kernel or a limit kept from being merged, in the words of the summary.
-REASONS = {
-    "changed": "were written while they were looked at",
-    "refused": "could not be mapped: the kernel refused",
-    "map_budget": "lay too scattered for the memory mappings there are (vm.max_map_count)",
-    "store": "found no room in the store",
-    "max_shared_pages": "met the limit max_shared_pages",
-    "partner": "had a partner that could not be merged",
-    "away": "were swapped out, or on the move in the kernel",
-    "pinned": "were pinned for a device, or a fork shared them with a child",
-    "altered": "lay in memory that the program has mapped otherwise",
-    "held": "were held",
-    "smart_scan": "were not looked at (smart_scan)",
-    "max_page_sharing": "met the limit max_page_sharing",
-}
 # The largest regions, in a snapshot.
 MOST_REGIONS = 16
 
@@ -124,7 +110,7 @@ def _skipped(stats: Mapping[str, Any]) -> list[str]:
     """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made."""
     counts = sorted(stats["skipped"].items(), key=lambda item: -item[1])
     return [
-        f"{counted(count, 'time')} pages that {REASONS.get(reason, reason)}"
+        f"{counted(count, 'time')} a page that {SKIPPED[reason].page}"
         for reason, count in counts
         if count > 0
     ]

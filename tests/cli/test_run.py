@@ -10,7 +10,7 @@ import pytest
 
 import ksmcore as library
 from helpers.cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, own_directories, python, write
-from ksmcore.cli.figures import REASONS, Source, summary
+from ksmcore.cli.figures import Source, summary
 
 __all__ = ["own_directories"]
 
@@ -339,7 +339,7 @@ def test_what_was_skipped_is_told(tmp_path):
     script = MERGED.replace("10 * base.nbytes", "1")
     write(tmp_path, f"{script}\n    time.sleep(0.5)")
     done = ksmcore("run", "program.py", cwd=tmp_path, env=environ)
-    assert "pages that met the limit max_shared_pages" in done.stderr
+    assert "a page that met the limit max_shared_pages" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -433,4 +433,10 @@ def test_a_wrong_setting_in_the_environment(tmp_path):
 
 def test_every_reason_has_words():
     with library.Engine() as engine:
-        assert set(engine.stats().skipped) == set(REASONS)
+        figures = Source(engine, ["python"], 65536).snapshot()
+    reasons = figures["stats"]["skipped"]
+    figures["regions_ever"] = 1
+    reasons.update(dict.fromkeys(reasons, 2))
+    told = [line for line in summary(figures) if "Skipped" in line]
+    assert len(told) == len(set(told)) == len(reasons)
+    assert "  Skipped  2 times a page that lies in a region that was held" in told

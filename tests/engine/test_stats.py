@@ -1,9 +1,12 @@
 """Snapshots: frozen, printable, ready for json; and their numbers add up as the kernel counts."""
 
+import copy
 import gc
 import json
 import mmap
-from dataclasses import FrozenInstanceError, fields, replace
+import pickle
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -21,13 +24,14 @@ def snapshots(engine):
     b[:] = 0
     estimate = engine.estimate(a, b)
     report = engine.dedup(a, b)
-    return [report, engine.stats(), estimate, ksmcore.memory_info()]
+    region = ksmcore.RegionStats(pages=100, pages_merged=50, pages_saved=24.5)
+    return [report, engine.stats(), estimate, ksmcore.memory_info(), region]
 
 
 class TestKinds:
-    """What the four kinds of snapshot have in common."""
+    """What the kinds of snapshot have in common."""
 
-    @pytest.fixture(params=["PassReport", "Stats", "Estimate", "MemoryInfo"])
+    @pytest.fixture(params=["PassReport", "Stats", "Estimate", "MemoryInfo", "RegionStats"])
     def snapshot(self, request, engine):
         found = {type(snapshot).__name__: snapshot for snapshot in snapshots(engine)}
         return found[request.param]
@@ -57,16 +61,69 @@ class TestKinds:
         if hasattr(snapshot, "skipped"):
             assert snapshot.skipped
 
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_pickled(self, snapshot, protocol):
+        again = pickle.loads(pickle.dumps(snapshot, protocol))
+        assert type(again) is type(snapshot)
+        assert again == snapshot
+        check_read_only(again)
 
-def test_skipped_is_read_only(engine):
+    @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, replace])
+    def test_copied(self, snapshot, make):
+        again = make(snapshot)
+        assert again is not snapshot
+        assert again == snapshot
+        check_read_only(again)
+
+    def test_asdict_is_all_fields_ready_for_json(self, snapshot):
+        plain = asdict(snapshot)
+        assert json.loads(json.dumps(plain)) == plain
+        assert list(plain) == [field.name for field in fields(snapshot)]
+        assert plain == {name: snapshot.as_dict()[name] for name in plain}
+
+
+CHANGES = {
+    "__delitem__": ("away",),
+    "__ior__": ({"away": 1},),
+    "__setitem__": ("away", 1),
+    "clear": (),
+    "pop": ("away",),
+    "popitem": (),
+    "setdefault": ("new", 1),
+    "update": ({"away": 1},),
+}
+
+
+def check_read_only(snapshot):
+    for mapping in (value for value in vars(snapshot).values() if isinstance(value, Mapping)):
+        before = dict(mapping)
+        for name, args in CHANGES.items():
+            with pytest.raises(TypeError, match="cannot be changed"):
+                getattr(mapping, name)(*args)
+        assert mapping == before
+
+
+def test_mappings_are_read_only(engine):
     for snapshot in snapshots(engine)[:2]:
         with pytest.raises(TypeError):
             snapshot.skipped["changed"] = 1
+        check_read_only(snapshot)
         assert snapshot.pages_skipped == sum(snapshot.skipped.values())
+    with pytest.raises(TypeError):
+        engine.stats().seconds["guard"] = 1.0
+    # What is made of them can be changed.
+    assert type(snapshot.skipped.copy()) is type(snapshot.skipped | {"new": 1}) is dict
+
+
+def test_a_snapshot_keeps_nothing_of_what_it_was_made_from(engine):
+    skipped = {"held": 3}
+    report = replace(engine.scan(), skipped=skipped)
+    skipped["held"] = 4
+    assert report.skipped == {"held": 3}
 
 
 def test_derived_numbers_are_in_the_dict(engine):
-    report, stats, estimate, _ = snapshots(engine)
+    report, stats, estimate, *_ = snapshots(engine)
     assert {"bytes_saved", "general_profit", "pages_tracked", "pages_skipped"} <= set(
         stats.as_dict()
     )
