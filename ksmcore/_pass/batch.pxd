@@ -12,34 +12,33 @@ from ksmcore._kernel.tracker cimport tracker_t
 from ksmcore._guard.window cimport guard_kind
 
 
-# Why a page that could have been merged was not. Each is met again in the next pass.
-cdef enum skip_reason:
-    SKIP_CHANGED             # written between its checksum and the guard
-    SKIP_REFUSED             # the kernel refused to protect or to remap it
-    SKIP_MAP_BUDGET          # its run was too short for what is left of the map budget
-    SKIP_STORE               # the store could not be grown or written
-    SKIP_MAX_SHARED          # max_shared_pages reached
-    SKIP_PARTNER             # its partner could not be merged, so the merge was undone
-    SKIP_AWAY                # swapped out, or being moved by the kernel
-    SKIP_PINNED              # a device may be writing into it (direct I/O, io_uring)
-    SKIP_ALTERED             # in a region that the program has mapped otherwise meanwhile
-    SKIP_HELD                # in a region that is held (see Region.hold)
-    SKIP_SMART               # found no partner so often that it is looked at less often (smart_scan)
-    SKIP_MAX_SHARING         # its shared page has max_page_sharing mappings, and no partner for another was met yet
-    N_SKIPS
+# Pages that could have been merged and were not, by reason. Each is met again in the next pass.
+ctypedef struct skip_counters:
+    uint64_t changed             # written between its checksum and the guard
+    uint64_t refused             # the kernel refused to protect or to remap it
+    uint64_t map_budget          # its run was too short for what is left of the map budget
+    uint64_t store               # the store could not be grown or written
+    uint64_t max_shared_pages    # that limit is reached
+    uint64_t partner             # its partner could not be merged, so the merge was undone
+    uint64_t away                # swapped out, or being moved by the kernel
+    uint64_t pinned              # a device may be writing into it (direct I/O, io_uring)
+    uint64_t altered             # in a region that the program has mapped otherwise meanwhile
+    uint64_t held                # in a region that is held (see Region.hold)
+    uint64_t smart_scan          # found no partner so often that it is looked at less often
+    uint64_t max_page_sharing    # its shared page has so many mappings, and no partner for another was met yet
 
 
-# The path of a page, by what takes time on it.
-cdef enum stage:
-    STAGE_PAGEMAP            # which pages need a look; protecting quiet ones
-    STAGE_CHECKSUM
-    STAGE_TREES              # items, and searches in the trees
-    STAGE_STORE              # new shared pages
-    STAGE_GUARD              # windows: comparing, mapping, giving back
-    N_STAGES
+# The path of a page, by what takes time on it; in nanoseconds.
+ctypedef struct stage_times:
+    uint64_t pagemap             # which pages need a look; protecting quiet ones
+    uint64_t checksum
+    uint64_t trees               # items, and searches in the trees
+    uint64_t store               # new shared pages
+    uint64_t guard               # windows: comparing, mapping, giving back
 
 
-# What an engine has done, since it was made. Only ever grows.
+# What an engine has done, since it was made. Only ever grows. Python sees these fields by their names; what
+# they mean to users is told in _engine/counters.py, under the same names.
 ctypedef struct scan_counters:
     uint64_t full_scans
     uint64_t pages_scanned       # present pages passed
@@ -48,8 +47,8 @@ ctypedef struct scan_counters:
     uint64_t pages_reshared      # of those: by dropping a private copy that had become equal again
     uint64_t pages_zeroed        # zero pages given back
     uint64_t cow_breaks          # shared pages found copied by a write
-    uint64_t skips[<int>N_SKIPS]
-    uint64_t stage_ns[<int>N_STAGES]
+    skip_counters skipped
+    stage_times stage_ns
 
 
 cdef enum fate:
@@ -114,10 +113,10 @@ ctypedef struct batch:
     uint32_t capacity            # of intents; pendings have half of it
 
 
-cdef inline uint64_t stage_end(scan_counters* counters, stage which, uint64_t begun_ns) noexcept nogil:
+cdef inline uint64_t stage_end(uint64_t* stage_ns, uint64_t begun_ns) noexcept nogil:
     """Count the time since then for a stage; returns the time, at which the next one begins."""
     cdef uint64_t now_ns = sys_now_ns()
-    counters.stage_ns[<int>which] += now_ns - begun_ns
+    stage_ns[0] += now_ns - begun_ns
     return now_ns
 
 
@@ -129,5 +128,5 @@ cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
 ) noexcept nogil
 cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil
-cdef void intent_leave(batch* b, intent* left, skip_reason reason) noexcept nogil
+cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
 cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil

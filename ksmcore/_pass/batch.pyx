@@ -94,13 +94,16 @@ cdef void batch_add(
         planned.n += 1
 
 
-cdef void intent_leave(batch* b, intent* left, skip_reason reason) noexcept nogil:
-    """This page is not merged now: count why, and let its item wait for the next pass."""
+cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
+    """This page is not merged now: count why, in a field of `b.counters.skipped`, and let its item wait for the
+    next pass."""
     left.fate = LEFT
     if left.kind == INTENT_PLAIN:
         return                   # nothing was to be saved
-    b.counters.skips[<int>reason] += 1
-    rmap_set_state(b.rmap, left.item, PAGE_VOLATILE if reason == SKIP_CHANGED else PAGE_UNSHARED)
+    reason[0] += 1
+    rmap_set_state(
+        b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
+    )
 
 
 cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:

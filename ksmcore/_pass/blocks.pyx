@@ -8,10 +8,7 @@ bytes come later, in long pieces, and only if enough pages still want it then.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksmcore._pass.batch cimport (
-    LEFT, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET, SKIP_STORE, batch, intent, intent_leave,
-    pending_block, skip_reason,
-)
+from ksmcore._pass.batch cimport LEFT, OPEN, batch, intent, intent_leave, pending_block
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
 from ksmcore._records.store cimport store_alloc, store_block_sharers, store_page, store_release, store_write
 from ksmcore._kernel.syscalls cimport error_clear, sys_error
@@ -61,7 +58,7 @@ cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
     return &b.pendings[b.store.uses[wanted.slot].n_sharers]
 
 
-cdef void _leave_all_of(batch* b, skip_reason reason) noexcept nogil:
+cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
     """Leave the intents whose pending block was given up."""
     cdef uint32_t i
     cdef pending_block* block
@@ -83,7 +80,7 @@ cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
         if b.pendings[i].n_accepted <= (0 if b.pendings[i].goes_on else b.pendings[i].n_copies):
             b.pendings[i].fate = LEFT
     # Both halves are accepted but for the budget, so it is the reason for the other half too.
-    _leave_all_of(b, SKIP_MAP_BUDGET)
+    _leave_all_of(b, &b.counters.skipped.map_budget)
 
 
 cdef void blocks_write(batch* b) noexcept nogil:
@@ -119,7 +116,7 @@ cdef void blocks_write(batch* b) noexcept nogil:
             for copy in range(n):
                 b.pendings[i + copy].fate = LEFT
         i += n
-    _leave_all_of(b, SKIP_STORE)
+    _leave_all_of(b, &b.counters.skipped.store)
 
 
 cdef void blocks_check(batch* b) noexcept nogil:
@@ -141,7 +138,7 @@ cdef void blocks_check(batch* b) noexcept nogil:
         for k in range(n):
             if digests[k] != b.store.nodes[b.pendings[which[k]].slot].digest:
                 b.pendings[which[k]].fate = LEFT
-    _leave_all_of(b, SKIP_CHANGED)
+    _leave_all_of(b, &b.counters.skipped.changed)
 
 
 cdef void _stable_insert(forest_t* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:

@@ -9,8 +9,7 @@ Nothing is merged here: what is to be merged becomes an intent of the batch.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, SKIP_HELD, SKIP_MAX_SHARED, SKIP_MAX_SHARING, SKIP_STORE,
-    batch_add, batch_sharers, drop_sharer, stable_page_of,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_sharers, drop_sharer, stable_page_of,
 )
 from ksmcore._pass.blocks cimport block_new
 from ksmcore._pass.state cimport engine_core, page_of_item
@@ -77,12 +76,12 @@ cdef uint32_t _new_block(
     if c.max_shared_pages >= 0:
         room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
         if room < <int64_t>least:
-            c.counters.skips[<int>SKIP_MAX_SHARED] += least == 1
+            c.counters.skipped.max_shared_pages += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
     slot = block_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
     if slot == 0:
-        c.counters.skips[<int>SKIP_STORE] += least == 1
+        c.counters.skipped.store += least == 1
     return slot
 
 
@@ -197,14 +196,14 @@ cdef void _match_unshared(
     cdef const region_t* home
     partner = _partner(c, item, c.pages[i], digest, c.flags[i] & IS_ARMED != 0, immediate)
     if partner == 0:
-        c.counters.skips[<int>SKIP_MAX_SHARING] += full != 0
+        c.counters.skipped.max_page_sharing += full != 0
         return
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
     home = regions_at(&c.regions, <uintptr_t>(partner_no * c.page_bytes))
     if home.n_holds != 0:
-        c.counters.skips[<int>SKIP_HELD] += 1
+        c.counters.skipped.held += 1
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
     if (

@@ -15,9 +15,8 @@ from libc.stdlib cimport qsort
 from libc.string cimport memset
 
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, SKIP_CHANGED, SKIP_MAP_BUDGET,
-    SKIP_PARTNER, SKIP_PINNED, SKIP_REFUSED, STAGE_GUARD, STAGE_STORE, batch, batch_clear, drop_sharer, intent,
-    intent_leave, skip_reason, stage_end,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, drop_sharer, intent,
+    intent_leave, stage_end,
 )
 from ksmcore._pass.blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
@@ -110,7 +109,7 @@ cdef void _choose(batch* b) noexcept nogil:
                 budget.used += cost
             else:
                 for i in range(start, end):
-                    intent_leave(b, &b.intents[i], SKIP_MAP_BUDGET)
+                    intent_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
         start = end
 
 
@@ -139,8 +138,10 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     b.rmap.nodes[item].left = done.slot
 
 
-cdef skip_reason _reason(uint8_t outcome) noexcept nogil:
-    return SKIP_CHANGED if outcome == CHANGED else SKIP_PINNED if outcome == PINNED else SKIP_REFUSED
+cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
+    if outcome == CHANGED:
+        return &b.counters.skipped.changed
+    return &b.counters.skipped.pinned if outcome == PINNED else &b.counters.skipped.refused
 
 
 cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
@@ -178,7 +179,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         if b.outcomes[i] == DONE:
             _account(b, &b.intents[start + i])
         else:
-            intent_leave(b, &b.intents[start + i], _reason(b.outcomes[i]))
+            intent_leave(b, &b.intents[start + i], _reason(b, b.outcomes[i]))
     return rc
 
 
@@ -226,7 +227,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
             drop_sharer(b, founder.item)
             rmap_set_over_store(b.rmap, founder.item, False)
             b.rmap.nodes[founder.item].left = 0
-            b.counters.skips[<int>SKIP_PARTNER] += 1
+            b.counters.skipped.partner += 1
 
 
 cdef int batch_flush(batch* b) noexcept nogil:
@@ -239,11 +240,11 @@ cdef int batch_flush(batch* b) noexcept nogil:
     blocks_write(b)
     blocks_check(b)
     blocks_settle(b)
-    begun = stage_end(b.counters, STAGE_STORE, begun)
+    begun = stage_end(&b.counters.stage_ns.store, begun)
     rc = _carry_out(b)
     blocks_release_unmapped(b)
     _undo_halves(b)
     store_trim(b.store)
-    stage_end(b.counters, STAGE_GUARD, begun)
+    stage_end(&b.counters.stage_ns.guard, begun)
     batch_clear(b)
     return rc

@@ -33,9 +33,7 @@ all meet.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.batch cimport (
-    SKIP_ALTERED, SKIP_AWAY, SKIP_HELD, SKIP_SMART, STAGE_CHECKSUM, STAGE_PAGEMAP, STAGE_TREES, stage_end,
-)
+from ksmcore._pass.batch cimport stage_end
 from ksmcore._pass.state cimport SPAN_PAGES, engine_core
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._pass.match cimport core_forget_item, leave_tree, match_leave_store, match_page, match_prepare
@@ -106,14 +104,14 @@ cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogi
                 hint = item
             if not there.flags & PAGE_PRESENT:
                 c.counters.pages_scanned -= 1
-                c.counters.skips[<int>SKIP_AWAY] += there.flags == PAGE_SWAPPED
+                c.counters.skipped.away += there.flags == PAGE_SWAPPED
                 if item != 0:
                     _absent(c, item, there.flags)
                 continue
             if not _wants_look(c, item, page, there.flags):
                 continue
             if c.smart_scan and not immediate and item != 0 and _rests(c, item):
-                c.counters.skips[<int>SKIP_SMART] += 1
+                c.counters.skipped.smart_scan += 1
                 continue
             c.items[n_look] = item
             c.pages[n_look] = page
@@ -168,16 +166,16 @@ cdef int _scan_span(
     n_look = n_looked[0] = _classify(c, immediate, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left))
     c.counters.pages_scanned += (c.survey.next - addr) // c.page_bytes
     if n_look == 0:
-        stage_end(&c.counters, STAGE_PAGEMAP, begun)
+        stage_end(&c.counters.stage_ns.pagemap, begun)
         return 0
     c.block_slot = 0
     c.more_follows = c.survey.next < region_end(&c.regions, region)
     quiet_arm(c, region, n_look)
-    begun = stage_end(&c.counters, STAGE_PAGEMAP, begun)
+    begun = stage_end(&c.counters.stage_ns.pagemap, begun)
     n_known = stretch_go_on(c, n_look)
     checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
     c.counters.pages_hashed += n_look - n_known
-    begun = stage_end(&c.counters, STAGE_CHECKSUM, begun)
+    begun = stage_end(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
     if not block_is_shared(c, c.stretch_slot, c.stretch_digest):
@@ -190,7 +188,7 @@ cdef int _scan_span(
     quiet_disarm_others(c, n_look)
     if not immediate:
         match_leave_store(c, region, n_look)
-    stage_end(&c.counters, STAGE_TREES, begun)
+    stage_end(&c.counters.stage_ns.trees, begun)
     error_clear(&c.b.err)
     rc = batch_flush(&c.b)
     if rc != 0:
@@ -228,9 +226,9 @@ cdef int core_scan_at(
     elif region.being_made:
         pass
     elif region.n_holds != 0:
-        c.counters.skips[<int>SKIP_HELD] += n
+        c.counters.skipped.held += n
     elif region.altered:
-        c.counters.skips[<int>SKIP_ALTERED] += n
+        c.counters.skipped.altered += n
     else:
         n = min(n, <size_t>SURVEY_PAGES)
         cursor[0] = from_here + n * c.page_bytes
