@@ -2,7 +2,7 @@
 """Red-black trees over nodes held in the caller's array: the stable and the unstable tree are two of them.
 
 This module owns the shape of the trees and nothing else: the caller owns the array, the pages and the locks. The
-scanner and _runs call the C functions of _trees.pxd; _tree_shell shows them to Python.
+C functions are in _trees.pxd; `ksmcore._testing.tree` shows them to Python.
 
 The key of a node is (digest, bytes of its page). In "digest" order different digests decide by themselves, and bytes
 are compared only where digests are equal; in "content" order the digest part of every key is taken as zero. Nodes with

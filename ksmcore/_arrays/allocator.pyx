@@ -1,6 +1,6 @@
 """NumPy's data allocator (NEP 49): large arrays come from the arena, small ones from NumPy's own allocator.
 
-Called by: allocator.py, and by NumPy, with or without the GIL. Calls: _arena.
+NumPy calls it with or without the GIL.
 
 NumPy keeps the handler that an array's memory came from with the array, as a capsule, and looks into it whenever
 memory is taken, grown or given back. There are two ways to have it look here:

@@ -1,4 +1,4 @@
-"""Memory for many large arrays, in few regions; see _arena.pyx."""
+"""Memory for many large arrays, in few regions; see arena.pyx."""
 
 from ksmcore._core.registry cimport Registry
 

@@ -1,8 +1,5 @@
 """Memory for many large arrays, in few regions: whole pages, handed out from chunks that are registered as a whole.
 
-Called by: _allocator. Calls: _chunks, _registry (the core that the chunks are registered with), _merge (empty_range),
-_forks, _sys.
-
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
 extents are clean, where they show zeros and hold no memory but what a huge page brought, or dirty. Dirty ones are
 handed out again first, since their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are

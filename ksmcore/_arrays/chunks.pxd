@@ -1,4 +1,4 @@
-"""Chunks of pages, cut into extents; see _chunks.pyx."""
+"""Chunks of pages, cut into extents; see chunks.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 

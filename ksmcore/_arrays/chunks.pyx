@@ -1,6 +1,6 @@
 """Chunks of pages, cut into extents that are taken or free: the bookkeeping of the arena, which owns the memory.
 
-Called by: _arena, under its lock. Calls nothing.
+The caller holds the arena's lock.
 
 What is known of an extent stands in the tags of its first and its last page, so its neighbours are found without a
 search (boundary tags: Knuth, The Art of Computer Programming, vol. 1, 2.5). Free extents hang in bins by their length,

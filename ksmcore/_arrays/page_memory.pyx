@@ -1,7 +1,5 @@
 """Page-aligned memory that is registered from birth and gives itself back.
 
-Called by: arrays.py. Calls: _sys, and the Core that it is registered with.
-
 A `PageMemory` is the base object of an array: as long as any view of the array lives, it lives. The
 engine does not hold it, or it could never be collected; instead it takes itself out of the engine
 before it unmaps its pages. It holds the engine, which therefore lives as long as its arrays do.

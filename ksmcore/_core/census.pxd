@@ -1,4 +1,4 @@
-"""Are the mappings still what the engine takes them for? See _census.pyx."""
+"""Are the mappings still what the engine takes them for? See census.pyx."""
 
 from libc.stdint cimport int64_t, uintptr_t
 

@@ -1,8 +1,5 @@
 """The census: what is mapped in this process, against what the engine takes for mapped.
 
-Called by: _core (at the start of a pass, before a copy), _registry (before a region is given back). Calls: _maps, _budget, _regions,
-_rmap, _batch, _store.
-
 A program can unmap, move, protect or replace memory that it has registered, without telling anybody. An
 engine that went on from what it remembers would crash on such memory, change what is another's by now, or
 hand out a shared page that is still mapped elsewhere. So:
@@ -15,6 +12,7 @@ hand out a shared page that is still mapped elsewhere. So:
   - Where the store is mapped although no item says so, the slot is lost as well.
 
 To find that out page by page is slow, so first only the number of store pages in each region is compared.
+The caller holds the engine's lock.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t

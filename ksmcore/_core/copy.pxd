@@ -1,4 +1,4 @@
-"""Copies that share their pages with the source from the start; see _copy.pyx."""
+"""Copies that share their pages with the source from the start; see copy.pyx."""
 
 from libc.stdint cimport uintptr_t
 

@@ -1,7 +1,6 @@
 """Copies of registered pages into fresh registered memory, which map the shared pages that their sources map.
 
-Called by: _core, one span at a time, with the engine's lock. Calls: _pagemap, _regions, _rmap, _store, _budget, _costs,
-_merge, _pages.
+The caller holds the engine's lock, for one span at a time.
 
 No window is needed. The target is known to nobody yet, no pass looks at it, and a shared page does not change; that the
 source still shows it is asked of the kernel, and the caller has taken a census of the source. A write to the source

@@ -1,7 +1,6 @@
 """The engine's core as Python sees it: passes without the GIL, settings and numbers, over its regions.
 
-Called by: engine.py, passes.py, scanner.py. Calls: _registry (which it is made of), _engine, _quiet, _scan, _census,
-_copy, _numbers, _unmerge, _guard.
+The lock, and what holds of it, is the registry's (see registry).
 """
 
 from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT_LOCK

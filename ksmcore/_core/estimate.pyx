@@ -1,7 +1,5 @@
 """How much could be saved: counts equal pages without registering, protecting or mapping anything.
 
-Called by: engine.py. Calls: _pages, _pagemap, _sys.
-
 All present pages are given their checksum, sorted by it, and within equal checksums compared byte by
 byte. Pages that change meanwhile make the answer inexact, nothing worse.
 """

@@ -1,4 +1,4 @@
-"""The pages of one region by what they are; see _tally.pyx."""
+"""The pages of one region by what they are; see region_numbers.pyx."""
 
 from libc.stdint cimport uint8_t, uint64_t
 

@@ -1,7 +1,6 @@
 """The pages of one region by what they are: added up, or one by one.
 
-Called by: _core, which holds the engine's lock for all but `tally_as_dict`. Calls: _pagemap, _rmap, _store (reads
-them).
+The caller holds the engine's lock for all but `tally_as_dict`.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t

@@ -1,8 +1,5 @@
 """The lock of an engine's core, and its regions, as Python sees them.
 
-Called by: _core (which goes on with passes), registration.py, _memory. Calls: _engine, _quiet, _unmerge, _census,
-_tally, _regions, _guard, _merge.
-
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
 could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
 a scanning thread holds it for a span at a time (some milliseconds at most).

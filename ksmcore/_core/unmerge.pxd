@@ -1,4 +1,4 @@
-"""The way back: from merged pages to plain memory; see _unmerge.pyx."""
+"""The way back: from merged pages to plain memory; see unmerge.pyx."""
 
 from ksmcore._records.regions cimport region_t
 from libc.stdint cimport uintptr_t

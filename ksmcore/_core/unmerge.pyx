@@ -1,7 +1,6 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _registry, _core. Calls: _match (items), _merge (restore_range, empty_range), _batch, _budget, _costs, _rmap,
-_store, _forest, _regions. What it gives back of the map budget counts at once, not only from the next pass on.
+What it gives back of the map budget counts at once, not only from the next pass on.
 
 Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
 caller holds the engine's lock.

@@ -1,4 +1,4 @@
-"""Keeping writers out of pages while they are compared and remapped; see _guard.pyx.
+"""Keeping writers out of pages while they are compared and remapped; see guard.pyx.
 
     window_t w                  its first fields filled in
     guard_open(&w, &err)        from here on, of each page with outcome DONE: no write gets in, none is lost

@@ -1,7 +1,5 @@
 """The guard: what keeps writers out of a window, a range of pages being compared and remapped.
 
-Called by: _merge (windows), _core (enter and leave). Calls: _guard_signal, _guard_uffd, _forks.
-
 Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
 process. Its lock is the fork gate, so a fork never happens inside a window.
 """

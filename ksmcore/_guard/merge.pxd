@@ -1,4 +1,4 @@
-"""What happens inside a guard window; see _merge.pyx."""
+"""What happens inside a guard window; see merge.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 
@@ -28,7 +28,7 @@ ctypedef struct run_t:
     const tracker_t* tracker # which watches the region if it is REGION_WATCHED; may be NULL
 
 
-# outcomes: enum page_outcome (see _window.pxd) for each page of the run. slots: the one for each page.
+# outcomes: enum page_outcome (see window.pxd) for each page of the run. slots: the one for each page.
 cdef int merge_run(
     store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil

@@ -1,8 +1,5 @@
 """The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
 
-Called by: _runs (merge, reshare, zero, restore), _unmerge (restore, empty), _registry (restore), _copy (share), _arena
-(empty). Calls: _pages, _store (reading), _guard, _tracker, _sys.
-
 Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
 of the run afterwards holds the bytes that its program last wrote, and is writable:
 
@@ -15,7 +12,7 @@ of the run afterwards holds the bytes that its program last wrote, and is writab
 
 The functions for runs return 0, or -1 when the guard could not give something back (the one failure
 that must be reported at once); everything else is told by page in `outcomes`. None needs the GIL, and none
-allocates inside a window.
+allocates inside a window. The store is read only; whoever hands it in holds its engine's lock.
 """
 
 from libc.errno cimport EFAULT, EINVAL

@@ -1,4 +1,4 @@
-"""The mprotect guard; see _guard_signal.pyx. For _guard only."""
+"""The mprotect guard; see mprotect.pyx. For guard only."""
 
 from libc.stdint cimport uint32_t, uintptr_t
 

@@ -1,8 +1,6 @@
 """The mprotect guard: the write permission taken away, and a SIGSEGV handler that makes writers wait.
 
-Called by: _guard. Calls: _sys.
-
-While a window is open, _segv.h's handler makes a thread that writes into it wait until it is closed, then
+While a window is open, the handler (mprotect.h) makes a thread that writes into it wait until it is closed, then
 lets it try again. What this guarantees: the store of a user thread is never lost and never fails, provided
 that the thread has SIGSEGV unblocked (the kernel ends a process that faults with it blocked). What it
 does not: a system call that writes into the window fails with EFAULT, because the kernel asks for the

@@ -1,6 +1,6 @@
 """The scratch: memory that only the scanner knows, where pages are moved to while a window is open.
 
-Called by: _guard_uffd, which holds the gate. Calls: _uffd, _sys.
+The caller holds the gate in a window, and the install lock outside of one.
 
 There are two: one for single pages, and one that takes a huge page as a whole. The kernel moves a huge page
 without splitting it only to an aligned place without a page table, so that one is mapped anew after each

@@ -1,4 +1,4 @@
-"""The userfaultfd guards; see _guard_uffd.pyx. For _guard only."""
+"""The userfaultfd guards; see userfaultfd.pyx. For guard only."""
 
 from libc.stdint cimport uint32_t
 

@@ -1,7 +1,5 @@
 """The userfaultfd guards: the kernel itself makes writers wait, without any signal handler.
 
-Called by: _guard. Calls: _scratch, _uffd, _pagemap, _sys.
-
 Two ways of closing a window, chosen by what lies under it:
 
   move      anonymous pages, where system calls can be made to wait as well. The range is registered for

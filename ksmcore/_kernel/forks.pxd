@@ -1,4 +1,4 @@
-"""Forks: the gate that keeps them out, and whether the children still live; see _forks.pyx."""
+"""Forks: the gate that keeps them out, and whether the children still live; see forks.pyx."""
 
 from libc.stdint cimport uint32_t
 

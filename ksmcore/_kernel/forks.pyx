@@ -1,7 +1,5 @@
 """Forks of this process: the gate that they wait at, their count, and whether the children are gone.
 
-Called by: _store, _guard, _core. Calls: _sys.
-
 pthread_atfork covers every fork() of the C library, Python's and plain C's alike, and neither vfork nor
 posix_spawn, which give the child no memory of its own. A process made by a raw clone(2) is not seen.
 

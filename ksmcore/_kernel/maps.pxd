@@ -1,4 +1,4 @@
-"""The mappings of the process; see _maps.pyx."""
+"""The mappings of the process; see maps.pyx."""
 
 from libc.stdint cimport uint64_t, uintptr_t
 

@@ -1,4 +1,4 @@
-"""What the kernel knows of a page; see _pagemap.pyx."""
+"""What the kernel knows of a page; see pagemap.pyx."""
 
 from libc.stdint cimport uint8_t, uintptr_t
 

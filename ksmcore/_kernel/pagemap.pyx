@@ -1,7 +1,5 @@
 """What the kernel knows of a page: present, still the shared one, swapped, written since it was looked at.
 
-Called by: _scan, _quiet, _engine, _tracker, _estimate, _guard_uffd. Calls: _sys.
-
 /proc/self/pagemap has 8 bytes for each virtual page; the bits used here are shown to every process
 about itself (Documentation/admin-guide/mm/pagemap.rst), the page frame numbers are not needed. Where
 the file cannot be read, mincore tells which pages are resident, and the caller must compare bytes to

@@ -1,4 +1,4 @@
-"""System calls; see _sys.pyx."""
+"""System calls; see syscalls.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from posix.signal cimport sigaction_t
@@ -95,7 +95,7 @@ cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 
-# For the modules that have further system calls (_uffd): -1 and *err filled when the call failed, with
+# For the modules that have further system calls (uffd, pagemap, maps, tracker): -1 and *err filled when the call failed, with
 # errno as it stands; -1 and *err filled when a test ordered it to fail.
 cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil

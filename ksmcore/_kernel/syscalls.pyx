@@ -1,7 +1,5 @@
 """Every system call of the core, each return value checked and errno kept at once.
 
-Called by: every other compiled module. Calls nothing of ksmcore.
-
 A failing call fills a `sys_error` that its caller owns, so that the reason survives until the GIL is
 held again and an OSError can be raised from it. Tests can make any call fail through `inject`.
 """

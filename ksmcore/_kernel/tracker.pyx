@@ -1,8 +1,5 @@
 """Written-page tracking: the kernel notes which pages are written, so that the others need not be read.
 
-Called by: _engine (open, close), _quiet (watch, disarm), _merge (around a window). Calls: _maps, _uffd,
-_pagemap.
-
 A region is watched by an asynchronous userfaultfd (Linux 6.7; no privileges): its pages can be protected
 so that the first write to each costs its writer a microsecond and nothing else. No writer waits, no
 message is sent, no signal; what was written shows in a survey (see pagemap). Pages of the store need no

@@ -1,7 +1,5 @@
 """The system calls of userfaultfd, each return value checked and errno kept at once (see syscalls).
 
-Called by: _guard_uffd, _tracker. Calls: _sys.
-
 A descriptor stands for the memory of the process that opened it: in a forked child it still means the
 parent's, and is never used there.
 """

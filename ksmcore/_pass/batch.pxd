@@ -1,4 +1,4 @@
-"""A batch: what is to be merged next; see _batch.pyx."""
+"""A batch: what is to be merged next; see batch.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 

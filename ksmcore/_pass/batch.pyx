@@ -1,7 +1,4 @@
 """A batch: the intents of one span (this page -> that shared page), and the shared pages to be made for them.
-
-Called by: _scan (adds), _blocks, _runs (carry out), _unmerge and _census (drop_sharer). Calls: _store, _rmap,
-_forest.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

@@ -1,4 +1,4 @@
-"""New shared pages; see _blocks.pyx."""
+"""New shared pages; see blocks.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t
 

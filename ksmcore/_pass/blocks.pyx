@@ -1,9 +1,8 @@
 """Blocks: new shared pages and their copies, from being wanted to having bytes.
 
-Called by: _scan (block_new), _runs (the rest, in the order of their definition). Calls: _batch, _store, _forest.
-
 A block has its place in the stable tree as soon as it is wanted, so that further pages of the span find it. Its
-bytes come later, in long pieces, and only if enough pages still want it then.
+bytes come later, in long pieces, and only if enough pages still want it then: in the order in which the functions
+stand here.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

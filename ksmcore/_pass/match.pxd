@@ -1,4 +1,4 @@
-"""What becomes of a page that was looked at; see _match.pyx."""
+"""What becomes of a page that was looked at; see match.pyx."""
 
 from libc.stdint cimport uint32_t
 

@@ -1,8 +1,5 @@
 """Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
 
-Called by: _scan, with one span after the other, and _unmerge (core_forget_item). Calls: _engine, _regions, _pages,
-_rmap, _forest, _quiet, _stretch, _store, _batch, _blocks.
-
 Nothing is merged here: what is to be merged becomes an intent of the batch.
 """
 

@@ -1,4 +1,4 @@
-"""Pages that are not read again until they are written; see _quiet.pyx."""
+"""Pages that are not read again until they are written; see quiet.pyx."""
 
 from libc.stdint cimport uint32_t
 

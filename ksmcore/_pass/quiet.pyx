@@ -1,8 +1,5 @@
 """Quiet pages: unchanged, equal to no other, and protected so that the kernel tells when they are written.
 
-Called by: _scan, which decides what page stands in which tree, and _core (begin_pass, unwatch). Calls: _engine,
-_tracker, _pagemap, _regions, _budget.
-
 A page that stood in the unstable tree at the end of a pass is protected when the next one meets it, before
 it is read. If it still did not change it moves to the quiet tree, which stays from pass to pass. Surveys then
 leave it out, at no cost for the page, until it is written.

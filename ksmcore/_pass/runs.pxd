@@ -1,4 +1,4 @@
-"""From intents to runs to the merge protocol; see _runs.pyx."""
+"""From intents to runs to the merge protocol; see runs.pyx."""
 
 from ksmcore._pass.batch cimport batch
 

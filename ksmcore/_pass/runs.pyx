@@ -1,7 +1,5 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-Called by: _scan. Calls: _batch, _blocks, _budget, _costs, _merge, _store, _rmap.
-
 The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
 serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still

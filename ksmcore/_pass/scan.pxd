@@ -1,4 +1,4 @@
-"""The path of a page; see _scan.pyx."""
+"""The path of a page; see scan.pyx."""
 
 from libc.stdint cimport uintptr_t
 

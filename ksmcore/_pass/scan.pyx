@@ -1,7 +1,5 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core. Calls: _engine, _regions, _pagemap, _quiet, _pages, _rmap, _stretch, _match, _runs.
-
     which pages are present, written, still shared   pagemap_survey, _classify
     -> protection, if they seem to be quiet          quiet_arm
     -> checksum                                      core.checksum

@@ -1,4 +1,4 @@
-"""What an engine owns; see _engine.pyx."""
+"""What an engine owns; see state.pyx."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
@@ -61,7 +61,7 @@ ctypedef struct engine_core:
     uint32_t block_copies
     # one span's working memory
     page_survey survey
-    uint8_t* flags               # enum page_flag bits, later what the page was (see _scan)
+    uint8_t* flags               # enum page_flag bits, later what the page was (see scan)
     uint32_t* items
     const uint8_t** pages
     uint32_t* digests

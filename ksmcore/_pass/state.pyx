@@ -1,7 +1,4 @@
 """What an engine owns: trees, table, store and working memory; made, begun anew for a pass, and given back.
-
-Called by: _core, _scan, _stretch, _quiet, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
-_forest, _store, _batch.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t

@@ -1,4 +1,4 @@
-"""Stretches of one repeated page; see _stretch.pyx."""
+"""Stretches of one repeated page; see stretch.pyx."""
 
 from libc.stdint cimport uint32_t
 

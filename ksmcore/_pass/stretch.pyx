@@ -1,7 +1,5 @@
 """Stretches of one repeated page: over how many copies they lie, and how they go on from span to span.
 
-Called by: _scan. Calls: _engine, _pages, _store, _quiet (what it notes of a page).
-
 Were all pages of a stretch mapped to one shared page, each would be a mapping of its own. Over a block of k
 copies, which follow each other in the store, k of them are one mapping.
 """

@@ -1,4 +1,4 @@
-"""What a mapping costs in memory mappings; see _costs.pyx."""
+"""What a mapping costs in memory mappings; see costs.pyx."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 

@@ -1,8 +1,8 @@
 """What it costs in memory mappings to map something else over pages, told from what lies under them and their
 neighbours.
 
-Called by: _runs, _copy, _unmerge, which put it down in the map budget. Calls: _rmap. The kernel makes one mapping of
-neighbours that lie over neighbouring slots, and of neighbours in anonymous memory that was never moved.
+What is carried out is put down in the map budget. The kernel makes one mapping of neighbours that lie over
+neighbouring slots, and of neighbours in anonymous memory that was never moved.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t

@@ -1,7 +1,6 @@
 """A forest: the stable and the unstable tree, each split into many small red-black trees by the checksum.
 
-Called by: _engine, _scan, _batch, _blocks, _unmerge. Calls: _trees (every tree is one of its trees), _sys (memory
-for the roots).
+It owns the roots; the nodes are the caller's, and every tree is one of _trees.
 
 A search in one tree of a million nodes follows some twenty links, most of them to memory that no cache
 holds. Here the low bits of a key's checksum choose one of many trees of LOAD_NODES nodes or fewer on

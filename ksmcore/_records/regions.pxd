@@ -1,4 +1,4 @@
-"""The registered page ranges of an engine; see _regions.pyx."""
+"""The registered page ranges of an engine; see regions.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
@@ -8,15 +8,15 @@ ctypedef struct region_t:
     uintptr_t addr           # of the first page
     size_t n_pages
     uint64_t id
-    int flags                # enum region_flag bits (see _merge)
+    int flags                # enum region_flag bits (see merge)
     uint32_t n_holds         # while not 0, no window is opened in it
-    uint32_t watch_tried     # private to _quiet
+    uint32_t watch_tried     # private to quiet
     bint being_made          # a copy fills it: not looked at
     bint passed_over         # altered until the next census, whatever its mappings say
-    bint altered             # the program has mapped it otherwise: not looked at (see _census)
+    bint altered             # the program has mapped it otherwise: not looked at (see census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
-    size_t n_plain_pages     # private to _census
-    size_t n_store_pages     # private to _census
+    size_t n_plain_pages     # private to census
+    size_t n_store_pages     # private to census
 
 
 # By address, disjoint.

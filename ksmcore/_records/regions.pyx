@@ -1,7 +1,6 @@
 """The registered page ranges of an engine: one sorted array.
 
-Called by: _engine, _scan, _quiet, _census, _unmerge, _core. Calls nothing. The caller holds the engine's lock; a
-region's address holds until the next insertion or removal.
+The caller holds the engine's lock; a region's address holds until the next insertion or removal.
 """
 
 from libc.stdint cimport uint64_t, uintptr_t

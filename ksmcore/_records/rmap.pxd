@@ -1,4 +1,4 @@
-"""Rmap items and the rmap hash; see _rmap.pyx."""
+"""Rmap items and the rmap hash; see rmap.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 

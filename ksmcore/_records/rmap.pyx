@@ -1,7 +1,5 @@
 """Rmap items, the records of scanned virtual pages, and the rmap hash that finds them by address.
 
-Called by: _engine, _scan, _batch, _runs, _unmerge, _census. Calls: _sys (memory for its arrays).
-
 The hash is a linear one: the bucket array grows by a single bucket whenever the load passes
 LOAD_ITEMS per bucket, and only the items of one bucket move then. An insertion therefore never pays
 for the size of the table. The arrays themselves double by mremap, which moves page tables and no

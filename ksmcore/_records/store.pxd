@@ -1,4 +1,4 @@
-"""The store, the memory file of shared pages; see _store.pyx."""
+"""The store, the memory file of shared pages; see store.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 

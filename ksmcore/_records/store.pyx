@@ -1,8 +1,5 @@
 """The store: one memory file that holds all shared pages of an engine.
 
-Called by: _merge (reads), _blocks (writes), _batch, _runs, _unmerge and _census (sharers), _scan, _stretch. Calls:
-_forks, _sys.
-
 A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
 pages which are merged one after the other stand one after the other in the file, and one mapping
 serves them. The bytes of a slot are written once, before anybody maps it, and never change while it

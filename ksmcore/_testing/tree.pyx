@@ -1,6 +1,6 @@
 """The red-black trees as Python sees them: for tests and inspection.
 
-Called by: tests. Calls: _trees, _pages. A `Tree` owns its nodes and a copy of its pages.
+A `Tree` owns its nodes and a copy of its pages.
 """
 
 cimport cython
