@@ -27,8 +27,9 @@ from ksmcore._arrays.chunks cimport (
     chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, page_range,
 )
 from ksmcore._kernel.forks cimport gate_generation
-from ksmcore._guard.merge cimport REGION_HUGEPAGE, empty_range, run_t
+from ksmcore._guard.merge cimport empty_range, run_t
 from ksmcore._core.registry cimport Registry
+from ksmcore._records.regions cimport REGION_HUGEPAGE
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, error_clear, sys_advise, sys_error, sys_map_anon,
     sys_map_anon_aligned, sys_page_bytes, sys_unmap,

@@ -20,9 +20,10 @@ from libc.stdlib cimport calloc, free
 
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, vma_is_private_data, vma_t
-from ksmcore._guard.merge cimport REGION_WATCHED
-from ksmcore._records.regions cimport region_end, region_t, regions_at, regions_next
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_state
+from ksmcore._records.regions cimport REGION_WATCHED, region_end, region_t, regions_at, regions_next
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
+)
 from ksmcore._pass.batch cimport drop_sharer
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.store cimport store_lose
@@ -107,11 +108,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
     if maps_each(_count, &all, err) != 0:
-        budget_refresh(&c.b.budget, -1, -1, asked_maps, max_map_count)
+        budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
-    budget_refresh(&c.b.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
+    budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
@@ -215,9 +216,7 @@ cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const ui
             hint = item
         is_known = item != 0 and c.rmap.tags[item].over_store
         # 0: the slot under the page is not remembered (it is not needed for a page that is not shared).
-        remembered = 0
-        if is_known and c.rmap.tags[item].state != PAGE_UNSHARED:
-            remembered = c.rmap.nodes[item].left
+        remembered = rmap_slot(&c.rmap, item) if is_known else 0
         if is_known and under[page] != 0 and (remembered == 0 or under[page] == remembered):
             continue
         if under[page] != 0:
@@ -228,6 +227,6 @@ cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const ui
             store_lose(&c.store, remembered)
             drop_sharer(&c.b, item)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
-            c.rmap.nodes[item].left = under[page]
+            rmap_set_slot(&c.rmap, item, under[page])
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         rmap_set_over_store(&c.rmap, item, under[page] != 0)

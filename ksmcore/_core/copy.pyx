@@ -18,9 +18,9 @@ from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, P
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._records.regions cimport region_end, region_t, regions_at
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_state,
+    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
 )
-from ksmcore._records.store cimport store_is_there, store_page, store_share
+from ksmcore._records.store cimport store_is_there, store_page, store_share, store_sharers
 from ksmcore._kernel.syscalls cimport error_clear, sys_error
 
 cdef uint32_t PLAIN = 0        # instead of a slot: the bytes are to be copied
@@ -28,7 +28,7 @@ cdef uint32_t NOTHING = 0xffffffff   # instead of a slot: there is nothing but z
 
 
 cdef bint _has_room(const engine_core* c, uint32_t slot) noexcept nogil:
-    return c.store.uses[slot].n_sharers < c.max_page_sharing
+    return store_sharers(&c.store, slot) < c.max_page_sharing
 
 
 cdef uint32_t _shown(
@@ -43,7 +43,7 @@ cdef uint32_t _shown(
         return NOTHING
     if not over_store or c.rmap.tags[item].state != PAGE_SHARED or flag & PAGE_SWAPPED:
         return PLAIN
-    slot = c.rmap.nodes[item].left
+    slot = rmap_slot(&c.rmap, item)
     if not _has_room(c, slot):
         return PLAIN
     if flag & PAGE_UNSURE:
@@ -63,7 +63,7 @@ cdef bint _share(
     cdef uint32_t item = 0
     cdef int64_t cost = stretch_cost(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
     cdef run_t run
-    if not budget_affords(&c.b.budget, cost, <uint32_t>n_pages):
+    if not budget_affords(&c.budget, cost, <uint32_t>n_pages):
         return False
     error_clear(&ignored)
     run.addr = addr
@@ -85,10 +85,10 @@ cdef bint _share(
         store_share(&c.store, slots[i])
         rmap_set_state(&c.rmap, item, PAGE_SHARED)
         rmap_set_over_store(&c.rmap, item, True)
-        c.rmap.nodes[item].left = slots[i]
+        rmap_set_slot(&c.rmap, item, slots[i])
         c.rmap.nodes[item].digest = digests[i]
     c.counters.pages_merged += n_pages
-    c.b.budget.used += cost
+    c.budget.used += cost
     return True
 
 

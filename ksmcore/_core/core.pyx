@@ -36,7 +36,7 @@ cdef class Core(Registry):
     @property
     def guard_in_use(self):
         """Name of the guard."""
-        return guard_name(self.c.b.guard)
+        return guard_name(self.c.guard)
 
     def enter_guard(self):
         """Get ready to open windows; pass what is returned to leave_guard. OSError when none can be had."""
@@ -69,8 +69,8 @@ cdef class Core(Registry):
         with nogil:
             self._lock()
             self.c.counters.full_scans += full
-            if spend_reserve and self.c.b.budget.reserve_shift < 16:
-                self.c.b.budget.reserve_shift += 1
+            if spend_reserve and self.c.budget.reserve_shift < 16:
+                self.c.budget.reserve_shift += 1
             self._unlock()
 
     def stop_watching(self):
@@ -249,7 +249,7 @@ cdef class Core(Registry):
     @property
     def maps_used(self):
         """Mappings that the engine is taken to use."""
-        return self.c.b.budget.used
+        return self.c.budget.used
 
     @property
     def store_fd(self):

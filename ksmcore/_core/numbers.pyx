@@ -26,8 +26,8 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.guard_waits = guard_n_waits()
     numbers.page_compares = c.stable.one.n_compares + c.unstable.one.n_compares + c.quiet.one.n_compares
     numbers.metadata_bytes = core_bytes(c)
-    numbers.maps_used = max(c.b.budget.used, <int64_t>0)
-    numbers.maps_allowed = max(c.b.budget.allowed, <int64_t>0)
+    numbers.maps_used = max(c.budget.used, <int64_t>0)
+    numbers.maps_allowed = max(c.budget.allowed, <int64_t>0)
     numbers.with_pagemap = c.pm.file.fd >= 0
     numbers.with_tracker = c.may_watch
 

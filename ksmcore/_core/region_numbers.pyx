@@ -8,7 +8,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from ksmcore._pass.state cimport engine_core
 from ksmcore._kernel.pagemap cimport BLOCK_PAGES, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, pagemap_query
 from ksmcore._records.regions cimport region_t
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_slot
+from ksmcore._records.store cimport store_sharers
 from ksmcore._kernel.syscalls cimport sys_error
 
 
@@ -27,7 +28,7 @@ cdef void core_tally(engine_core* c, const region_t* region, region_tally* tally
         tally.n_by_state[<int>c.rmap.tags[item].state] += 1
         tally.n_quiet += c.rmap.tags[item].quiet
         if c.rmap.tags[item].state == PAGE_SHARED:
-            tally.pages_saved += 1 - 1.0 / c.store.uses[c.rmap.nodes[item].left].n_sharers
+            tally.pages_saved += 1 - 1.0 / store_sharers(&c.store, rmap_slot(&c.rmap, item))
         elif c.rmap.tags[item].state == PAGE_ZERO:
             tally.pages_saved += 1
 

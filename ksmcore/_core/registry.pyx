@@ -116,13 +116,13 @@ cdef class Registry:
         A guard that could be had once may be gone (a program that gives up its privileges): where any
         guard would do, a weaker one then takes its place for good.
         """
-        entered[0] = self.c.b.guard
+        entered[0] = self.c.guard
         if not self.any_guard:
             return guard_enter(entered[0], err)
         if guard_enter_any(entered, err) != 0:
             return -1
         # Nobody else is inside with the former one, or it could still be had. So no window is open with it.
-        self.c.b.guard = entered[0]
+        self.c.guard = entered[0]
         return 0
 
     # ---- regions ----------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.forest cimport forest_check, forest_first, forest_next
 from ksmcore._guard.merge cimport empty_range, restore_range, run_t
 from ksmcore._records.regions cimport region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_slot,
+)
 from ksmcore._pass.batch cimport drop_sharer
 from ksmcore._pass.match cimport core_forget_item
-from ksmcore._records.store cimport DEAD, store_lose, store_page, store_trim
+from ksmcore._records.store cimport store_is_dead, store_is_pending, store_lose, store_page, store_sharers, store_trim
 from ksmcore._kernel.syscalls cimport error_clear, sys_error
 
 
@@ -27,14 +29,14 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
     cdef size_t i
     cdef uint32_t item = 0
     if n_pages != 0:
-        c.b.budget.used += restored_cost(&c.rmap, page_no, n_pages)
+        c.budget.used += restored_cost(&c.rmap, page_no, n_pages)
     for i in range(n_pages):
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
             drop_sharer(&c.b, item)
         rmap_set_over_store(&c.rmap, item, False)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
-            c.rmap.nodes[item].left = 0
+            rmap_set_slot(&c.rmap, item, 0)
 
 
 cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
@@ -48,7 +50,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     cdef uint32_t item = 0
     cdef int rc = 0
     cdef run_t run
-    run.guard = c.b.guard
+    run.guard = c.guard
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.flags = region.flags
@@ -86,7 +88,7 @@ cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
     if c.rmap.n_over_store != 0:
         cost = stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
         # A census counts no end where nothing follows.
-        c.b.budget.used = max(c.b.budget.used + cost, <int64_t>0)
+        c.budget.used = max(c.budget.used + cost, <int64_t>0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 
@@ -102,7 +104,7 @@ cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
         if item != 0:
             hint = item
             if c.rmap.tags[item].state == PAGE_SHARED:
-                store_lose(&c.store, c.rmap.nodes[item].left)
+                store_lose(&c.store, rmap_slot(&c.rmap, item))
             core_forget_item(c, item)
 
 
@@ -139,8 +141,8 @@ cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, s
         run.addr = addr + start * c.page_bytes
         run.n_pages = page - start
         cost = stretch_cost(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
-        if budget_affords(&c.b.budget, cost, <uint32_t>run.n_pages) and empty_range(&run, &ignored) == 0:
-            c.b.budget.used += cost
+        if budget_affords(&c.budget, cost, <uint32_t>run.n_pages) and empty_range(&run, &ignored) == 0:
+            c.budget.used += cost
             _forget_pages(c, first_no + start, run.n_pages)
         else:
             all_emptied = False
@@ -154,15 +156,15 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
     cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
     for slot in range(1, c.store.top):
         n_frozen += c.store.uses[slot].frozen
-        if c.store.uses[slot].used and c.store.uses[slot].n_sharers == DEAD:
+        if store_is_dead(&c.store, slot):
             if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
                 return 15
             n_used += 1
             n_dead += 1
             continue
-        if c.store.uses[slot].pending:
+        if store_is_pending(&c.store, slot):
             return 13
-        if c.store.uses[slot].n_sharers != n_sharers[slot]:
+        if store_sharers(&c.store, slot) != n_sharers[slot]:
             return 14
         if n_sharers[slot] != 0 and not c.store.uses[slot].used:
             return 15
@@ -225,7 +227,7 @@ cdef int core_check(engine_core* c) noexcept nogil:
         if not _in_region(c, page_no):
             rc = 11
         if c.rmap.tags[item].state == PAGE_SHARED:
-            n_sharers[c.rmap.nodes[item].left] += 1
+            n_sharers[rmap_slot(&c.rmap, item)] += 1
             if not c.rmap.tags[item].over_store:
                 rc = 12
         n_unstable += c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch

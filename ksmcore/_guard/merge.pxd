@@ -8,15 +8,6 @@ from ksmcore._kernel.tracker cimport tracker_t
 from ksmcore._guard.window cimport guard_kind
 
 
-# madvise flags of a region that a new mapping must get again.
-cdef enum region_flag:
-    REGION_DONTFORK = 1
-    REGION_DONTDUMP = 2
-    REGION_HUGEPAGE = 4
-    REGION_NOHUGEPAGE = 8
-    REGION_WATCHED = 16      # not advice: a tracker watches its anonymous memory
-    PAGES_HUGE = 32          # not of a region: these pages were in a huge page when they were looked at
-
 # Neighbouring pages that the same is to happen to.
 ctypedef struct run_t:
     guard_kind guard
@@ -24,6 +15,7 @@ ctypedef struct run_t:
     size_t n_pages
     size_t page_bytes
     bint over_store          # they map the store; else they are anonymous memory
+    bint is_huge             # were in huge pages when they were looked at; merge_run, reshare_run, zero_run only
     int flags                # enum region_flag bits
     const tracker_t* tracker # which watches the region if it is REGION_WATCHED; may be NULL
 

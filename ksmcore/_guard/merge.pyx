@@ -22,6 +22,9 @@ from libc.string cimport memcpy, memset
 from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
+from ksmcore._records.regions cimport (
+    REGION_DONTDUMP, REGION_DONTFORK, REGION_HUGEPAGE, REGION_NOHUGEPAGE, REGION_WATCHED,
+)
 from ksmcore._records.store cimport store_is_there, store_page, store_t
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
@@ -161,7 +164,7 @@ cdef uint32_t _window_pages(
     slots: NULL where no mapping of the store is made."""
     cdef size_t left = WINDOW_PAGES - addr // run.page_bytes % WINDOW_PAGES
     cdef uint32_t n = <uint32_t>min(n_pages, <size_t>USUAL_PAGES), i, n_maps = 0
-    if run.flags & PAGES_HUGE:
+    if run.is_huge:
         if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
             n = WINDOW_PAGES
         else:

@@ -70,6 +70,7 @@ ctypedef struct intent:
     uint32_t slot                # 0 for INTENT_ZERO and INTENT_PLAIN
     uint8_t kind                 # enum intent_kind
     uint8_t flags                # enum region_flag bits
+    uint8_t is_huge              # in a huge page when it was looked at
     uint8_t over_store           # what lies under the page now
     uint8_t founder              # one of the two pages that the shared page was made for
     uint8_t fate                 # enum fate
@@ -93,15 +94,17 @@ ctypedef struct planned_sharers:
 
 
 ctypedef struct batch:
+    # what it works on: the engine's
     store_t* store
     rmap_table* rmap
     forest_t* stable
     scan_counters* counters
-    map_budget budget
-    guard_kind guard
+    map_budget* budget
+    const guard_kind* guard
     const tracker_t* tracker
     checksum_pages_t checksum
     size_t page_bytes
+    # its own
     sys_error err                # first failure of the batch
     intent* intents
     pending_block* pendings

@@ -9,7 +9,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksmcore._pass.batch cimport LEFT, OPEN, batch, intent, intent_leave, pending_block
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
-from ksmcore._records.store cimport store_alloc, store_block_sharers, store_page, store_release, store_write
+from ksmcore._records.store cimport (
+    store_alloc, store_block_sharers, store_is_pending, store_page, store_pending, store_release, store_set_pending,
+    store_settle, store_write,
+)
 from ksmcore._kernel.syscalls cimport error_clear, sys_error
 from ksmcore._trees cimport rb_place
 
@@ -36,8 +39,7 @@ cdef uint32_t block_new(
         return 0
     for i in range(n_copies):
         b.store.nodes[slot + i].digest = digest
-        b.store.uses[slot + i].pending = 1
-        b.store.uses[slot + i].n_sharers = b.n_pendings
+        store_set_pending(b.store, slot + i, b.n_pendings)
     b.pendings[b.n_pendings].slot = slot
     b.pendings[b.n_pendings].n_copies = n_copies
     b.pendings[b.n_pendings].source = source
@@ -52,9 +54,9 @@ cdef uint32_t block_new(
 cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
     """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
     can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
-    if wanted.slot == 0 or not b.store.uses[wanted.slot].pending:
+    if wanted.slot == 0 or not store_is_pending(b.store, wanted.slot):
         return NULL
-    return &b.pendings[b.store.uses[wanted.slot].n_sharers]
+    return &b.pendings[store_pending(b.store, wanted.slot)]
 
 
 cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
@@ -163,8 +165,7 @@ cdef void blocks_settle(batch* b) noexcept nogil:
         if b.stable.one.by_content or b.pendings[i].fate != OPEN:
             forest_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
-            b.store.uses[slot + copy].pending = 0
-            b.store.uses[slot + copy].n_sharers = 0
+            store_settle(b.store, slot + copy)
         if b.pendings[i].fate != OPEN:
             store_release(b.store, slot)
     for i in range(b.n_pendings):

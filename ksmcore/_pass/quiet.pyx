@@ -13,10 +13,9 @@ from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
-from ksmcore._pass.state cimport engine_core, page_of_item
-from ksmcore._guard.merge cimport REGION_WATCHED
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, PAGE_HUGE, pagemap_is_unwritten, pagemap_protect
-from ksmcore._records.regions cimport region_end, region_t, regions_at
+from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, page_of_item
+from ksmcore._kernel.pagemap cimport BLOCK_PAGES, pagemap_is_unwritten, pagemap_protect
+from ksmcore._records.regions cimport REGION_WATCHED, region_end, region_t, regions_at
 from ksmcore._records.rmap cimport PAGE_UNSHARED
 from ksmcore._kernel.syscalls cimport error_clear, sys_error
 from ksmcore._kernel.tracker cimport tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch
@@ -33,12 +32,12 @@ cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
 
 cdef bint _may_be_armed(engine_core* c, size_t i) noexcept nogil:
     """Over the store there is nothing that could be watched."""
-    return c.flags[i] & HAS_STOOD and not c.rmap.tags[c.items[i]].over_store
+    return c.marks[i] & HAS_STOOD and not c.rmap.tags[c.items[i]].over_store
 
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil:
     """Protect the pages that are to stand in the quiet tree, before they are read: so a write is seen
-    either by the checksum or by the next survey. c.flags[i] tells from here on which are.
+    either by the checksum or by the next survey. c.marks[i] tells from here on which are.
 
     A huge page is protected as a whole or not at all: one of its pages would split it. A survey ends with
     the block of a huge page, so here that is the whole span or nothing.
@@ -46,9 +45,8 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
     cdef size_t i = 0, start
     cdef sys_error err
     for start in range(n_look):
-        c.flags[start] = (IS_HUGE if c.flags[start] & PAGE_HUGE else 0) | (
-            HAS_STOOD if _has_stood(c, c.items[start]) else 0
-        )
+        if _has_stood(c, c.items[start]):
+            c.marks[start] |= HAS_STOOD
     if not c.may_watch:
         return
     while i < n_look:
@@ -60,13 +58,13 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
             continue
         error_clear(&err)
         if (
-            (c.flags[start] & IS_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
+            (c.marks[start] & IS_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
             or pagemap_protect(&c.pm, <uintptr_t>c.pages[start], i - start, &err) != 0
         ):
             if err.code != 0:
                 quiet_unwatch(c, region)
         else:
-            memset(c.flags + start, c.flags[start] | IS_ARMED, i - start)
+            memset(c.marks + start, c.marks[start] | IS_ARMED, i - start)
 
 
 cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
@@ -74,15 +72,15 @@ cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
     cdef size_t i
     tracker_disarm(&c.tracker, <uintptr_t>c.pages[start], (end - start) * c.page_bytes)
     for i in range(start, end):
-        c.flags[i] &= ~IS_ARMED
+        c.marks[i] &= ~IS_ARMED
 
 
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil:
     """What changed since the last pass is not quiet. In a huge page then nothing is."""
     cdef size_t i
     for i in range(n_look):
-        if c.flags[i] & IS_ARMED and c.rmap.nodes[c.items[i]].digest != c.digests[i]:
-            if c.flags[i] & IS_HUGE:
+        if c.marks[i] & IS_ARMED and c.rmap.nodes[c.items[i]].digest != c.digests[i]:
+            if c.marks[i] & IS_HUGE:
                 _disarm(c, 0, n_look)
                 return
             _disarm(c, i, i + 1)
@@ -92,7 +90,7 @@ cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil:
     """Whoever was protected and does not stand in the quiet tree after all is to be looked at again."""
     cdef size_t i
     for i in range(n_look):
-        if c.flags[i] & IS_ARMED and not c.rmap.tags[c.items[i]].quiet:
+        if c.marks[i] & IS_ARMED and not c.rmap.tags[c.items[i]].quiet:
             _disarm(c, i, i + 1)
 
 
@@ -121,11 +119,11 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
         c.may_watch = tracker_open(&c.tracker, &c.pm, &ignored) == 0
     if (
         not c.may_watch
-        or not budget_affords(&c.b.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
+        or not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
         or tracker_watch(&c.tracker, region.addr, region_end(&c.regions, region), &ignored) != 0
     ):
         return False
-    c.b.budget.used += MAPS_WATCHED
+    c.budget.used += MAPS_WATCHED
     region.flags |= REGION_WATCHED
     return True
 
@@ -144,7 +142,7 @@ cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:
         if tracker_is_there(&c.tracker):
             tracker_unwatch(&c.tracker, region.addr, region_end(&c.regions, region))
         region.flags &= ~REGION_WATCHED
-        c.b.budget.used -= MAPS_WATCHED
+        c.budget.used -= MAPS_WATCHED
 
 
 def watch_from(size_t n_pages):

@@ -22,7 +22,7 @@ from ksmcore._pass.blocks cimport (
 from ksmcore._records.budget cimport budget_affords, map_budget
 from ksmcore._records.costs cimport slot_under, splits, splits_surely
 from ksmcore._guard.merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_state
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_slot, rmap_set_state
 from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
 from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns
 from ksmcore._guard.window cimport CHANGED, DONE, PINNED, REFUSED
@@ -40,7 +40,7 @@ cdef bint _are_alike(const intent* first, const intent* other) noexcept nogil:
     """Is the same to happen to this page as to the one so many intents before it, its neighbour in memory?"""
     return (
         other.fate == OPEN and other.page_no == first.page_no + (other - first) and other.kind == first.kind
-        and other.flags == first.flags
+        and other.flags == first.flags and other.is_huge == first.is_huge
     )
 
 
@@ -95,7 +95,7 @@ cdef void _choose(batch* b) noexcept nogil:
     """
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
-    cdef map_budget budget = b.budget
+    cdef map_budget budget = b.budget[0]
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
@@ -124,7 +124,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     if done.kind == INTENT_ZERO:
         b.counters.pages_zeroed += 1
         rmap_set_over_store(b.rmap, item, False)
-        b.rmap.nodes[item].left = 0
+        rmap_set_slot(b.rmap, item, 0)
         rmap_set_state(b.rmap, item, PAGE_ZERO)
         return
     b.counters.pages_merged += 1
@@ -133,7 +133,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     store_share(b.store, done.slot)
     rmap_set_state(b.rmap, item, PAGE_SHARED)
     rmap_set_over_store(b.rmap, item, True)
-    b.rmap.nodes[item].left = done.slot
+    rmap_set_slot(b.rmap, item, done.slot)
 
 
 cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
@@ -151,11 +151,12 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     cdef size_t n_restored
     cdef int rc = 0
     error_clear(&err)
-    run.guard = b.guard
+    run.guard = b.guard[0]
     run.addr = <uintptr_t>(first.page_no * b.page_bytes)
     run.n_pages = end - start
     run.page_bytes = b.page_bytes
     run.over_store = first.over_store
+    run.is_huge = first.is_huge
     run.flags = first.flags
     run.tracker = b.tracker
     for i in range(end - start):
@@ -214,7 +215,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         founder = &b.intents[i]
         if not founder.founder or founder.fate != MERGED or store_block_sharers(b.store, founder.slot) != 1:
             continue
-        run.guard = b.guard
+        run.guard = b.guard[0]
         run.addr = <uintptr_t>(founder.page_no * b.page_bytes)
         run.n_pages = 1
         run.page_bytes = b.page_bytes
@@ -224,7 +225,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         if restore_range(&run, &n_restored, &b.err) == 0:
             drop_sharer(b, founder.item)
             rmap_set_over_store(b.rmap, founder.item, False)
-            b.rmap.nodes[founder.item].left = 0
+            rmap_set_slot(b.rmap, founder.item, 0)
             b.counters.skipped.partner += 1
 
 

@@ -32,20 +32,21 @@ all meet.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._pass.batch cimport stage_end
-from ksmcore._pass.state cimport SPAN_PAGES, engine_core
+from ksmcore._pass.state cimport IS_HUGE, SPAN_PAGES, engine_core
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._pass.match cimport core_forget_item, leave_tree, match_leave_store, match_page, match_prepare
-from ksmcore._guard.merge cimport REGION_WATCHED
 from ksmcore._kernel.pagemap cimport (
-    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
+    PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
 )
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._pass.quiet cimport quiet_arm, quiet_disarm_changed, quiet_disarm_others
-from ksmcore._records.regions cimport region_end, region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state
+from ksmcore._records.regions cimport REGION_WATCHED, region_end, region_t, regions_at
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot,
+)
 from ksmcore._pass.runs cimport batch_flush
-from ksmcore._records.store cimport store_page
-from ksmcore._pass.stretch cimport block_is_shared, stretch_go_on
+from ksmcore._records.store cimport store_is_shared_block, store_page
+from ksmcore._pass.stretch cimport stretch_go_on
 from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns, sys_pause
 
 cdef enum:
@@ -77,14 +78,14 @@ cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_
     if c.rmap.tags[item].state == PAGE_SHARED:
         if not flag & PAGE_UNSURE:
             return not flag & PAGE_OF_FILE
-        return page_compare(page, store_page(&c.store, c.rmap.nodes[item].left), c.page_bytes) != 0
+        return page_compare(page, store_page(&c.store, rmap_slot(&c.rmap, item)), c.page_bytes) != 0
     if c.rmap.tags[item].state == PAGE_ZERO:
         return flag & PAGE_OWNED or not page_is_zero(page, c.page_bytes)
     return True
 
 
 cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogil:
-    """Fill c.items, c.pages and c.flags with the pages of the survey that need a look; returns how many. Where
+    """Fill c.items, c.pages and c.marks with the pages of the survey that need a look; returns how many. Where
     there are more than `most`, the survey ends before the next one."""
     cdef uint32_t item = 0, hint = 0
     cdef const page_range* there
@@ -113,7 +114,7 @@ cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogi
                 continue
             c.items[n_look] = item
             c.pages[n_look] = page
-            c.flags[n_look] = there.flags
+            c.marks[n_look] = IS_HUGE if there.flags & PAGE_HUGE else 0
             n_look += 1
     return n_look
 
@@ -166,8 +167,8 @@ cdef int _scan_span(
     if n_look == 0:
         stage_end(&c.counters.stage_ns.pagemap, begun)
         return 0
-    c.block_slot = 0
-    c.more_follows = c.survey.next < region_end(&c.regions, region)
+    c.stretch.block_slot = 0
+    c.stretch.more_follows = c.survey.next < region_end(&c.regions, region)
     quiet_arm(c, region, n_look)
     begun = stage_end(&c.counters.stage_ns.pagemap, begun)
     n_known = stretch_go_on(c, n_look)
@@ -176,7 +177,7 @@ cdef int _scan_span(
     begun = stage_end(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
-    if not block_is_shared(c, c.stretch_slot, c.stretch_digest):
+    if not store_is_shared_block(&c.store, c.stretch.slot, c.stretch.digest):
         n_known = 0              # the last that shared it were among these pages
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))

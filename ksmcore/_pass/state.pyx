@@ -30,8 +30,7 @@ cdef const uint8_t* _page_of_node(void* owner, uint32_t item) noexcept nogil:
 
 
 cdef void _forget_stretch(engine_core* c) noexcept nogil:
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
-    c.next_slot = c.next_partner = 0
+    memset(&c.stretch, 0, sizeof(stretch_t))
 
 
 cdef int core_init(
@@ -60,21 +59,24 @@ cdef int core_init(
     memset(&c.unstable, 0, sizeof(c.unstable))
     memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
+    memset(&c.budget, 0, sizeof(c.budget))
+    c.guard = guard
     c.b.tracker = &c.tracker
     c.b.store = &c.store
     c.b.rmap = &c.rmap
     c.b.stable = &c.stable
     c.b.counters = &c.counters
-    c.b.guard = guard
+    c.b.budget = &c.budget
+    c.b.guard = &c.guard
     c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
-    c.flags = <uint8_t*>malloc(SPAN_PAGES)
+    c.marks = <uint8_t*>malloc(SPAN_PAGES)
     c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
     c.digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     zeros = <uint8_t*>calloc(1, c.page_bytes)
     if (
-        c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
+        c.marks == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
         or forest_init(
             &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
         ) != 0
@@ -120,11 +122,11 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
-    free(c.flags)
+    free(c.marks)
     free(c.items)
     free(c.pages)
     free(c.digests)
-    c.flags = NULL
+    c.marks = NULL
     c.items = NULL
     c.pages = NULL
     c.digests = NULL

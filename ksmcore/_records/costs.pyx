@@ -7,18 +7,18 @@ neighbouring slots, and of neighbours in anonymous memory that was never moved.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ksmcore._records.rmap cimport PAGE_UNSHARED, rmap_find, rmap_table
+from ksmcore._records.rmap cimport rmap_find, rmap_slot, rmap_table
 
 
 cdef uint32_t slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil:
     """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT. `item`: 0 when it is not at hand."""
+    cdef uint32_t slot
     if item == 0:
         item = rmap_find(rmap, page_no, 0)
     if item == 0 or not rmap.tags[item].over_store:
         return 0
-    if rmap.tags[item].state == PAGE_UNSHARED or rmap.nodes[item].left == 0:
-        return UNKNOWN_SLOT
-    return rmap.nodes[item].left
+    slot = rmap_slot(rmap, item)
+    return slot if slot != 0 else UNKNOWN_SLOT
 
 
 cdef int64_t stretch_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil:

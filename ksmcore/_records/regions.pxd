@@ -3,12 +3,20 @@
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 
+# What a mapping of a region's pages must have again when it is made anew; and whether they are watched.
+cdef enum region_flag:
+    REGION_DONTFORK = 1      # madvise
+    REGION_DONTDUMP = 2      # madvise
+    REGION_HUGEPAGE = 4      # madvise
+    REGION_NOHUGEPAGE = 8    # madvise
+    REGION_WATCHED = 16      # a tracker watches its anonymous memory
+
 # The whole pages inside one registered buffer.
 ctypedef struct region_t:
     uintptr_t addr           # of the first page
     size_t n_pages
     uint64_t id
-    int flags                # enum region_flag bits (see merge)
+    int flags                # enum region_flag bits
     uint32_t n_holds         # while not 0, no window is opened in it
     uint32_t watch_tried     # private to quiet
     bint being_made          # a copy fills it: not looked at

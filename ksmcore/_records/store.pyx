@@ -244,8 +244,8 @@ cdef int store_write(
 
 
 cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
-    store.uses[slot].n_sharers += 1
-    if store.uses[slot].n_sharers == 1:
+    store.uses[slot].number += 1
+    if store.uses[slot].number == 1:
         store.n_shared += 1
 
 
@@ -255,13 +255,13 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     The caller then takes that slot out of the stable tree and releases it.
     """
     cdef uint32_t first, n_copies, i
-    store.uses[slot].n_sharers -= 1
-    if store.uses[slot].n_sharers != 0:
+    store.uses[slot].number -= 1
+    if store.uses[slot].number != 0:
         return 0
     store.n_shared -= 1
     first = store_block(store, slot, &n_copies)
     for i in range(n_copies):
-        if store.uses[first + i].n_sharers != 0 or store.uses[first + i].lost:
+        if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
             return 0
     return first
 
@@ -290,7 +290,7 @@ cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
     cdef uint32_t first = store_block(store, slot, &n_copies)
     cdef uint64_t n_sharers = 0
     for i in range(n_copies):
-        n_sharers += store.uses[first + i].n_sharers
+        n_sharers += store_sharers(store, first + i)
     return n_sharers
 
 
@@ -302,8 +302,7 @@ cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
     if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
         store_trim(store)
     for i in range(n_copies):
-        store.uses[slot + i].pending = 0
-        store.uses[slot + i].n_sharers = 0
+        store_settle(store, slot + i)
         store.releases[store.n_releases] = slot + i
         store.n_releases += 1
 
@@ -356,7 +355,7 @@ cdef void store_trim(store_t* store) noexcept nogil:
         slot = store.releases[i]
         if store.uses[slot].frozen:
             store.uses[slot].copy = 0
-            store.uses[slot].n_sharers = DEAD
+            store.uses[slot].number = DEAD
             store.nodes[slot].digest = store.seen_forks
             store.n_dead += 1
             i += 1
@@ -371,7 +370,7 @@ cdef void store_trim(store_t* store) noexcept nogil:
 
 
 cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
-    return store.uses[slot].used and store.uses[slot].n_sharers == DEAD and store.nodes[slot].digest <= gone
+    return store_is_dead(store, slot) and store.nodes[slot].digest <= gone
 
 
 cdef void store_thaw(store_t* store) noexcept nogil:
