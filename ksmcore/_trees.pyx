@@ -25,8 +25,8 @@ does, because inserting and erasing decide by colours and links, never by bytes.
 downwards, so it ends after at most height steps and visits nodes of this tree only, whatever the pages say; with 5
 broken it may miss a key, but what it returns has compared equal.
 
-In the drawings of the rebalancing a capital letter is a black node, a small one is red, and each has a mirror image that
-the same code handles: `side` is the side of the node in question, and `not side` the other one.
+In the drawings of the rebalancing a capital letter is a black node, a small one is red, and each has a mirror image
+that the same code handles: `side` is the side of the node in question, and `not side` the other one.
 """
 
 from libc.stdint cimport uint8_t, uint32_t

@@ -20,7 +20,6 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset, strcpy
 
 from ksmcore._arrays.arena cimport arena_begin, arena_give, arena_owns, arena_shrink, arena_take, arena_trim
-from ksmcore._core.registry cimport Registry
 
 cdef extern from "Python.h":
     int PyCapsule_SetPointer(object capsule, void* pointer) except -1

@@ -44,7 +44,7 @@ ctypedef struct chunk_t:
     bint wants_huge
     extent_tag* tags           # NULL: one array has all of it
 
-ctypedef struct page_range:
+ctypedef struct taken_range:
     uintptr_t addr
     size_t n_pages
 
@@ -81,6 +81,6 @@ cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept n
 cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
-cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* ranges) noexcept nogil
+cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil
 cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil

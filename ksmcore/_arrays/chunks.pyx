@@ -274,7 +274,7 @@ cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil:
     memset(&t.all[entry], 0, sizeof(chunk_t))
 
 
-cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* ranges) noexcept nogil:
+cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil:
     """What is taken of the chunks of this process, by address, neighbours within a chunk as one; returns how many
     ranges that are. NULL: they are only counted."""
     cdef const chunk_t* chunk
@@ -303,7 +303,7 @@ cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* 
 
 cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil:
     """The number of the first invariant that is broken, 0 for none. For tests."""
-    cdef uint32_t entry, page, end, state, before
+    cdef uint32_t entry, page, end, state, before, n_pages
     cdef size_t n_taken, n_hanging = 0, n_free = 0, dirty_bytes = 0, taken_bytes = 0
     cdef int kind, number
     for entry in range(t.n_entries):
@@ -320,17 +320,18 @@ cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil:
         before = TAKEN
         while page < end:
             state = chunks_tag(t, page).state
-            if chunks_tag(t, page).n_pages == 0 or chunks_tag(t, page + chunks_tag(t, page).n_pages - 1).n_pages != chunks_tag(t, page).n_pages:
+            n_pages = chunks_tag(t, page).n_pages
+            if n_pages == 0 or chunks_tag(t, page + n_pages - 1).n_pages != n_pages:
                 return 2
-            if chunks_tag(t, page + chunks_tag(t, page).n_pages - 1).state != state:
+            if chunks_tag(t, page + n_pages - 1).state != state:
                 return 3
             if state != TAKEN and state == before:
                 return 4
-            n_taken += chunks_tag(t, page).n_pages if state == TAKEN else 0
+            n_taken += n_pages if state == TAKEN else 0
             n_free += state != TAKEN
-            dirty_bytes += chunks_tag(t, page).n_pages * t.page_bytes if state == DIRTY else 0
+            dirty_bytes += n_pages * t.page_bytes if state == DIRTY else 0
             before = state
-            page += chunks_tag(t, page).n_pages
+            page += n_pages
         if page != end:
             return 5
         if n_taken != t.all[entry].n_taken:

@@ -18,16 +18,17 @@ The caller holds the engine's lock.
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
-from ksmcore._kernel.maps cimport maps_each, maps_each_in, vma_is_private_data, vma_t
-from ksmcore._records.regions cimport REGION_WATCHED, region_end, region_t, regions_at, regions_next
-from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
-)
-from ksmcore._pass.batch cimport drop_sharer
-from ksmcore._pass.state cimport engine_core
-from ksmcore._records.store cimport store_lose
+from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
 from ksmcore._kernel.syscalls cimport sys_device, sys_error
+from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state,
+    rmap_slot,
+)
+from ksmcore._records.store cimport store_lose
 
 
 # All mappings, and the regions in them.
@@ -62,7 +63,7 @@ cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, 
 
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     """Private memory that can be read and written, of no file but ours."""
-    return vma_is_private_data(vma) and (vma.inode == 0 or is_our_store)
+    return maps_is_private_data(vma) and (vma.inode == 0 or is_our_store)
 
 
 # ---- all mappings -----------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     region = regions_at(&c.regions, vma.start)
     while region != NULL and region.addr < vma.end:
         start = max(vma.start, region.addr)
-        end = min(vma.end, region_end(&c.regions, region))
+        end = min(vma.end, regions_end_of(&c.regions, region))
         if is_plain:
             region.n_plain_pages += (end - start) // c.page_bytes
         if is_ours:
@@ -167,7 +168,7 @@ cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, s
     mappings cannot be read (err.code 0: no memory for it).
     """
     cdef bint is_plain = not region.altered
-    cdef int rc = census_of_range(c, region.addr, region_end(&c.regions, region), &is_plain, n_blocked, err)
+    cdef int rc = census_of_range(c, region.addr, regions_end_of(&c.regions, region), &is_plain, n_blocked, err)
     region.altered = not is_plain or region.passed_over
     return rc
 
@@ -225,7 +226,7 @@ cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const ui
             continue
         if c.rmap.tags[item].state == PAGE_SHARED:
             store_lose(&c.store, remembered)
-            drop_sharer(&c.b, item)
+            batch_drop_sharer(&c.b, item)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
             rmap_set_slot(&c.rmap, item, under[page])
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)

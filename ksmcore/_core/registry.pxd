@@ -3,10 +3,10 @@
 from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
-from ksmcore._kernel.syscalls cimport sys_error
-from ksmcore._guard.window cimport guard_kind
 
 
 cdef class Registry:

@@ -9,19 +9,21 @@ caller holds the engine's lock.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from ksmcore._records.budget cimport budget_affords
-from ksmcore._records.costs cimport restored_cost, stretch_cost
+from ksmcore._guard.merge cimport merge_empty_range, merge_restore_range, run_t
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
+from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._pass.match cimport match_forget_item
 from ksmcore._pass.state cimport engine_core
+from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
 from ksmcore._records.forest cimport forest_check, forest_first, forest_next
-from ksmcore._guard.merge cimport empty_range, restore_range, run_t
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_slot,
 )
-from ksmcore._pass.batch cimport drop_sharer
-from ksmcore._pass.match cimport core_forget_item
-from ksmcore._records.store cimport store_is_dead, store_is_pending, store_lose, store_page, store_sharers, store_trim
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._records.store cimport (
+    store_is_dead, store_is_pending, store_lose, store_page, store_sharers, store_trim,
+)
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -29,17 +31,17 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
     cdef size_t i
     cdef uint32_t item = 0
     if n_pages != 0:
-        c.budget.used += restored_cost(&c.rmap, page_no, n_pages)
+        c.budget.used += costs_of_restoring(&c.rmap, page_no, n_pages)
     for i in range(n_pages):
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
-            drop_sharer(&c.b, item)
+            batch_drop_sharer(&c.b, item)
         rmap_set_over_store(&c.rmap, item, False)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
             rmap_set_slot(&c.rmap, item, 0)
 
 
-cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
+cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
     """Make every page of a region plain private anonymous memory, with the bytes it shows.
 
     Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
@@ -66,7 +68,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
             item = rmap_find(&c.rmap, first_no + page, item)
         run.addr = region.addr + start * c.page_bytes
         run.n_pages = page - start
-        rc = restore_range(&run, &n_restored, err)
+        rc = merge_restore_range(&run, &n_restored, err)
         _settle_restored(c, first_no + start, n_restored)
     store_trim(&c.store)
     return rc
@@ -79,21 +81,21 @@ cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexc
         item = rmap_find(&c.rmap, first_no + i, hint)
         if item != 0:
             hint = item
-            core_forget_item(c, item)
+            match_forget_item(c, item)
 
 
-cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
+cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
     cdef int64_t cost
     if c.rmap.n_over_store != 0:
-        cost = stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
+        cost = costs_of_mapping(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
         # A census counts no end where nothing follows.
         c.budget.used = max(c.budget.used + cost, <int64_t>0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 
 
-cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
+cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region whose memory went elsewhere: whatever still maps their slots, somewhere,
     goes on seeing the same bytes."""
     cdef uint64_t first_no = region.addr // c.page_bytes
@@ -105,7 +107,7 @@ cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
             hint = item
             if c.rmap.tags[item].state == PAGE_SHARED:
                 store_lose(&c.store, rmap_slot(&c.rmap, item))
-            core_forget_item(c, item)
+            match_forget_item(c, item)
 
 
 cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noexcept nogil:
@@ -115,7 +117,7 @@ cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noe
     return item != 0 and c.rmap.tags[item].over_store
 
 
-cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil:
+cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil:
     """Empty pages of a region whose bytes nobody needs any more, and forget them: they hold no memory, show
     zeros and are passed over, until they are written again. No window is needed, since nobody writes there.
 
@@ -129,7 +131,7 @@ cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, s
     cdef bint all_emptied = True
     cdef sys_error ignored
     cdef run_t run
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     run.page_bytes = c.page_bytes
     run.flags = region.flags
     run.tracker = &c.tracker
@@ -140,8 +142,8 @@ cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, s
             page += 1
         run.addr = addr + start * c.page_bytes
         run.n_pages = page - start
-        cost = stretch_cost(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
-        if budget_affords(&c.budget, cost, <uint32_t>run.n_pages) and empty_range(&run, &ignored) == 0:
+        cost = costs_of_mapping(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
+        if budget_affords(&c.budget, cost, <uint32_t>run.n_pages) and merge_empty_range(&run, &ignored) == 0:
             c.budget.used += cost
             _forget_pages(c, first_no + start, run.n_pages)
         else:

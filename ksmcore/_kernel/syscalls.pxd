@@ -95,10 +95,10 @@ cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 
-# For the modules that have further system calls (uffd, pagemap, maps, tracker): -1 and *err filled when the call failed, with
-# errno as it stands; -1 and *err filled when a test ordered it to fail.
+# For the modules that have further system calls (uffd, pagemap, maps, tracker): -1 and *err filled when the call
+# failed, with errno as it stands; -1 and *err filled when a test ordered it to fail.
 cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 
-cdef void error_clear(sys_error* err) noexcept nogil
-cdef object error_raise(sys_error* err, str what)
+cdef void sys_error_clear(sys_error* err) noexcept nogil
+cdef object sys_error_raise(sys_error* err, str what)

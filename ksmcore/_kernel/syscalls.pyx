@@ -127,12 +127,12 @@ cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error
     return 0
 
 
-cdef void error_clear(sys_error* err) noexcept nogil:
+cdef void sys_error_clear(sys_error* err) noexcept nogil:
     err.code = err.call = 0
     err.addr = err.len_bytes = 0
 
 
-cdef object error_raise(sys_error* err, str what):
+cdef object sys_error_raise(sys_error* err, str what):
     """Raise the OSError (MemoryError for ENOMEM) that `err` describes; needs the GIL."""
     import errno as errno_names
     cdef str call = _NAMES[err.call]
@@ -167,9 +167,9 @@ cdef void sys_pause() noexcept nogil:
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil:
     """False when a page of the range has no mapping at all."""
     cdef unsigned char resident[1024]
-    cdef size_t chunk = sizeof(resident) * sys_page_bytes(), n
+    cdef size_t most = sizeof(resident) * sys_page_bytes(), n
     while len_bytes > 0:
-        n = min(len_bytes, chunk)
+        n = min(len_bytes, most)
         if mincore(<void*>addr, n, resident) != 0 and errno == ENOMEM:
             return False
         addr += n
@@ -201,7 +201,7 @@ cdef void* sys_map_anon_aligned(size_t len_bytes, size_t align_bytes, sys_error*
         return NULL
     start = (addr + align_bytes - 1) // align_bytes * align_bytes
     # Unchecked: what cannot be cut off takes addresses, no memory.
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if start != addr:
         sys_unmap(addr, start - addr, &ignored)
     sys_unmap(start + len_bytes, addr + align_bytes - start, &ignored)
@@ -346,7 +346,7 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
 
 
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil:
-    """Give the file's blocks of this range back to the system."""
+    """Give the file's memory of this range back to the system."""
     if sys_injected(CALL_FALLOCATE, 0, len_bytes, err):
         return -1
     while fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, <off_t>len_bytes) != 0:
@@ -418,11 +418,11 @@ def features():
     cdef sys_error err
     cdef int fd
     found = {}
-    error_clear(&err)
+    sys_error_clear(&err)
     fd = sys_open_read(b"/proc/self/pagemap", &err)
     found["pagemap"] = None if fd >= 0 else os.strerror(err.code)
     sys_close(fd)
-    error_clear(&err)
+    sys_error_clear(&err)
     fd = sys_memfd(b"ksmcore-probe", &err)
     found["memfd"] = None if fd >= 0 else os.strerror(err.code)
     sys_close(fd)

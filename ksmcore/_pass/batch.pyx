@@ -5,18 +5,18 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
+from ksmcore._kernel.syscalls cimport sys_error_clear
 from ksmcore._records.forest cimport forest_erase
 from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
 from ksmcore._records.store cimport (
     store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
 )
-from ksmcore._kernel.syscalls cimport error_clear
 
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
     b.capacity = capacity
     b.n_intents = b.n_pendings = 0
-    error_clear(&b.err)
+    sys_error_clear(&b.err)
     b.intents = <intent*>malloc(capacity * sizeof(intent))
     b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
     b.slots = <uint32_t*>malloc(capacity * sizeof(uint32_t))
@@ -61,7 +61,7 @@ cdef void batch_clear(batch* b) noexcept nogil:
     b.n_intents = b.n_pendings = 0
 
 
-cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
+cdef const uint8_t* batch_stable_page(void* owner, uint32_t slot) noexcept nogil:
     """Bytes of a stable tree node. Those of a pending slot are its candidate's, which may change until
     the slot is written; a match with them is only a guess, and the guard compares with the slot."""
     cdef batch* b = <batch*>owner
@@ -93,7 +93,7 @@ cdef void batch_add(
         planned.n += 1
 
 
-cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
+cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     """This page is not merged now: count why, in a field of `b.counters.skipped`, and let its item wait for the
     next pass."""
     left.fate = LEFT
@@ -105,7 +105,7 @@ cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     )
 
 
-cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:
+cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil:
     """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
     number of the slot, because the page's mapping still points there."""
     cdef uint32_t first = store_unshare(b.store, rmap_slot(b.rmap, item))

@@ -7,13 +7,13 @@ stand here.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksmcore._pass.batch cimport LEFT, OPEN, batch, intent, intent_leave, pending_block
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
+from ksmcore._pass.batch cimport LEFT, OPEN, batch, batch_leave, intent, pending_block
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
 from ksmcore._records.store cimport (
     store_alloc, store_block_sharers, store_is_pending, store_page, store_pending, store_release, store_set_pending,
     store_settle, store_write,
 )
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
 from ksmcore._trees cimport rb_place
 
 cdef enum:
@@ -21,7 +21,7 @@ cdef enum:
     HASH_PAGES = 64            # pages whose written copies are checked together
 
 
-cdef uint32_t block_new(
+cdef uint32_t blocks_new(
     batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
 ) noexcept nogil:
     """Slots for a new shared page and its copies, to be written from `source`; 0 without room for it.
@@ -31,7 +31,7 @@ cdef uint32_t block_new(
     """
     cdef uint32_t i, slot
     cdef sys_error err
-    error_clear(&err)
+    sys_error_clear(&err)
     slot = store_alloc(b.store, n_copies, &err)
     if slot == 0:
         if b.err.code == 0:
@@ -66,7 +66,7 @@ cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
     for i in range(b.n_intents):
         block = _pending_of(b, &b.intents[i])
         if block != NULL and block.fate == LEFT and b.intents[i].fate == OPEN:
-            intent_leave(b, &b.intents[i], reason)
+            batch_leave(b, &b.intents[i], reason)
 
 
 cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
@@ -96,7 +96,7 @@ cdef void blocks_write(batch* b) noexcept nogil:
         if block.fate != OPEN:
             i += 1
             continue
-        error_clear(&err)
+        sys_error_clear(&err)
         if block.n_copies == 1:
             while (
                 i + n < b.n_pendings and n < <uint32_t>WRITE_PAGES and b.pendings[i + n].fate == OPEN

@@ -5,25 +5,24 @@ Nothing is merged here: what is to be merged becomes an intent of the batch.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_sharers, drop_sharer, stable_page_of,
-)
-from ksmcore._pass.blocks cimport block_new
-from ksmcore._pass.state cimport (
-    HAS_STOOD, IS_ARMED, IS_HUGE, IS_NEW, WAS_BROKEN, engine_core, page_of_item,
-)
-from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES
+from ksmcore._kernel.pagemap cimport SPAN_PAGES
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._pass.batch cimport (
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_sharers,
+    batch_stable_page,
+)
+from ksmcore._pass.blocks cimport blocks_new
 from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
+from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, IS_NEW, WAS_BROKEN, engine_core, state_page_of
+from ksmcore._pass.stretch cimport stretch_follow
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_slot, rmap_set_state,
     rmap_slot,
 )
 from ksmcore._records.store cimport store_align, store_block, store_is_shared_block, store_page
-from ksmcore._pass.stretch cimport stretch_follow
-from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._trees cimport rb_place
 
 cdef enum:
@@ -33,7 +32,7 @@ cdef enum:
 
 # ---- items ----------------------------------------------------------------------------------
 
-cdef void leave_tree(engine_core* c, uint32_t item) noexcept nogil:
+cdef void match_leave_tree(engine_core* c, uint32_t item) noexcept nogil:
     """Take an item out of the unstable or the quiet tree if it stands there. Its links are void in any case."""
     if c.rmap.tags[item].state != PAGE_UNSHARED:
         return
@@ -46,11 +45,11 @@ cdef void leave_tree(engine_core* c, uint32_t item) noexcept nogil:
     rmap_set_slot(&c.rmap, item, 0)
 
 
-cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
+cdef void match_forget_item(engine_core* c, uint32_t item) noexcept nogil:
     """Drop all that is known of a page, its share included; not its mapping."""
     if c.rmap.tags[item].state == PAGE_SHARED:
-        drop_sharer(&c.b, item)
-    leave_tree(c, item)
+        batch_drop_sharer(&c.b, item)
+    match_leave_tree(c, item)
     rmap_remove(&c.rmap, item)
 
 
@@ -76,7 +75,7 @@ cdef uint32_t _new_block(
             c.counters.skipped.max_shared_pages += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
-    slot = block_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch.end_unseen)
+    slot = blocks_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch.end_unseen)
     if slot == 0:
         c.counters.skipped.store += least == 1
     return slot
@@ -136,7 +135,7 @@ cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) n
     cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i
     while (
         first != 0 and c.store.nodes[first].digest == digest
-        and page_compare(page, stable_page_of(&c.b, first), c.page_bytes) == 0
+        and page_compare(page, batch_stable_page(&c.b, first), c.page_bytes) == 0
     ):
         store_block(&c.store, first, &n_copies)
         for i in range(n_copies):
@@ -163,7 +162,7 @@ cdef uint32_t _partner(
     if not (
         0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
         and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
-        and page_compare(page, page_of_item(c, partner), c.page_bytes) == 0
+        and page_compare(page, state_page_of(c, partner), c.page_bytes) == 0
     ):
         partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
@@ -205,9 +204,9 @@ cdef void _match_unshared(
         return
     if (
         c.marks[i] & IS_HUGE and c.rmap.tags[partner].huge
-        and page_no % BLOCK_PAGES == partner_no % BLOCK_PAGES == 0
+        and page_no % SPAN_PAGES == partner_no % SPAN_PAGES == 0
     ):
-        store_align(&c.store, BLOCK_PAGES)
+        store_align(&c.store, SPAN_PAGES)
     slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
@@ -219,7 +218,7 @@ cdef void _match_unshared(
         c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
     if c.rmap.tags[partner].quiet:
         quiet_disarm_item(c, partner)    # if it is not merged after all it must be looked at again
-    leave_tree(c, partner)
+    match_leave_tree(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
         &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
@@ -246,12 +245,12 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
             c.counters.cow_breaks += 1
             region.cow_breaks += 1
             c.marks[i] |= WAS_BROKEN
-            drop_sharer(&c.b, item)
+            batch_drop_sharer(&c.b, item)
         elif c.rmap.tags[item].state == PAGE_ZERO:
             c.marks[i] |= WAS_BROKEN
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         else:
-            leave_tree(c, item)
+            match_leave_tree(c, item)
         if c.items[i] != 0:
             c.rmap.tags[c.items[i]].huge = c.marks[i] & IS_HUGE != 0
 

@@ -12,13 +12,13 @@ is watched; when it is not, its pages all show, whatever tree they stand in.
 from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
-from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, page_of_item
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, pagemap_is_unwritten, pagemap_protect
-from ksmcore._records.regions cimport REGION_WATCHED, region_end, region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_UNSHARED
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_is_unwritten, pagemap_protect
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._kernel.tracker cimport tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch
+from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, state_page_of
+from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
+from ksmcore._records.rmap cimport PAGE_UNSHARED
 
 # Two mappings and a system call for each region that is watched should be worth it.
 cdef size_t _min_watched_pages = 256
@@ -39,8 +39,8 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
     """Protect the pages that are to stand in the quiet tree, before they are read: so a write is seen
     either by the checksum or by the next survey. c.marks[i] tells from here on which are.
 
-    A huge page is protected as a whole or not at all: one of its pages would split it. A survey ends with
-    the block of a huge page, so here that is the whole span or nothing.
+    A huge page is protected as a whole or not at all: one of its pages would split it. A huge page
+    is a span, so here that is the whole span or nothing.
     """
     cdef size_t i = 0, start
     cdef sys_error err
@@ -56,9 +56,9 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
         if i == start:
             i += 1
             continue
-        error_clear(&err)
+        sys_error_clear(&err)
         if (
-            (c.marks[start] & IS_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
+            (c.marks[start] & IS_HUGE and i - start < <size_t>SPAN_PAGES) or not _watch(c, region)
             or pagemap_protect(&c.pm, <uintptr_t>c.pages[start], i - start, &err) != 0
         ):
             if err.code != 0:
@@ -96,12 +96,12 @@ cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil:
 
 cdef void quiet_disarm_item(engine_core* c, uint32_t item) noexcept nogil:
     """A page of the quiet tree is about to leave it."""
-    tracker_disarm(&c.tracker, <uintptr_t>page_of_item(c, item), c.page_bytes)
+    tracker_disarm(&c.tracker, <uintptr_t>state_page_of(c, item), c.page_bytes)
 
 
 cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil:
     """A page of the quiet tree: is it where it was, and has nobody written to it since?"""
-    cdef uintptr_t addr = <uintptr_t>page_of_item(c, item)
+    cdef uintptr_t addr = <uintptr_t>state_page_of(c, item)
     cdef const region_t* home = regions_at(&c.regions, addr)
     return home.flags & REGION_WATCHED and not home.altered and pagemap_is_unwritten(&c.pm, addr)
 
@@ -114,13 +114,13 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < _min_watched_pages:
         return False
     region.watch_tried = c.epoch
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if c.tracker.file.fd < 0:
         c.may_watch = tracker_open(&c.tracker, &c.pm, &ignored) == 0
     if (
         not c.may_watch
         or not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
-        or tracker_watch(&c.tracker, region.addr, region_end(&c.regions, region), &ignored) != 0
+        or tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0
     ):
         return False
     c.budget.used += MAPS_WATCHED
@@ -140,7 +140,7 @@ cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:
     """The region is no longer watched, and none of its pages is protected."""
     if region.flags & REGION_WATCHED:
         if tracker_is_there(&c.tracker):
-            tracker_unwatch(&c.tracker, region.addr, region_end(&c.regions, region))
+            tracker_unwatch(&c.tracker, region.addr, regions_end_of(&c.regions, region))
         region.flags &= ~REGION_WATCHED
         c.budget.used -= MAPS_WATCHED
 

@@ -3,4 +3,4 @@
 from ksmcore._pass.batch cimport batch
 
 
-cdef int batch_flush(batch* b) noexcept nogil
+cdef int runs_flush(batch* b) noexcept nogil

@@ -2,21 +2,18 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._records.budget cimport map_budget
-from ksmcore._records.forest cimport forest_t
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, page_survey, pagemap
-from ksmcore._pages cimport checksum_pages_t
-from ksmcore._records.regions cimport region_list, region_t
-from ksmcore._records.rmap cimport rmap_table
-from ksmcore._pass.batch cimport batch, scan_counters
-from ksmcore._records.store cimport store_t
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.pagemap cimport page_survey, pagemap
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._kernel.tracker cimport tracker_t
-from ksmcore._guard.window cimport guard_kind
+from ksmcore._pages cimport checksum_pages_t
+from ksmcore._pass.batch cimport batch, scan_counters
+from ksmcore._records.budget cimport map_budget
+from ksmcore._records.forest cimport forest_t
+from ksmcore._records.regions cimport region_list
+from ksmcore._records.rmap cimport rmap_table
+from ksmcore._records.store cimport store_t
 
-
-cdef enum:
-    SPAN_PAGES = BLOCK_PAGES    # looked at, matched and merged together, and the lock held that long
 
 # What is noted of a page while it is looked at: bits of engine_core.marks, in the order in which they are set.
 cdef enum page_mark:
@@ -83,10 +80,10 @@ ctypedef struct engine_core:
     uint32_t* digests
 
 
-cdef int core_init(
+cdef int state_init(
     engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil
-cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
-cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil
-cdef void core_begin_pass(engine_core* c) noexcept nogil
-cdef size_t core_bytes(engine_core* c) noexcept nogil
+cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil
+cdef const uint8_t* state_page_of(const engine_core* c, uint32_t item) noexcept nogil
+cdef void state_begin_pass(engine_core* c) noexcept nogil
+cdef size_t state_bytes(engine_core* c) noexcept nogil

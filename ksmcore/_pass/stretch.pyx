@@ -6,8 +6,8 @@ copies, which follow each other in the store, k of them are one mapping.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
 from ksmcore._pages cimport page_compare
+from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
 from ksmcore._records.store cimport store_is_shared_block, store_page
 
 cdef enum:

@@ -19,7 +19,7 @@ Invariants, checked by `rmap_check`:
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_grow, sys_map_anon, sys_unmap
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_grow, sys_map_anon, sys_unmap
 from ksmcore._trees cimport rb_node
 
 cdef enum:
@@ -61,7 +61,7 @@ cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexce
 
 cdef void _unmap_array(void* array, size_t len_bytes) noexcept nogil:
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: munmap of a whole mapping of our own fails only on a broken argument.
     if array != NULL:
         sys_unmap(<uintptr_t>array, len_bytes, &ignored)
@@ -128,7 +128,7 @@ cdef void _grow_buckets(rmap_table* table) noexcept nogil:
     cdef uint32_t* link
     cdef void* grown
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if table.n_buckets == table.bucket_capacity:
         grown = sys_grow(
             table.buckets,
@@ -267,9 +267,9 @@ cdef class RmapTable:
 
     def __cinit__(self, uint32_t n_buckets=MIN_BUCKETS):
         cdef sys_error err
-        error_clear(&err)
+        sys_error_clear(&err)
         if rmap_init(&self.table, n_buckets, &err) != 0:
-            error_raise(&err, "rmap table")
+            sys_error_raise(&err, "rmap table")
 
     def __dealloc__(self):
         rmap_destroy(&self.table)
@@ -278,14 +278,14 @@ cdef class RmapTable:
         """Make an item for a page; KeyError when there is one, ValueError for page 0 or beyond 2**44."""
         cdef sys_error err
         cdef uint32_t item
-        error_clear(&err)
+        sys_error_clear(&err)
         if page_no == 0 or page_no >= <uint64_t>1 << 44:
             raise ValueError(f"page number {page_no} is out of range")
         if rmap_find(&self.table, page_no, 0) != 0:
             raise KeyError(page_no)
         item = rmap_add(&self.table, page_no, &err)
         if item == 0:
-            error_raise(&err, "rmap item")
+            sys_error_raise(&err, "rmap item")
         return item
 
     def find(self, uint64_t page_no, uint32_t hint=0):

@@ -32,7 +32,7 @@ cdef extern from *:
 cdef enum:
     MAX_SHARERS = 0x07ff0000   # what `number` can hold, less what one batch can add
     DEAD = 0x07ffffff          # released, but still mapped by another process
-    EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
+    SEGMENT_BYTES = 0x4000000  # 64 MiB: the file grows, and is viewed, by this much
     MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
 
 
@@ -42,10 +42,10 @@ ctypedef struct store_t:
     size_t page_bytes
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
-    uint8_t** views            # read-only mapping of each extent
+    uint8_t** views            # read-only mapping of each segment
     int gets_huge_pages        # the kernel gives them to memory files; -1: not asked yet
-    uint32_t n_extents
-    uint32_t slots_per_extent
+    uint32_t n_segments
+    uint32_t slots_per_segment
     uint32_t capacity          # slots that the arrays and the file have room for
     uint32_t top               # slots below it have been handed out at least once
     uint32_t cursor            # where the next search for a free slot starts

@@ -15,7 +15,7 @@ released as a whole, when none of its slots has a sharer.
 
 After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
 shared, but are neither punched nor written again while a process of that fork lives. `seen_forks` is
-compared with the process's count of forks, under the fork gate, before anything is punched or written.
+compared with the process's count of forks, under the fork lock, before anything is punched or written.
 A frozen slot that is released is dead: used by nobody here, and remembering (in its tree node, which it
 does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
 thaws the others, as the children end.
@@ -29,9 +29,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset, strstr
 
-from ksmcore._kernel.forks cimport forks_gone, forks_watch, gate_lock, gate_n_forks, gate_unlock
+from ksmcore._kernel.forks cimport forks_count, forks_gone, forks_lock, forks_unlock, forks_watch
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTFORK, error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
+    ADVISE_DONTFORK, sys_advise, sys_close, sys_drop, sys_error, sys_error_clear, sys_grow, sys_is_kept, sys_keep,
     sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
     sys_write_at,
 )
@@ -55,7 +55,7 @@ cdef bint _gets_huge_pages() noexcept nogil:
     cdef int fd
     if _told_huge >= 0:
         return _told_huge
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
     if fd < 0:
         return False
@@ -80,9 +80,9 @@ cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     store.gets_huge_pages = -1
     store.file.fd = -1
     store.page_bytes = page_bytes
-    store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
+    store.slots_per_segment = <uint32_t>(SEGMENT_BYTES // page_bytes)
     store.top = store.cursor = 1
-    store.seen_forks = gate_n_forks()
+    store.seen_forks = forks_count()
 
 
 cdef bint store_is_there(const store_t* store) noexcept nogil:
@@ -95,10 +95,10 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right."""
     cdef sys_error ignored
     cdef uint32_t i
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
-    for i in range(store.n_extents):
-        sys_unmap(<uintptr_t>store.views[i], EXTENT_BYTES, &ignored)
+    for i in range(store.n_segments):
+        sys_unmap(<uintptr_t>store.views[i], SEGMENT_BYTES, &ignored)
     if store.nodes != NULL:
         sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
     if store.uses != NULL:
@@ -110,14 +110,14 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     store_init(store, store.page_bytes)
 
 
-cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
-    """Room for one extent more in the file, the views and the arrays.
+cdef int _add_segment(store_t* store, sys_error* err) noexcept nogil:
+    """Room for one segment more in the file, the views and the arrays.
 
     Each step leaves the store as it was when a later one fails: a longer file and longer arrays are
     only used up to `capacity`, which is raised last.
     """
     cdef size_t old = store.capacity
-    cdef size_t new = old + store.slots_per_extent
+    cdef size_t new = old + store.slots_per_segment
     cdef uint8_t* view
     cdef void* grown
     if new > MAX_SLOTS:
@@ -130,20 +130,20 @@ cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
         return -1
     if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
         return -1
-    grown = realloc(store.views, (store.n_extents + 1) * sizeof(uint8_t*))
+    grown = realloc(store.views, (store.n_segments + 1) * sizeof(uint8_t*))
     if grown == NULL:
         return -1
     store.views = <uint8_t**>grown
-    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
+    view = <uint8_t*>sys_map_view(SEGMENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
     if view == NULL:
         return -1
     # A child has no use for the view. When the advice is refused the child merely has it as well.
-    sys_advise(<uintptr_t>view, EXTENT_BYTES, ADVISE_DONTFORK, err)
+    sys_advise(<uintptr_t>view, SEGMENT_BYTES, ADVISE_DONTFORK, err)
     if _grow_arrays(store, old, new, err) != 0:
-        sys_unmap(<uintptr_t>view, EXTENT_BYTES, err)
+        sys_unmap(<uintptr_t>view, SEGMENT_BYTES, err)
         return -1
-    store.views[store.n_extents] = view
-    store.n_extents += 1
+    store.views[store.n_segments] = view
+    store.n_segments += 1
     store.capacity = <uint32_t>new
     return 0
 
@@ -201,7 +201,7 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     if slot == 0:
         slot = store.top
         while slot + n_slots > store.capacity:
-            if _add_extent(store, err) != 0:
+            if _add_segment(store, err) != 0:
                 return 0
         store.top = slot + n_slots
     for i in range(n_slots):
@@ -226,8 +226,8 @@ cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
 
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:
     """The bytes of a written slot, for reading."""
-    cdef uint32_t extent = slot // store.slots_per_extent
-    return store.views[extent] + <size_t>(slot - extent * store.slots_per_extent) * store.page_bytes
+    cdef uint32_t segment = slot // store.slots_per_segment
+    return store.views[segment] + <size_t>(slot - segment * store.slots_per_segment) * store.page_bytes
 
 
 cdef int store_write(
@@ -314,11 +314,11 @@ cdef int _by_number(const void* a, const void* b) noexcept nogil:
 
 
 cdef void _see_forks(store_t* store) noexcept nogil:
-    """Freeze what existed when the process last forked. The caller holds the gate."""
+    """Freeze what existed when the process last forked. The caller holds the fork lock."""
     cdef uint32_t slot
-    if gate_n_forks() == store.seen_forks:
+    if forks_count() == store.seen_forks:
         return
-    store.seen_forks = gate_n_forks()
+    store.seen_forks = forks_count()
     store.n_frozen = 0
     for slot in range(1, store.top):
         if store.uses[slot].used:
@@ -327,13 +327,13 @@ cdef void _see_forks(store_t* store) noexcept nogil:
 
 
 cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
-    """Punch neighbouring slots and hand them out again. The caller holds the gate.
+    """Punch neighbouring slots and hand them out again. The caller holds the fork lock.
 
     A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
     writing it again replaces its bytes.
     """
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if store_is_there(store):
         sys_punch(
             store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
@@ -349,7 +349,7 @@ cdef void store_trim(store_t* store) noexcept nogil:
     if store.n_releases == 0:
         return
     qsort(store.releases, store.n_releases, sizeof(uint32_t), _by_number)
-    gate_lock()
+    forks_lock()
     _see_forks(store)
     while i < store.n_releases:
         slot = store.releases[i]
@@ -365,7 +365,7 @@ cdef void store_trim(store_t* store) noexcept nogil:
             n += 1
         _free_slots(store, slot, n)
         i += n
-    gate_unlock()
+    forks_unlock()
     store.n_releases = 0
 
 
@@ -376,7 +376,7 @@ cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noe
 cdef void store_thaw(store_t* store) noexcept nogil:
     """Give back, or let be written again, what was frozen for children that are gone by now."""
     cdef uint32_t slot = 1, n, gone
-    gate_lock()
+    forks_lock()
     _see_forks(store)
     if store.n_frozen != 0:
         gone = forks_gone()
@@ -394,13 +394,13 @@ cdef void store_thaw(store_t* store) noexcept nogil:
                     store.uses[slot].frozen = 0
                     store.n_frozen -= 1
                 slot += max(n, <uint32_t>1)
-    gate_unlock()
+    forks_unlock()
 
 
 cdef size_t store_bytes(store_t* store) noexcept nogil:
     """Bytes of metadata in use."""
     return (
         <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
-        + store.n_extents * sizeof(uint8_t*)
+        + store.n_segments * sizeof(uint8_t*)
         + sizeof(store_t)
     )
