@@ -12,7 +12,7 @@
  * data. Pages of one length therefore go through the same sequence of steps. Vector lane i holds the a, b and c of page
  * i; lane arithmetic is modulo 2**32 and never crosses lanes; so lane i computes what the scalar code computes for page
  * i, provided it is fed the same words. LOAD_4X4 feeds them: it reads four consecutive words of every page and
- * transposes them, so that vector k has word k of page i in lane i. The last block is read from a copy padded with zero
+ * transposes them, so that vector k has word k of page i in lane i. The last step is read from a copy padded with zero
  * bytes; that is the padding of the definition, and words beyond it are not used at all.
  *
  * Loads go through memcpy or unaligned load instructions, so no pointer needs any alignment. */
@@ -102,8 +102,8 @@ static void ksm_jhash_pages_scalar(const uint8_t *const *pages, size_t n_pages, 
 
 #ifdef KSM_JHASH_HAS_GENERIC
 
-/* Three words enter a mix and a load brings four, so a block is 12 words: three loads, four mixes. */
-#define KSM_BLOCK_BYTES 48
+/* Three words enter a mix and a load brings four, so a step takes 12 words: three loads, four mixes. */
+#define KSM_STEP_BYTES 48
 
 /* A kernel carries one or two sets of vectors. Six dependent operations per mix leave the processor waiting for
  * results; a second, independent set fills that time where vectors are short. Where they are 32 bytes long, one set is
@@ -113,7 +113,7 @@ static void ksm_jhash_pages_scalar(const uint8_t *const *pages, size_t n_pages, 
 
 #define KSM_DECLARE(s, VEC, start) VEC a##s = (VEC){0} + (start), b##s = a##s, c##s = a##s, w##s[12];
 
-#define KSM_LOAD_BLOCK(s, LANES, LOAD_4X4, pages, at)                                                                 \
+#define KSM_LOAD_STEP(s, LANES, LOAD_4X4, pages, at)                                                                  \
     LOAD_4X4(w##s[0], w##s[1], w##s[2], w##s[3], (pages) + s * (LANES), (at));                                        \
     LOAD_4X4(w##s[4], w##s[5], w##s[6], w##s[7], (pages) + s * (LANES), (at) + 16);                                   \
     LOAD_4X4(w##s[8], w##s[9], w##s[10], w##s[11], (pages) + s * (LANES), (at) + 32);
@@ -136,14 +136,14 @@ static void ksm_jhash_pages_scalar(const uint8_t *const *pages, size_t n_pages, 
 #define KSM_JHASH_KERNEL(NAME, TARGET, VEC, LANES, N_SETS, EACH_SET, LOAD_4X4, LONG_STEPS)                            \
     TARGET static void NAME##_group(const uint8_t *const *pages, size_t len_bytes, uint32_t *digests)                 \
     {                                                                                                                 \
-        uint8_t last[(N_SETS) * (LANES)][KSM_BLOCK_BYTES] = {{0}};                                                    \
+        uint8_t last[(N_SETS) * (LANES)][KSM_STEP_BYTES] = {{0}};                                                     \
         const uint8_t *last_pages[(N_SETS) * (LANES)];                                                                \
         size_t at = 0, k = 0;                                                                                         \
         EACH_SET(KSM_DECLARE, VEC, KSM_JHASH_SEED + (uint32_t)len_bytes + KSM_JHASH_INITVAL)                          \
                                                                                                                       \
         LONG_STEPS(pages, len_bytes, at)                                                                              \
-        for (; len_bytes - at > KSM_BLOCK_BYTES; at += KSM_BLOCK_BYTES) {                                             \
-            EACH_SET(KSM_LOAD_BLOCK, LANES, LOAD_4X4, pages, at)                                                      \
+        for (; len_bytes - at > KSM_STEP_BYTES; at += KSM_STEP_BYTES) {                                               \
+            EACH_SET(KSM_LOAD_STEP, LANES, LOAD_4X4, pages, at)                                                       \
             EACH_SET(KSM_FEED_MIX, 0)                                                                                 \
             EACH_SET(KSM_FEED_MIX, 3)                                                                                 \
             EACH_SET(KSM_FEED_MIX, 6)                                                                                 \
@@ -153,7 +153,7 @@ static void ksm_jhash_pages_scalar(const uint8_t *const *pages, size_t n_pages, 
             memcpy(last[i], pages[i] + at, len_bytes - at);                                                           \
             last_pages[i] = last[i];                                                                                  \
         }                                                                                                             \
-        EACH_SET(KSM_LOAD_BLOCK, LANES, LOAD_4X4, last_pages, 0)                                                      \
+        EACH_SET(KSM_LOAD_STEP, LANES, LOAD_4X4, last_pages, 0)                                                       \
         for (; len_bytes - at > 12; at += 12, k += 3) {                                                               \
             EACH_SET(KSM_FEED_MIX, k)                                                                                 \
         }                                                                                                             \
@@ -231,7 +231,7 @@ KSM_JHASH_KERNEL(ksm_jhash_pages_generic, , ksm_v4, 4, 2, KSM_TWO_SETS, KSM_LOAD
 #include <immintrin.h>
 
 /* Eight lanes in 32 bytes. The two halves of a vector are loaded from page i and page i + 4, so that instructions which
- * work on each half by itself transpose two 4x4 blocks at once and leave the pages in order. */
+ * work on each half by itself transpose two 4x4 squares at once and leave the pages in order. */
 typedef uint32_t ksm_v8 __attribute__((vector_size(32)));
 
 #define KSM_LOAD_HALVES(pages, i, at)                                                                                 \

@@ -15,7 +15,7 @@ cdef int page_compare(const uint8_t* a, const uint8_t* b, size_t len_bytes) noex
 # What reads below is safe against pages that go away, between reader_enter and reader_leave: such a page
 # differs from every other, is not zero, and has the checksum 0.
 
-# True when all len_bytes bytes are zero (so also for no bytes); leaves at the first block that is not.
+# True when all len_bytes bytes are zero (so also for no bytes); leaves at the first that is not, or soon after.
 cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil
 
 # lookup3 over any number of bytes: the scalar reference.

@@ -71,7 +71,7 @@ cdef bint page_is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil:
 
 
 cdef bint _is_zero(const uint8_t* page, size_t len_bytes) noexcept nogil:
-    # Most pages that are not zero show it in the first block, so leaving early costs one block of 64 bytes.
+    # Most pages that are not zero show it in the first 64 bytes, so they are looked at by so many at a time.
     cdef uint64_t w[8]
     cdef size_t at = 0
     while len_bytes - at >= sizeof(w):
@@ -211,7 +211,7 @@ cdef checksum_pages_t checksum_by_name(str name) except NULL:
 
 # Pages between two looks for signals, without the GIL: a few milliseconds with pages of 4 KiB.
 cdef enum:
-    SPAN_PAGES = 4096
+    SIGNAL_PAGES = 4096
 
 
 @cython.final
@@ -240,24 +240,24 @@ cdef list _digest_all(_Bytes source, Py_ssize_t page_bytes, checksum_pages_t che
     cdef size_t len_page = <size_t>page_bytes, n_pages = source.len_bytes // len_page
     if source.len_bytes % len_page != 0:
         raise ValueError(f"the buffer's {source.len_bytes} bytes are not a whole number of pages of {page_bytes} bytes")
-    cdef size_t n_span, at = 0, i
+    cdef size_t n_now, at = 0, i
     cdef list result = []
     cdef const uint8_t** pages = NULL
     cdef uint32_t* digests = NULL
     try:
-        pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
-        digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
+        pages = <const uint8_t**>malloc(SIGNAL_PAGES * sizeof(uint8_t*))
+        digests = <uint32_t*>malloc(SIGNAL_PAGES * sizeof(uint32_t))
         if pages == NULL or digests == NULL:
-            raise MemoryError("no memory for a span of digests")
+            raise MemoryError("no memory for the digests")
         while at < n_pages:
-            n_span = min(n_pages - at, <size_t>SPAN_PAGES)
+            n_now = min(n_pages - at, <size_t>SIGNAL_PAGES)
             with nogil:
-                for i in range(n_span):
+                for i in range(n_now):
                     pages[i] = source.data + (at + i) * len_page
-                checksum(pages, n_span, len_page, digests)
-            for i in range(n_span):
+                checksum(pages, n_now, len_page, digests)
+            for i in range(n_now):
                 result.append(digests[i])
-            at += n_span
+            at += n_now
             PyErr_CheckSignals()
     finally:
         free(pages)

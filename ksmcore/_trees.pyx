@@ -2,7 +2,7 @@
 """Red-black trees over nodes held in the caller's array: the stable and the unstable tree are two of them.
 
 This module owns the shape of the trees and nothing else: the caller owns the array, the pages and the locks. The
-scanner and _runs call the C functions of _trees.pxd; _tree_shell shows them to Python.
+C functions are in _trees.pxd; `ksmcore._testing.tree` shows them to Python.
 
 The key of a node is (digest, bytes of its page). In "digest" order different digests decide by themselves, and bytes
 are compared only where digests are equal; in "content" order the digest part of every key is taken as zero. Nodes with
@@ -25,8 +25,8 @@ does, because inserting and erasing decide by colours and links, never by bytes.
 downwards, so it ends after at most height steps and visits nodes of this tree only, whatever the pages say; with 5
 broken it may miss a key, but what it returns has compared equal.
 
-In the drawings of the rebalancing a capital letter is a black node, a small one is red, and each has a mirror image that
-the same code handles: `side` is the side of the node in question, and `not side` the other one.
+In the drawings of the rebalancing a capital letter is a black node, a small one is red, and each has a mirror image
+that the same code handles: `side` is the side of the node in question, and `not side` the other one.
 """
 
 from libc.stdint cimport uint8_t, uint32_t

@@ -1,6 +1,6 @@
 """NumPy's data allocator (NEP 49): large arrays come from the arena, small ones from NumPy's own allocator.
 
-Called by: allocator.py, and by NumPy, with or without the GIL. Calls: _arena.
+NumPy calls it with or without the GIL.
 
 NumPy keeps the handler that an array's memory came from with the array, as a capsule, and looks into it whenever
 memory is taken, grown or given back. There are two ways to have it look here:
@@ -20,7 +20,6 @@ from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset, strcpy
 
 from ksmcore._arrays.arena cimport arena_begin, arena_give, arena_owns, arena_shrink, arena_take, arena_trim
-from ksmcore._core.registry cimport Registry
 
 cdef extern from "Python.h":
     int PyCapsule_SetPointer(object capsule, void* pointer) except -1
@@ -140,12 +139,6 @@ def use_nowhere():
     use_everywhere(<size_t>-1)
     with nogil:
         arena_trim()
-
-
-def owns(size_t address):
-    """Does an array's memory that begins here come from the arena? For tests."""
-    cdef size_t ignored = 0
-    return arena_owns(<const void*>address, &ignored)
 
 
 import_array()

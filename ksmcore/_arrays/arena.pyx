@@ -1,8 +1,5 @@
 """Memory for many large arrays, in few regions: whole pages, handed out from chunks that are registered as a whole.
 
-Called by: _allocator. Calls: _chunks, _registry (the core that the chunks are registered with), _merge (empty_range),
-_forks, _sys.
-
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
 extents are clean, where they show zeros and hold no memory but what a huge page brought, or dirty. Dirty ones are
 handed out again first, since their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are
@@ -25,17 +22,18 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
-    CLEAN, DIRTY, N_BINS, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
-    chunks_check, chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init,
-    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, page_range,
+    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
+    chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init, chunks_tag,
+    chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
 )
-from ksmcore._kernel.forks cimport gate_generation
-from ksmcore._guard.merge cimport REGION_HUGEPAGE, empty_range, run_t
 from ksmcore._core.registry cimport Registry
+from ksmcore._guard.merge cimport merge_empty_range, run_t
+from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, error_clear, sys_advise, sys_error, sys_map_anon,
+    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_map_anon,
     sys_map_anon_aligned, sys_page_bytes, sys_unmap,
 )
+from ksmcore._records.regions cimport REGION_HUGEPAGE
 
 cdef extern from *:
     """
@@ -84,7 +82,7 @@ cdef void _register(const chunk_t* chunk) noexcept nogil:
     """With the core, if that can be: memory that is not registered is as good, it is only not merged."""
     if _core == NULL:
         return
-    if (<Registry>_core).generation != gate_generation():
+    if (<Registry>_core).generation != forks_generation():
         with gil:
             try:
                 (<Registry>_core)._own()
@@ -104,7 +102,7 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     cdef uint32_t entry
     cdef size_t len_bytes = n_pages * _table.page_bytes
     global _last_region_id
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     memset(&chunk, 0, sizeof(chunk))
     chunk.addr = <uintptr_t>sys_map_anon_aligned(len_bytes, HUGE_PAGE_BYTES, &ignored)
     if chunk.addr == 0:
@@ -124,7 +122,7 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     chunk.region_id = _last_region_id
     arena_unlock()
     _register(&chunk)
-    chunk.generation = gate_generation()
+    chunk.generation = forks_generation()
     arena_lock()
     entry = chunks_enter(&_table, &chunk)
     if entry == <uint32_t>NO_PAGE:
@@ -138,8 +136,8 @@ cdef void _unmap(const chunk_t* chunk) noexcept nogil:
     cdef size_t len_bytes = chunk.n_pages * _table.page_bytes
     cdef pinned_t* left
     global _pinned
-    error_clear(&ignored)
-    if _core != NULL and chunk.generation == gate_generation():
+    sys_error_clear(&ignored)
+    if _core != NULL and chunk.generation == forks_generation():
         (<Registry>_core).strike(chunk.region_id, chunk.addr)
     # Unchecked: whole mappings of our own.
     if chunk.tags != NULL:
@@ -191,18 +189,18 @@ cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcep
     if _core != NULL and (<Registry>_core).discard(chunk.region_id, addr, n_pages, &emptied):
         return emptied
     # Registered with nobody (any more). What lies here then is not known for sure: it is replaced.
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     run.addr = addr
     run.n_pages = n_pages
     run.page_bytes = _table.page_bytes
     run.over_store = True
     run.flags = REGION_HUGEPAGE if chunk.wants_huge else 0
     run.tracker = NULL
-    return empty_range(&run, &ignored) == 0
+    return merge_empty_range(&run, &ignored) == 0
 
 
 cdef void _discard_end(uint32_t page, size_t most_bytes) noexcept nogil:
-    """Discard the end of a dirty extent, or all of it, about most_bytes > 0 bytes; where that is refused it stays dirty."""
+    """Discard the end of a dirty extent, or all of it: about most_bytes > 0 bytes. Refused, it stays dirty."""
     cdef const chunk_t* chunk = &_table.all[page // _table.chunk_pages]
     cdef size_t page_bytes = _table.page_bytes, length = chunks_tag(&_table, page).n_pages
     cdef size_t n_pages = min((most_bytes - 1) // page_bytes + 1, length)
@@ -298,7 +296,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     arena_unlock()
     if is_clean and not zeroed and len_bytes <= <size_t>POPULATE_BYTES:
         # Unchecked: before Linux 5.14, or where there is no memory, the pages come with their first writes.
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         sys_advise(<uintptr_t>taken, n_pages * _table.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
     return taken
 
@@ -324,7 +322,7 @@ cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil:
 cdef void _give_inherited(uint32_t entry, uintptr_t addr, size_t n_pages) noexcept nogil:
     """In a forked child, memory of its parent's: the child's part of it is given up, and never handed out."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     sys_advise(addr, n_pages * _table.page_bytes, ADVISE_DONTNEED, &ignored)
     _table.all[entry].n_taken -= n_pages
     _table.taken_bytes -= n_pages * _table.page_bytes
@@ -349,7 +347,7 @@ cdef bint arena_give(void* memory) noexcept nogil:
         _remove_chunk(entry)
     else:
         first = entry * _table.chunk_pages + <uint32_t>((addr - chunk.addr) // _table.page_bytes)
-        if chunk.generation != gate_generation():
+        if chunk.generation != forks_generation():
             _give_inherited(entry, addr, chunks_tag(&_table, first).n_pages)
         else:
             chunks_give(&_table, first, chunks_tag(&_table, first).n_pages)
@@ -372,16 +370,25 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     chunk = &_table.all[entry]
     if chunk.tags == NULL:
         stays = n_pages > chunk.n_pages // 2
-        if stays and n_pages < chunk.n_pages and chunk.generation == gate_generation():
+        if stays and n_pages < chunk.n_pages and chunk.generation == forks_generation():
             # It goes on to have these pages, and may grow into them again.
             _discard(chunk, chunk.addr + n_pages * _table.page_bytes, chunk.n_pages - n_pages)
-    elif chunk.generation == gate_generation():
+    elif chunk.generation == forks_generation():
         first = entry * _table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // _table.page_bytes)
         before = chunks_tag(&_table, first).n_pages
         if n_pages < before:
             chunks_give(&_table, first + <uint32_t>n_pages, before - n_pages)
     arena_unlock()
     return stays
+
+
+cdef int arena_ask(int (*question)(const chunk_table* t, uint32_t generation) noexcept nogil) noexcept nogil:
+    """The answer to a question about the chunks, asked under the lock."""
+    cdef int answer
+    arena_lock()
+    answer = question(&_table, forks_generation())
+    arena_unlock()
+    return answer
 
 
 # ---- life -------------------------------------------------------------------------------------------
@@ -413,15 +420,15 @@ def pin():
     """Keep all chunks mapped until `unpin` was called as often; returns (address, end) of what is handed out of those
     of this process."""
     cdef size_t i, n = 0
-    cdef page_range* ranges
+    cdef taken_range* ranges
     global _n_pins
     # Copied first: to make objects may collect garbage, and so give memory back.
     with nogil:
         arena_lock()
         _n_pins += 1
-        ranges = <page_range*>malloc(chunks_taken(&_table, gate_generation(), NULL) * sizeof(page_range))
+        ranges = <taken_range*>malloc(chunks_taken(&_table, forks_generation(), NULL) * sizeof(taken_range))
         if ranges != NULL:
-            n = chunks_taken(&_table, gate_generation(), ranges)
+            n = chunks_taken(&_table, forks_generation(), ranges)
         arena_unlock()
     found = [(ranges[i].addr, ranges[i].addr + ranges[i].n_pages * _table.page_bytes) for i in range(n)]
     free(ranges)
@@ -434,7 +441,7 @@ def unpin():
     cdef pinned_t* left = NULL
     cdef pinned_t* next
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     with nogil:
         arena_lock()
         # 0 in a forked child of the one who pinned them.
@@ -469,8 +476,7 @@ def is_chunk(uint64_t region_id):
 
 
 def numbers():
-    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had. For tests
-    and reports."""
+    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had."""
     cdef uint32_t n
     cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
     with nogil:
@@ -483,16 +489,6 @@ def numbers():
         "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
         "refused": n_refused,
     }
-
-
-def check():
-    """Do extents and bins add up? The number of the first invariant that is broken, 0 for none. For tests."""
-    cdef int rc
-    with nogil:
-        arena_lock()
-        rc = chunks_check(&_table, gate_generation())
-        arena_unlock()
-    return rc
 
 
 chunks_init(&_table, sys_page_bytes(), CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""Chunks of pages, cut into extents; see _chunks.pyx."""
+"""Chunks of pages, cut into extents; see chunks.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
@@ -44,7 +44,7 @@ ctypedef struct chunk_t:
     bint wants_huge
     extent_tag* tags           # NULL: one array has all of it
 
-ctypedef struct page_range:
+ctypedef struct taken_range:
     uintptr_t addr
     size_t n_pages
 
@@ -70,6 +70,7 @@ ctypedef struct chunk_table:
 
 cdef void chunks_init(chunk_table* t, size_t page_bytes, size_t chunk_bytes) noexcept nogil
 cdef void chunks_clear_bins(chunk_table* t) noexcept nogil
+cdef uint32_t chunks_bin(size_t n_pages) noexcept nogil
 cdef uint32_t chunks_enter(chunk_table* t, const chunk_t* chunk) noexcept nogil
 cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil
 cdef uint32_t chunks_at(const chunk_table* t, uintptr_t addr) noexcept nogil
@@ -81,6 +82,5 @@ cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept n
 cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
-cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, page_range* ranges) noexcept nogil
+cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil
-cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil

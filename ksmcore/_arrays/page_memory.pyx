@@ -1,7 +1,5 @@
 """Page-aligned memory that is registered from birth and gives itself back.
 
-Called by: arrays.py. Calls: _sys, and the Core that it is registered with.
-
 A `PageMemory` is the base object of an array: as long as any view of the array lives, it lives. The
 engine does not hold it, or it could never be collected; instead it takes itself out of the engine
 before it unmaps its pages. It holds the engine, which therefore lives as long as its arrays do.
@@ -11,7 +9,9 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uintptr_t
 
-from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_map_anon, sys_page_bytes, sys_unmap
+from ksmcore._kernel.syscalls cimport (
+    sys_error, sys_error_clear, sys_error_raise, sys_map_anon, sys_page_bytes, sys_unmap,
+)
 
 
 @cython.no_gc_clear          # __dealloc__ needs `core`, also when a reference cycle is collected
@@ -31,7 +31,7 @@ cdef class PageMemory:
         cdef sys_error err
         cdef size_t page = sys_page_bytes()
         cdef void* memory
-        error_clear(&err)
+        sys_error_clear(&err)
         if len_bytes == 0 or len_bytes > <size_t>-1 // 2 - 2 * page or offset >= page:
             raise ValueError(f"cannot make {len_bytes} bytes of memory")
         self.len_bytes = len_bytes
@@ -40,7 +40,7 @@ cdef class PageMemory:
         with nogil:
             memory = sys_map_anon(self.mapped_bytes, &err)
         if memory == NULL:
-            error_raise(&err, "array")
+            sys_error_raise(&err, "array")
         self.addr = <uintptr_t>memory
         # Even the last page belongs to this memory alone, so all of it is registered.
         core.add(region_id, self.addr, self.mapped_bytes // page, 0, fresh=True)
@@ -50,7 +50,7 @@ cdef class PageMemory:
 
     def __dealloc__(self):
         cdef sys_error ignored
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         try:
             if self.core is not None:
                 # False when it was unregistered before, or belongs to a forked child's parent.

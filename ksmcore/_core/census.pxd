@@ -1,10 +1,10 @@
-"""Are the mappings still what the engine takes them for? See _census.pyx."""
+"""Are the mappings still what the engine takes them for? See census.pyx."""
 
 from libc.stdint cimport int64_t, uintptr_t
 
-from ksmcore._records.regions cimport region_t
-from ksmcore._pass.state cimport engine_core
 from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.regions cimport region_t
 
 
 cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, sys_error* err) noexcept nogil

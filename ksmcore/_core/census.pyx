@@ -1,8 +1,5 @@
 """The census: what is mapped in this process, against what the engine takes for mapped.
 
-Called by: _core (at the start of a pass, before a copy), _registry (before a region is given back). Calls: _maps, _budget, _regions,
-_rmap, _batch, _store.
-
 A program can unmap, move, protect or replace memory that it has registered, without telling anybody. An
 engine that went on from what it remembers would crash on such memory, change what is another's by now, or
 hand out a shared page that is still mapped elsewhere. So:
@@ -15,20 +12,23 @@ hand out a shared page that is still mapped elsewhere. So:
   - Where the store is mapped although no item says so, the slot is lost as well.
 
 To find that out page by page is slow, so first only the number of store pages in each region is compared.
+The caller holds the engine's lock.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
-from ksmcore._kernel.maps cimport maps_each, maps_each_in, vma_is_private_data, vma_t
-from ksmcore._guard.merge cimport REGION_WATCHED
-from ksmcore._records.regions cimport region_end, region_t, regions_at, regions_next
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_state
-from ksmcore._pass.batch cimport drop_sharer
-from ksmcore._pass.state cimport engine_core
-from ksmcore._records.store cimport store_lose
+from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
 from ksmcore._kernel.syscalls cimport sys_device, sys_error
+from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state,
+    rmap_slot,
+)
+from ksmcore._records.store cimport store_lose
 
 
 # All mappings, and the regions in them.
@@ -63,7 +63,7 @@ cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, 
 
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     """Private memory that can be read and written, of no file but ours."""
-    return vma_is_private_data(vma) and (vma.inode == 0 or is_our_store)
+    return maps_is_private_data(vma) and (vma.inode == 0 or is_our_store)
 
 
 # ---- all mappings -----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     region = regions_at(&c.regions, vma.start)
     while region != NULL and region.addr < vma.end:
         start = max(vma.start, region.addr)
-        end = min(vma.end, region_end(&c.regions, region))
+        end = min(vma.end, regions_end_of(&c.regions, region))
         if is_plain:
             region.n_plain_pages += (end - start) // c.page_bytes
         if is_ours:
@@ -109,11 +109,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
     if maps_each(_count, &all, err) != 0:
-        budget_refresh(&c.b.budget, -1, -1, asked_maps, max_map_count)
+        budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
-    budget_refresh(&c.b.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
+    budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
@@ -168,7 +168,7 @@ cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, s
     mappings cannot be read (err.code 0: no memory for it).
     """
     cdef bint is_plain = not region.altered
-    cdef int rc = census_of_range(c, region.addr, region_end(&c.regions, region), &is_plain, n_blocked, err)
+    cdef int rc = census_of_range(c, region.addr, regions_end_of(&c.regions, region), &is_plain, n_blocked, err)
     region.altered = not is_plain or region.passed_over
     return rc
 
@@ -217,9 +217,7 @@ cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const ui
             hint = item
         is_known = item != 0 and c.rmap.tags[item].over_store
         # 0: the slot under the page is not remembered (it is not needed for a page that is not shared).
-        remembered = 0
-        if is_known and c.rmap.tags[item].state != PAGE_UNSHARED:
-            remembered = c.rmap.nodes[item].left
+        remembered = rmap_slot(&c.rmap, item) if is_known else 0
         if is_known and under[page] != 0 and (remembered == 0 or under[page] == remembered):
             continue
         if under[page] != 0:
@@ -228,8 +226,8 @@ cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const ui
             continue
         if c.rmap.tags[item].state == PAGE_SHARED:
             store_lose(&c.store, remembered)
-            drop_sharer(&c.b, item)
+            batch_drop_sharer(&c.b, item)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
-            c.rmap.nodes[item].left = under[page]
+            rmap_set_slot(&c.rmap, item, under[page])
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         rmap_set_over_store(&c.rmap, item, under[page] != 0)

@@ -1,11 +1,11 @@
-"""Copies that share their pages with the source from the start; see _copy.pyx."""
+"""Copies that share their pages with the source from the start; see copy.pyx."""
 
 from libc.stdint cimport uintptr_t
 
-from ksmcore._pass.state cimport engine_core
 from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._pass.state cimport engine_core
 
 
-cdef int core_copy(
+cdef int copy_span(
     engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, size_t* n_plain, sys_error* err
 ) noexcept nogil

@@ -1,7 +1,6 @@
 """Copies of registered pages into fresh registered memory, which map the shared pages that their sources map.
 
-Called by: _core, one span at a time, with the engine's lock. Calls: _pagemap, _regions, _rmap, _store, _budget, _costs,
-_merge, _pages.
+The caller holds the engine's lock, for one span at a time.
 
 No window is needed. The target is known to nobody yet, no pass looks at it, and a shared page does not change; that the
 source still shows it is asked of the kernel, and the caller has taken a census of the source. A write to the source
@@ -11,25 +10,25 @@ meanwhile comes before or after the copy of that page, as with any copy that is 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy
 
-from ksmcore._records.budget cimport budget_affords
-from ksmcore._records.costs cimport stretch_cost
-from ksmcore._pass.state cimport SPAN_PAGES, engine_core
-from ksmcore._guard.merge cimport run_t, share_range
-from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, pagemap_query
+from ksmcore._guard.merge cimport merge_share_range, run_t
+from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, pagemap_query
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pages cimport page_compare, page_is_zero
-from ksmcore._records.regions cimport region_end, region_t, regions_at
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.costs cimport costs_of_mapping
+from ksmcore._records.regions cimport region_t, regions_at, regions_end_of
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_state,
+    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
 )
-from ksmcore._records.store cimport store_is_there, store_page, store_share
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._records.store cimport store_is_there, store_page, store_share, store_sharers
 
 cdef uint32_t PLAIN = 0        # instead of a slot: the bytes are to be copied
 cdef uint32_t NOTHING = 0xffffffff   # instead of a slot: there is nothing but zeros
 
 
 cdef bint _has_room(const engine_core* c, uint32_t slot) noexcept nogil:
-    return c.store.uses[slot].n_sharers < c.max_page_sharing
+    return store_sharers(&c.store, slot) < c.max_page_sharing
 
 
 cdef uint32_t _shown(
@@ -44,7 +43,7 @@ cdef uint32_t _shown(
         return NOTHING
     if not over_store or c.rmap.tags[item].state != PAGE_SHARED or flag & PAGE_SWAPPED:
         return PLAIN
-    slot = c.rmap.nodes[item].left
+    slot = rmap_slot(&c.rmap, item)
     if not _has_room(c, slot):
         return PLAIN
     if flag & PAGE_UNSURE:
@@ -62,11 +61,11 @@ cdef bint _share(
     cdef sys_error ignored
     cdef size_t i, n_items = 0
     cdef uint32_t item = 0
-    cdef int64_t cost = stretch_cost(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
+    cdef int64_t cost = costs_of_mapping(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
     cdef run_t run
-    if not budget_affords(&c.b.budget, cost, <uint32_t>n_pages):
+    if not budget_affords(&c.budget, cost, <uint32_t>n_pages):
         return False
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     run.addr = addr
     run.n_pages = n_pages
     run.page_bytes = c.page_bytes
@@ -77,7 +76,7 @@ cdef bint _share(
         and rmap_add(&c.rmap, addr // c.page_bytes + n_items, &ignored) != 0
     ):
         n_items += 1
-    if n_items < n_pages or share_range(&c.store, &run, slots[0], &ignored) != 0:
+    if n_items < n_pages or merge_share_range(&c.store, &run, slots[0], &ignored) != 0:
         for i in range(n_items):
             rmap_remove(&c.rmap, rmap_find(&c.rmap, addr // c.page_bytes + i, 0))
         return False
@@ -86,14 +85,14 @@ cdef bint _share(
         store_share(&c.store, slots[i])
         rmap_set_state(&c.rmap, item, PAGE_SHARED)
         rmap_set_over_store(&c.rmap, item, True)
-        c.rmap.nodes[item].left = slots[i]
+        rmap_set_slot(&c.rmap, item, slots[i])
         c.rmap.nodes[item].digest = digests[i]
     c.counters.pages_merged += n_pages
-    c.b.budget.used += cost
+    c.budget.used += cost
     return True
 
 
-cdef int core_copy(
+cdef int copy_span(
     engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, size_t* n_plain, sys_error* err
 ) noexcept nogil:
     """Copy at most SPAN_PAGES registered pages into registered pages that were never touched. *n_plain grows by the
@@ -116,7 +115,7 @@ cdef int core_copy(
     region = NULL
     for i in range(n_pages):
         page = <const uint8_t*>(source + i * c.page_bytes)
-        if region == NULL or region_end(&c.regions, region) <= <uintptr_t>page:
+        if region == NULL or regions_end_of(&c.regions, region) <= <uintptr_t>page:
             region = regions_at(&c.regions, <uintptr_t>page)
         item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
         hint = item if item != 0 else hint

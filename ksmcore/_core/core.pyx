@@ -1,7 +1,6 @@
 """The engine's core as Python sees it: passes without the GIL, settings and numbers, over its regions.
 
-Called by: engine.py, passes.py, scanner.py. Calls: _registry (which it is made of), _engine, _quiet, _scan, _census,
-_copy, _numbers, _unmerge, _guard.
+The lock, and what holds of it, is the registry's (see registry).
 """
 
 from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT_LOCK
@@ -9,22 +8,23 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
 from ksmcore._core.census cimport census_of_range, census_take
-from ksmcore._core.copy cimport core_copy
-from ksmcore._pass.state cimport SPAN_PAGES, core_begin_pass
-from ksmcore._guard.guard cimport guard_leave, guard_name
+from ksmcore._core.check cimport check_engine
+from ksmcore._core.copy cimport copy_span
 from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
-from ksmcore._pass.quiet cimport quiet_begin_pass
-from ksmcore._kernel.reader cimport reader_enter, reader_leave
-from ksmcore._records.regions cimport region_end, region_t, regions_at, regions_next
 from ksmcore._core.registry cimport Registry
-from ksmcore._pass.scan cimport core_scan_at
-from ksmcore._records.store cimport MAX_SHARERS
+from ksmcore._guard.guard cimport guard_leave, guard_name
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.pagemap cimport SPAN_PAGES
+from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
-    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, error_clear, error_raise, sys_error, sys_page_bytes,
+    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, sys_error, sys_error_clear, sys_error_raise, sys_page_bytes,
 )
 from ksmcore._kernel.tracker cimport tracker_close
-from ksmcore._core.unmerge cimport core_check
-from ksmcore._guard.window cimport guard_kind
+from ksmcore._pass.quiet cimport quiet_begin_pass
+from ksmcore._pass.scan cimport scan_at
+from ksmcore._pass.state cimport state_begin_pass
+from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
+from ksmcore._records.store cimport MAX_SHARERS
 
 from ksmcore.errors import InternalError
 
@@ -37,18 +37,18 @@ cdef class Core(Registry):
     @property
     def guard_in_use(self):
         """Name of the guard."""
-        return guard_name(self.c.b.guard)
+        return guard_name(self.c.guard)
 
     def enter_guard(self):
         """Get ready to open windows; pass what is returned to leave_guard. OSError when none can be had."""
         cdef guard_kind entered = self.guard
         cdef sys_error err
         cdef int rc
-        error_clear(&err)
+        sys_error_clear(&err)
         with nogil:
             rc = self._enter(&entered, &err)
         if rc != 0:
-            error_raise(&err, "guard")
+            sys_error_raise(&err, "guard")
         return <int>entered
 
     def leave_guard(self, int entered):
@@ -61,7 +61,7 @@ cdef class Core(Registry):
         with nogil:
             self._lock()
             quiet_begin_pass(&self.c)
-            core_begin_pass(&self.c)
+            state_begin_pass(&self.c)
             self._unlock()
 
     def end_pass(self, *, bint full, bint spend_reserve):
@@ -70,8 +70,8 @@ cdef class Core(Registry):
         with nogil:
             self._lock()
             self.c.counters.full_scans += full
-            if spend_reserve and self.c.b.budget.reserve_shift < 16:
-                self.c.b.budget.reserve_shift += 1
+            if spend_reserve and self.c.budget.reserve_shift < 16:
+                self.c.budget.reserve_shift += 1
             self._unlock()
 
     def stop_watching(self):
@@ -88,7 +88,7 @@ cdef class Core(Registry):
         """Look at the process's mappings: how many the engine may use (asked_maps -1: half of the free
         ones), and which regions are not what they were registered as."""
         cdef sys_error ignored
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         self._own()
         with nogil:
             self._lock()
@@ -124,7 +124,7 @@ cdef class Core(Registry):
         cdef bint entered
         cdef guard_kind guard = self.guard
         cdef int rc
-        error_clear(&err)
+        sys_error_clear(&err)
         self._own()
         with nogil:
             reader_enter()
@@ -133,7 +133,7 @@ cdef class Core(Registry):
             while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
                 self.c.merges_left = merges_left
-                rc = core_scan_at(&self.c, &cursor, end, immediate, &done, &err)
+                rc = scan_at(&self.c, &cursor, end, immediate, &done, &err)
                 merges_left = self.c.merges_left
                 PyThread_release_lock(self.lock)
                 self._let_others()
@@ -145,7 +145,7 @@ cdef class Core(Registry):
                 raise InternalError(
                     f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
                 )
-            error_raise(&err, "scan")
+            sys_error_raise(&err, "scan")
         return cursor
 
     cdef void _set_being_made(self, uintptr_t target, bint being_made) noexcept nogil:
@@ -167,7 +167,7 @@ cdef class Core(Registry):
         cdef bint is_plain
         cdef sys_error err
         cdef int rc = 0
-        error_clear(&err)
+        sys_error_clear(&err)
         self._own()
         with nogil:
             self._lock()
@@ -178,7 +178,7 @@ cdef class Core(Registry):
             while rc == 0 and region != NULL and region.addr < end:
                 rc = census_of_range(
                     &self.c, max(source // page_bytes * page_bytes, region.addr),
-                    min((end + page_bytes - 1) // page_bytes * page_bytes, region_end(&self.c.regions, region)),
+                    min((end + page_bytes - 1) // page_bytes * page_bytes, regions_end_of(&self.c.regions, region)),
                     &is_plain, &n_blocked, &err
                 )
                 # What lies there now is the program's: its bytes are copied, whatever is remembered.
@@ -190,7 +190,7 @@ cdef class Core(Registry):
                 if n == page_bytes:
                     n = min((end - source) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
                     self._lock()
-                    rc = core_copy(&self.c, source, target, n // page_bytes, &n_plain, &err)
+                    rc = copy_span(&self.c, source, target, n // page_bytes, &n_plain, &err)
                     self._unlock()
                 else:
                     memcpy(<void*>target, <const void*>source, n)
@@ -202,7 +202,7 @@ cdef class Core(Registry):
         if rc != 0:
             if err.code == 0:
                 raise MemoryError("copy: no memory to look at the mappings")
-            error_raise(&err, "copy")
+            sys_error_raise(&err, "copy")
         return n_plain
 
     # ---- settings and numbers ---------------------------------------------------------------
@@ -242,17 +242,17 @@ cdef class Core(Registry):
         self._own()
         with nogil:
             self._lock()
-            rc = core_check(&self.c)
+            rc = check_engine(&self.c)
             self._unlock()
         if rc != 0:
-            raise InternalError(f"invariant {rc} is broken (see core_check)")
+            raise InternalError(f"invariant {rc} is broken (see ksmcore/_core/check.pyx)")
 
     @property
     def maps_used(self):
         """Mappings that the engine is taken to use."""
-        return self.c.b.budget.used
+        return self.c.budget.used
 
     @property
     def store_fd(self):
-        """Descriptor of the memory file, -1 before the first shared page; for tests."""
+        """Descriptor of the memory file, -1 before the first shared page."""
         return self.c.store.file.fd

@@ -1,7 +1,5 @@
 """How much could be saved: counts equal pages without registering, protecting or mapping anything.
 
-Called by: engine.py. Calls: _pages, _pagemap, _sys.
-
 All present pages are given their checksum, sorted by it, and within equal checksums compared byte by
 byte. Pages that change meanwhile make the answer inexact, nothing worse.
 """
@@ -10,25 +8,24 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 
 from ksmcore._guard.guard cimport guard_enter, guard_leave
-from ksmcore._kernel.pagemap cimport (
-    PAGE_OWNED, PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open,
-    pagemap_query,
-)
-from ksmcore._pages cimport checksum_by_name, checksum_safely, checksum_pages_t, page_compare, page_is_zero
-from ksmcore._kernel.reader cimport reader_enter, reader_leave
-from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_page_bytes
 from ksmcore._guard.window cimport GUARD_MPROTECT
+from ksmcore._kernel.pagemap cimport (
+    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open, pagemap_query,
+)
+from ksmcore._kernel.reader cimport reader_enter, reader_leave
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_page_bytes
+from ksmcore._pages cimport checksum_by_name, checksum_pages_t, checksum_safely, page_compare, page_is_zero
 
 cdef enum:
-    CHUNK_PAGES = 1024         # pages between two looks at signals
+    SIGNAL_PAGES = 1024         # pages between two looks at signals
 
 
 cdef int _enter() except -1:
     """Read under protection. The handler of a guard is there for it, though nothing is guarded."""
     cdef sys_error err
-    error_clear(&err)
+    sys_error_clear(&err)
     if guard_enter(GUARD_MPROTECT, &err) != 0:
-        error_raise(&err, "estimate")
+        sys_error_raise(&err, "estimate")
     reader_enter()
     return 0
 
@@ -73,23 +70,23 @@ cdef class Tally:
 
     def add(self, uintptr_t addr, size_t n_pages):
         """Look at `n_pages` pages from `addr` on; the caller keeps them mapped until `distinct`."""
-        cdef uint8_t flags[CHUNK_PAGES]
-        cdef const uint8_t* pages[CHUNK_PAGES]
-        cdef uint32_t digests[CHUNK_PAGES]
+        cdef uint8_t flags[SIGNAL_PAGES]
+        cdef const uint8_t* pages[SIGNAL_PAGES]
+        cdef uint32_t digests[SIGNAL_PAGES]
         cdef pagemap pm
         cdef sys_error err
         cdef size_t done = 0, n, i, n_look
         cdef const uint8_t* page
         cdef int rc = 0
         cdef bint no_memory = False
-        error_clear(&err)
+        sys_error_clear(&err)
         self.n_pages += n_pages
         _enter()
         pagemap_open(&pm, self.page_bytes, True)
         try:
             while done < n_pages:
                 with nogil:
-                    n = min(n_pages - done, <size_t>CHUNK_PAGES)
+                    n = min(n_pages - done, <size_t>SIGNAL_PAGES)
                     n_look = 0
                     rc = pagemap_query(&pm, addr + done * self.page_bytes, n, flags, &err)
                     for i in range(n if rc == 0 else 0):
@@ -107,7 +104,7 @@ cdef class Tally:
                     no_memory = not self._keep(pages, digests, n_look)
                     done += n
                 if rc != 0:
-                    error_raise(&err, "estimate")
+                    sys_error_raise(&err, "estimate")
                 if no_memory:
                     raise MemoryError("no memory to remember the pages of an estimate")
         finally:
@@ -119,12 +116,12 @@ cdef class Tally:
         cdef size_t i
         if self.n_found + n > self.capacity:
             grown = <found_page*>realloc(
-                self.found, (2 * self.capacity + <size_t>CHUNK_PAGES) * sizeof(found_page)
+                self.found, (2 * self.capacity + <size_t>SIGNAL_PAGES) * sizeof(found_page)
             )
             if grown == NULL:
                 return False
             self.found = grown
-            self.capacity = 2 * self.capacity + CHUNK_PAGES
+            self.capacity = 2 * self.capacity + SIGNAL_PAGES
         for i in range(n):
             self.found[self.n_found + i].page = pages[i]
             self.found[self.n_found + i].digest = digests[i]
@@ -153,7 +150,7 @@ cdef class Tally:
         while start < self.n_found:
             with nogil:
                 n = 0
-                while start < self.n_found and n < <size_t>CHUNK_PAGES:
+                while start < self.n_found and n < <size_t>SIGNAL_PAGES:
                     end = start + 1
                     while end < self.n_found and self.found[end].digest == self.found[start].digest:
                         end += 1

@@ -6,7 +6,7 @@ The caller holds the engine's lock for `numbers_read`, and not for `numbers_as_d
 from libc.stdint cimport int64_t, uint32_t
 
 from ksmcore._guard.guard cimport guard_n_waits
-from ksmcore._pass.state cimport core_bytes, engine_core
+from ksmcore._pass.state cimport engine_core, state_bytes
 from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
 
 
@@ -25,9 +25,9 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.store_pages_frozen = c.store.n_frozen
     numbers.guard_waits = guard_n_waits()
     numbers.page_compares = c.stable.one.n_compares + c.unstable.one.n_compares + c.quiet.one.n_compares
-    numbers.metadata_bytes = core_bytes(c)
-    numbers.maps_used = max(c.b.budget.used, <int64_t>0)
-    numbers.maps_allowed = max(c.b.budget.allowed, <int64_t>0)
+    numbers.metadata_bytes = state_bytes(c)
+    numbers.maps_used = max(c.budget.used, <int64_t>0)
+    numbers.maps_allowed = max(c.budget.allowed, <int64_t>0)
     numbers.with_pagemap = c.pm.file.fd >= 0
     numbers.with_tracker = c.may_watch
 

@@ -1,14 +1,14 @@
-"""The pages of one region by what they are; see _tally.pyx."""
+"""The pages of one region by what they are; see region_numbers.pyx."""
 
 from libc.stdint cimport uint8_t, uint64_t
 
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
 from ksmcore._records.rmap cimport N_STATES
-from ksmcore._kernel.syscalls cimport sys_error
 
 
-ctypedef struct region_tally:
+ctypedef struct region_counts:
     size_t n_pages
     size_t n_by_state[<int>N_STATES]     # records, by enum page_state
     size_t n_quiet
@@ -26,6 +26,6 @@ cdef enum shown_state:
     SHOWN_BROKEN
 
 
-cdef void core_tally(engine_core* c, const region_t* region, region_tally* tally) noexcept nogil
-cdef int core_page_map(engine_core* c, const region_t* region, uint8_t* states, sys_error* err) noexcept nogil
-cdef dict tally_as_dict(const region_tally* tally)
+cdef void region_numbers_read(engine_core* c, const region_t* region, region_counts* tally) noexcept nogil
+cdef int region_numbers_map(engine_core* c, const region_t* region, uint8_t* states, sys_error* err) noexcept nogil
+cdef dict region_numbers_as_dict(const region_counts* tally)

@@ -1,19 +1,19 @@
 """The pages of one region by what they are: added up, or one by one.
 
-Called by: _core, which holds the engine's lock for all but `tally_as_dict`. Calls: _pagemap, _rmap, _store (reads
-them).
+The caller holds the engine's lock for all but `region_numbers_as_dict`.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.state cimport engine_core
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, pagemap_query
-from ksmcore._records.regions cimport region_t
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find
+from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.regions cimport region_t
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_slot
+from ksmcore._records.store cimport store_sharers
 
 
-cdef void core_tally(engine_core* c, const region_t* region, region_tally* tally) noexcept nogil:
+cdef void region_numbers_read(engine_core* c, const region_t* region, region_counts* tally) noexcept nogil:
     """Add up a region into *tally, which is zero before. Visits every page's record."""
     cdef uint64_t first_no = region.addr // c.page_bytes
     cdef size_t page
@@ -28,7 +28,7 @@ cdef void core_tally(engine_core* c, const region_t* region, region_tally* tally
         tally.n_by_state[<int>c.rmap.tags[item].state] += 1
         tally.n_quiet += c.rmap.tags[item].quiet
         if c.rmap.tags[item].state == PAGE_SHARED:
-            tally.pages_saved += 1 - 1.0 / c.store.uses[c.rmap.nodes[item].left].n_sharers
+            tally.pages_saved += 1 - 1.0 / store_sharers(&c.store, rmap_slot(&c.rmap, item))
         elif c.rmap.tags[item].state == PAGE_ZERO:
             tally.pages_saved += 1
 
@@ -46,14 +46,14 @@ cdef uint8_t _state_of(const engine_core* c, uint32_t item, uint8_t flag) noexce
     return SHOWN_UNIQUE if state == PAGE_UNSHARED else SHOWN_VOLATILE
 
 
-cdef int core_page_map(engine_core* c, const region_t* region, uint8_t* states, sys_error* err) noexcept nogil:
+cdef int region_numbers_map(engine_core* c, const region_t* region, uint8_t* states, sys_error* err) noexcept nogil:
     """One enum shown_state for each page of a region. -1 with *err when the kernel does not answer."""
-    cdef uint8_t flags[<int>BLOCK_PAGES]
+    cdef uint8_t flags[<int>SPAN_PAGES]
     cdef uintptr_t addr = region.addr
     cdef size_t done = 0, n, i
     cdef uint32_t item, hint = 0
     while done < region.n_pages:
-        n = min(region.n_pages - done, <size_t>BLOCK_PAGES)
+        n = min(region.n_pages - done, <size_t>SPAN_PAGES)
         if pagemap_query(&c.pm, addr + done * c.page_bytes, n, flags, err) != 0:
             return -1
         for i in range(n):
@@ -65,7 +65,7 @@ cdef int core_page_map(engine_core* c, const region_t* region, uint8_t* states, 
     return 0
 
 
-cdef dict tally_as_dict(const region_tally* tally):
+cdef dict region_numbers_as_dict(const region_counts* tally):
     """The tally by the names that `ksmcore.RegionStats` gives it."""
     return {
         "pages": tally.n_pages,

@@ -1,12 +1,12 @@
-"""The lock of an engine's core, and its regions; see _registry.pyx."""
+"""The lock of an engine's core, and its regions; see registry.pyx."""
 
 from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
-from ksmcore._kernel.syscalls cimport sys_error
-from ksmcore._guard.window cimport guard_kind
 
 
 cdef class Registry:
@@ -29,7 +29,7 @@ cdef class Registry:
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
 
-    # For _arena, which has memory of its own and no Python objects.
+    # For the arena, which has memory of its own and no Python objects.
     cdef int enlist(
         self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
     ) noexcept nogil

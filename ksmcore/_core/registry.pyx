@@ -1,8 +1,5 @@
 """The lock of an engine's core, and its regions, as Python sees them.
 
-Called by: _core (which goes on with passes), registration.py, _memory. Calls: _engine, _quiet, _unmerge, _census,
-_tally, _regions, _guard, _merge.
-
 Every method takes the lock for as long as it touches the core, and never holds it while Python code
 could run, so a garbage collection cannot meet it from inside. The lock is taken without the GIL, since
 a scanning thread holds it for a span at a time (some milliseconds at most).
@@ -11,6 +8,7 @@ A forked child inherits a copy of the core that belongs to its parent: the first
 throws it away and begins anew, empty. What is given up on purpose: the child's share of the lock.
 """
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, WAIT_LOCK,
 )
@@ -19,19 +17,21 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._core.census cimport census_of_region
-from ksmcore._pass.state cimport core_destroy, core_init
-from ksmcore._kernel.forks cimport gate_generation
+from ksmcore._core.region_numbers cimport (
+    region_counts, region_numbers_as_dict, region_numbers_map, region_numbers_read,
+)
+from ksmcore._core.unmerge cimport unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_region
 from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave
-from ksmcore._guard.merge cimport restore_range, run_t
+from ksmcore._guard.merge cimport merge_restore_range, run_t
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.forks cimport forks_generation
+from ksmcore._kernel.reader cimport reader_enter, reader_leave
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_page_bytes, sys_pause
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._pass.quiet cimport quiet_unwatch
-from ksmcore._kernel.reader cimport reader_enter, reader_leave
+from ksmcore._pass.state cimport state_destroy, state_init
 from ksmcore._records.regions cimport region_t, regions_at, regions_drop, regions_insert
 from ksmcore._records.store cimport MAX_SHARERS
-from ksmcore._kernel.syscalls cimport error_clear, error_raise, sys_error, sys_page_bytes, sys_pause
-from ksmcore._core.region_numbers cimport core_page_map, core_tally, region_tally, tally_as_dict
-from ksmcore._core.unmerge cimport core_abandon, core_discard, core_forget, core_restore
-from ksmcore._guard.window cimport guard_kind
 
 
 cdef extern from *:
@@ -66,22 +66,22 @@ cdef class Registry:
 
     def __dealloc__(self):
         if self.lock != NULL:
-            core_destroy(&self.c, self.generation != gate_generation())
+            state_destroy(&self.c, self.generation != forks_generation())
             PyThread_free_lock(self.lock)
 
     cdef int _begin(self) except -1:
         cdef sys_error err
-        error_clear(&err)
-        if core_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, self.with_tracker, &err) != 0:
+        sys_error_clear(&err)
+        if state_init(&self.c, self.guard, self.n_buckets, self.with_pagemap, self.with_tracker, &err) != 0:
             if err.code == 0:
                 raise MemoryError("no memory for an engine")
-            error_raise(&err, "engine")
+            sys_error_raise(&err, "engine")
         self.lock = PyThread_allocate_lock()
         if self.lock == NULL:
-            core_destroy(&self.c, False)
+            state_destroy(&self.c, False)
             raise MemoryError("no lock")
         self.n_waiting = 0
-        self.generation = gate_generation()
+        self.generation = forks_generation()
         return 0
 
     cdef int _own(self) except -1:
@@ -89,9 +89,9 @@ cdef class Registry:
 
         The lock is not freed: a thread that does not exist here may hold it.
         """
-        if self.generation != gate_generation():
+        if self.generation != forks_generation():
             if self.lock != NULL:
-                core_destroy(&self.c, True)
+                state_destroy(&self.c, True)
                 self.lock = NULL
             # When this fails, the next call tries again.
             self._begin()
@@ -119,13 +119,13 @@ cdef class Registry:
         A guard that could be had once may be gone (a program that gives up its privileges): where any
         guard would do, a weaker one then takes its place for good.
         """
-        entered[0] = self.c.b.guard
+        entered[0] = self.c.guard
         if not self.any_guard:
             return guard_enter(entered[0], err)
         if guard_enter_any(entered, err) != 0:
             return -1
         # Nobody else is inside with the former one, or it could still be had. So no window is open with it.
-        self.c.b.guard = entered[0]
+        self.c.guard = entered[0]
         return 0
 
     # ---- regions ----------------------------------------------------------------------------
@@ -148,7 +148,7 @@ cdef class Registry:
             if not overlaps or not fresh:
                 break
             quiet_unwatch(&self.c, after)
-            core_abandon(&self.c, after)
+            unmerge_abandon(&self.c, after)
             regions_drop(&self.c.regions, after)
         if not overlaps:
             added = regions_insert(&self.c.regions, region_id, addr, n_pages, flags) != NULL
@@ -161,17 +161,17 @@ cdef class Registry:
         cdef region_t* region
         cdef size_t n_blocked = 0
         cdef sys_error ignored
-        if self.generation != gate_generation():
+        if self.generation != forks_generation():
             return
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         self._lock()
         region = self._region(region_id, addr)
         if region != NULL:
             # So that what the program has mapped elsewhere is not released. Where it cannot be known it is kept.
             if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
-                core_abandon(&self.c, region)
+                unmerge_abandon(&self.c, region)
             quiet_unwatch(&self.c, region)
-            core_forget(&self.c, region)
+            unmerge_forget(&self.c, region)
             regions_drop(&self.c.regions, region)
         self._unlock()
 
@@ -180,13 +180,13 @@ cdef class Registry:
         not of that region."""
         cdef region_t* region
         cdef bint found = False
-        if self.generation != gate_generation():
+        if self.generation != forks_generation():
             return False
         self._lock()
         region = regions_at(&self.c.regions, addr)
         if region != NULL and region.id == region_id and region.addr <= addr:
             found = True
-            emptied[0] = core_discard(&self.c, region, addr, n_pages)
+            emptied[0] = unmerge_discard(&self.c, region, addr, n_pages)
         self._unlock()
         return found
 
@@ -223,7 +223,7 @@ cdef class Registry:
         cdef bint found, held, entered = False
         cdef guard_kind guard = self.guard
         cdef int rc = 0
-        error_clear(&err)
+        sys_error_clear(&err)
         self._own()
         with nogil:
             reader_enter()
@@ -240,9 +240,9 @@ cdef class Registry:
                 if not keep:
                     quiet_unwatch(&self.c, region)   # so that no window need let go of it
                 if restore:
-                    rc = core_restore(&self.c, region, &err)
+                    rc = unmerge_region(&self.c, region, &err)
                 if rc == 0 and not keep:
-                    core_forget(&self.c, region)
+                    unmerge_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
             self._unlock()
             if entered:
@@ -258,7 +258,7 @@ cdef class Registry:
         if rc != 0:
             if err.code == 0:
                 raise MemoryError("unregister: no memory to look at the mappings")
-            error_raise(&err, "unregister")
+            sys_error_raise(&err, "unregister")
         return bool(found)
 
     def hold(self, uintptr_t addr, size_t len_bytes):
@@ -302,42 +302,45 @@ cdef class Registry:
         """The pages of a region by what they are, as a dict; all 0 when there is no such region. Visits every
         page's record."""
         cdef const region_t* region
-        cdef region_tally tally
+        cdef region_counts tally
         memset(&tally, 0, sizeof(tally))
         self._own()
         with nogil:
             self._lock()
             region = self._region(region_id, addr)
             if region != NULL:
-                core_tally(&self.c, region, &tally)
+                region_numbers_read(&self.c, region, &tally)
             self._unlock()
-        return tally_as_dict(&tally)
+        return region_numbers_as_dict(&tally)
 
-    def page_map(self, uint64_t region_id, uintptr_t addr, uint8_t[::1] states):
+    def page_map(self, uint64_t region_id, uintptr_t addr, states):
         """Fill one byte for each page of the region (see ksmcore.PageState); False when there is no such region.
         OSError when the kernel does not answer."""
         cdef const region_t* region
         cdef sys_error err
         cdef bint found
         cdef int rc = 0
-        error_clear(&err)
+        cdef Py_buffer view
+        sys_error_clear(&err)
         self._own()
+        PyObject_GetBuffer(states, &view, PyBUF_WRITABLE)
         with nogil:
             self._lock()
             region = self._region(region_id, addr)
-            found = region != NULL and region.n_pages == <size_t>states.shape[0]
+            found = region != NULL and region.n_pages == <size_t>view.len
             if found:
-                rc = core_page_map(&self.c, region, &states[0], &err)
+                rc = region_numbers_map(&self.c, region, <uint8_t*>view.buf, &err)
             self._unlock()
+        PyBuffer_Release(&view)
         if rc != 0:
-            error_raise(&err, "page map")
+            sys_error_raise(&err, "page map")
         return found
 
     def find(self, uintptr_t addr, size_t len_bytes):
         """(id, address, number of pages) of the region that holds all of [addr, addr + len_bytes), or
         None when nothing of that range is registered.
 
-        ValueError when only a part of it is registered, or when it spans regions.
+        ValueError when only a part of it is registered, or when it reaches over regions.
         """
         cdef const region_t* region
         cdef uint64_t region_id = 0
@@ -410,7 +413,7 @@ cdef class Registry:
         cdef run_t run
         cdef size_t n_restored
         cdef int rc
-        error_clear(&err)
+        sys_error_clear(&err)
         self._own()
         run.addr = addr
         run.n_pages = n_pages
@@ -421,7 +424,7 @@ cdef class Registry:
         with nogil:
             rc = self._enter(&run.guard, &err)
             if rc == 0:
-                rc = restore_range(&run, &n_restored, &err)
+                rc = merge_restore_range(&run, &n_restored, &err)
                 guard_leave(run.guard)
         if rc != 0:
-            error_raise(&err, "privatize")
+            sys_error_raise(&err, "privatize")

@@ -1,26 +1,24 @@
 """The way back: merged pages become plain private memory again, and regions are forgotten.
 
-Called by: _registry, _core. Calls: _match (items), _merge (restore_range, empty_range), _batch, _budget, _costs, _rmap,
-_store, _forest, _regions. What it gives back of the map budget counts at once, not only from the next pass on.
+What it gives back of the map budget counts at once, not only from the next pass on.
 
-Also the checker of what must hold between the modules, for tests. Nothing here needs the GIL; the
-caller holds the engine's lock.
+Nothing here needs the GIL; the caller holds the engine's lock.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
 
-from ksmcore._records.budget cimport budget_affords
-from ksmcore._records.costs cimport restored_cost, stretch_cost
+from ksmcore._guard.merge cimport merge_empty_range, merge_restore_range, run_t
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
+from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._pass.match cimport match_forget_item
 from ksmcore._pass.state cimport engine_core
-from ksmcore._records.forest cimport forest_check, forest_first, forest_next
-from ksmcore._guard.merge cimport empty_range, restore_range, run_t
-from ksmcore._records.regions cimport region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_find, rmap_set_over_store
-from ksmcore._pass.batch cimport drop_sharer
-from ksmcore._pass.match cimport core_forget_item
-from ksmcore._records.store cimport DEAD, store_lose, store_page, store_trim
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
+from ksmcore._records.regions cimport region_t
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_slot,
+)
+from ksmcore._records.store cimport store_lose, store_trim
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -28,17 +26,17 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
     cdef size_t i
     cdef uint32_t item = 0
     if n_pages != 0:
-        c.b.budget.used += restored_cost(&c.rmap, page_no, n_pages)
+        c.budget.used += costs_of_restoring(&c.rmap, page_no, n_pages)
     for i in range(n_pages):
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
-            drop_sharer(&c.b, item)
+            batch_drop_sharer(&c.b, item)
         rmap_set_over_store(&c.rmap, item, False)
         if c.rmap.tags[item].state != PAGE_UNSHARED:
-            c.rmap.nodes[item].left = 0
+            rmap_set_slot(&c.rmap, item, 0)
 
 
-cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
+cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
     """Make every page of a region plain private anonymous memory, with the bytes it shows.
 
     Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
@@ -49,7 +47,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
     cdef uint32_t item = 0
     cdef int rc = 0
     cdef run_t run
-    run.guard = c.b.guard
+    run.guard = c.guard
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.flags = region.flags
@@ -65,7 +63,7 @@ cdef int core_restore(engine_core* c, const region_t* region, sys_error* err) no
             item = rmap_find(&c.rmap, first_no + page, item)
         run.addr = region.addr + start * c.page_bytes
         run.n_pages = page - start
-        rc = restore_range(&run, &n_restored, err)
+        rc = merge_restore_range(&run, &n_restored, err)
         _settle_restored(c, first_no + start, n_restored)
     store_trim(&c.store)
     return rc
@@ -78,21 +76,21 @@ cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexc
         item = rmap_find(&c.rmap, first_no + i, hint)
         if item != 0:
             hint = item
-            core_forget_item(c, item)
+            match_forget_item(c, item)
 
 
-cdef void core_forget(engine_core* c, const region_t* region) noexcept nogil:
+cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
     cdef int64_t cost
     if c.rmap.n_over_store != 0:
-        cost = stretch_cost(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
+        cost = costs_of_mapping(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
         # A census counts no end where nothing follows.
-        c.b.budget.used = max(c.b.budget.used + cost, <int64_t>0)
+        c.budget.used = max(c.budget.used + cost, <int64_t>0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
     store_trim(&c.store)
 
 
-cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
+cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:
     """Drop all items of a region whose memory went elsewhere: whatever still maps their slots, somewhere,
     goes on seeing the same bytes."""
     cdef uint64_t first_no = region.addr // c.page_bytes
@@ -103,8 +101,8 @@ cdef void core_abandon(engine_core* c, const region_t* region) noexcept nogil:
         if item != 0:
             hint = item
             if c.rmap.tags[item].state == PAGE_SHARED:
-                store_lose(&c.store, c.rmap.nodes[item].left)
-            core_forget_item(c, item)
+                store_lose(&c.store, rmap_slot(&c.rmap, item))
+            match_forget_item(c, item)
 
 
 cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noexcept nogil:
@@ -114,7 +112,7 @@ cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noe
     return item != 0 and c.rmap.tags[item].over_store
 
 
-cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil:
+cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil:
     """Empty pages of a region whose bytes nobody needs any more, and forget them: they hold no memory, show
     zeros and are passed over, until they are written again. No window is needed, since nobody writes there.
 
@@ -128,7 +126,7 @@ cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, s
     cdef bint all_emptied = True
     cdef sys_error ignored
     cdef run_t run
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     run.page_bytes = c.page_bytes
     run.flags = region.flags
     run.tracker = &c.tracker
@@ -139,112 +137,11 @@ cdef bint core_discard(engine_core* c, const region_t* region, uintptr_t addr, s
             page += 1
         run.addr = addr + start * c.page_bytes
         run.n_pages = page - start
-        cost = stretch_cost(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
-        if budget_affords(&c.b.budget, cost, <uint32_t>run.n_pages) and empty_range(&run, &ignored) == 0:
-            c.b.budget.used += cost
+        cost = costs_of_mapping(&c.rmap, first_no + start, run.n_pages, 0) if run.over_store else 0
+        if budget_affords(&c.budget, cost, <uint32_t>run.n_pages) and merge_empty_range(&run, &ignored) == 0:
+            c.budget.used += cost
             _forget_pages(c, first_no + start, run.n_pages)
         else:
             all_emptied = False
     store_trim(&c.store)
     return all_emptied
-
-
-# ---- what must hold between the modules -----------------------------------------------------------
-
-cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
-    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
-    for slot in range(1, c.store.top):
-        n_frozen += c.store.uses[slot].frozen
-        if c.store.uses[slot].used and c.store.uses[slot].n_sharers == DEAD:
-            if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
-                return 15
-            n_used += 1
-            n_dead += 1
-            continue
-        if c.store.uses[slot].pending:
-            return 13
-        if c.store.uses[slot].n_sharers != n_sharers[slot]:
-            return 14
-        if n_sharers[slot] != 0 and not c.store.uses[slot].used:
-            return 15
-        n_used += c.store.uses[slot].used
-        n_shared += n_sharers[slot] != 0
-    if n_used != c.store.n_used or n_shared != c.store.n_shared:
-        return 16
-    # Frozen at a fork that the store has not seen yet: not marked, and not counted.
-    if n_frozen != c.store.n_frozen or n_dead != c.store.n_dead:
-        return 16
-    return 0
-
-
-cdef int _check_stable(engine_core* c) noexcept nogil:
-    """Every node of the stable tree is the first slot of a block, and its checksum is that of its bytes."""
-    cdef const uint8_t* page
-    cdef uint32_t digest
-    cdef uint32_t slot = forest_first(&c.stable)
-    while slot != 0:
-        if not c.store.uses[slot].used or c.store.uses[slot].copy:
-            return 17
-        page = store_page(&c.store, slot)
-        c.checksum(&page, 1, c.page_bytes, &digest)
-        if digest != c.store.nodes[slot].digest:
-            return 18
-        slot = forest_next(&c.stable, slot)
-    return 0
-
-
-cdef int core_check(engine_core* c) noexcept nogil:
-    """0, or the number of a broken invariant: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 41-47 quiet tree;
-    between them 10: in the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over
-    the store, 13: a slot left pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals,
-    17: a tree node that begins no block, 18: a shared page whose bytes are not those it was filed under, 19: unstable
-    or quiet items counted wrong."""
-    cdef uint32_t item, n_unstable = 0, n_quiet = 0
-    cdef uint64_t page_no
-    cdef int rc
-    cdef uint32_t* n_sharers
-    rc = forest_check(&c.stable, True)
-    if rc != 0:
-        return rc
-    # Only its shape: pages may have changed since they were put there.
-    rc = forest_check(&c.unstable, False)
-    if rc != 0:
-        return 20 + rc
-    rc = forest_check(&c.quiet, False)
-    if rc != 0:
-        return 40 + rc
-    rc = rmap_check(&c.rmap)
-    if rc != 0:
-        return 30 + rc
-    n_sharers = <uint32_t*>calloc(c.store.top, sizeof(uint32_t))
-    if n_sharers == NULL:
-        return -1
-    for item in range(1, c.rmap.top):
-        page_no = c.rmap.tags[item].page_no
-        if page_no == 0:
-            continue
-        if not _in_region(c, page_no):
-            rc = 11
-        if c.rmap.tags[item].state == PAGE_SHARED:
-            n_sharers[c.rmap.nodes[item].left] += 1
-            if not c.rmap.tags[item].over_store:
-                rc = 12
-        n_unstable += c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
-        if c.rmap.tags[item].quiet:
-            n_quiet += 1
-            if c.rmap.tags[item].state != PAGE_UNSHARED or c.rmap.tags[item].epoch == c.epoch:
-                rc = 10
-    if rc == 0 and (n_unstable != c.unstable.n_nodes or n_quiet != c.quiet.n_nodes):
-        rc = 19
-    if rc == 0:
-        rc = _check_slots(c, n_sharers)
-    if rc == 0:
-        rc = _check_stable(c)
-    free(n_sharers)
-    return rc
-
-
-cdef bint _in_region(engine_core* c, uint64_t page_no) noexcept nogil:
-    cdef uintptr_t addr = <uintptr_t>(page_no * c.page_bytes)
-    cdef const region_t* region = regions_at(&c.regions, addr)
-    return region != NULL and region.addr <= addr

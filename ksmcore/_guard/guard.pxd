@@ -1,4 +1,4 @@
-"""Keeping writers out of pages while they are compared and remapped; see _guard.pyx.
+"""Keeping writers out of pages while they are compared and remapped; see guard.pyx.
 
     window_t w                  its first fields filled in
     guard_open(&w, &err)        from here on, of each page with outcome DONE: no write gets in, none is lost
@@ -7,13 +7,13 @@
     guard_close(&w, ...)        the others are as they were before, and whoever waits goes on
 
 Between open and close the caller must not need the GIL, must not allocate and must not take a lock: the
-fork gate is held, and a thread that waits may hold anything.
+fork lock is held, and a thread that waits may hold anything.
 """
 
 from libc.stdint cimport uint32_t
 
-from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._guard.window cimport guard_kind, window_t
+from ksmcore._kernel.syscalls cimport sys_error
 
 
 # A guard must be entered before a window is opened and left afterwards; entering is counted. It costs

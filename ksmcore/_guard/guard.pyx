@@ -1,25 +1,23 @@
 """The guard: what keeps writers out of a window, a range of pages being compared and remapped.
 
-Called by: _merge (windows), _core (enter and leave). Calls: _guard_signal, _guard_uffd, _forks.
-
 Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
-process. Its lock is the fork gate, so a fork never happens inside a window.
+process. Its lock is the fork lock, so a fork never happens inside a window.
 """
 
 from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
-from ksmcore._kernel.forks cimport gate_lock, gate_unlock
 from ksmcore._guard.mprotect cimport (
-    signal_enter, signal_is_installed, signal_leave, signal_n_waits, signal_protect, signal_ready,
-    signal_release,
+    mprotect_enter, mprotect_leave, mprotect_n_waits, mprotect_ready, mprotect_release, mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
-    uffd_drop, uffd_enter, uffd_leave, uffd_moves, uffd_n_waits, uffd_probe, uffd_release, uffd_shut,
+    userfaultfd_drop, userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits,
+    userfaultfd_probe, userfaultfd_release, userfaultfd_shut,
 )
-from ksmcore._kernel.syscalls cimport ADVISE_DONTNEED, error_clear, sys_advise, sys_error
 from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
+from ksmcore._kernel.forks cimport forks_lock, forks_unlock
+from ksmcore._kernel.syscalls cimport ADVISE_DONTNEED, sys_advise, sys_error, sys_error_clear
 
 import os
 
@@ -30,10 +28,10 @@ _NAMES = ("mprotect", "userfaultfd-user", "userfaultfd")
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
     """The signal handler is there with every guard: it also rescues the scanner from pages that the
     program takes away while they are read."""
-    if signal_enter(err) != 0:
+    if mprotect_enter(err) != 0:
         return -1
-    if kind != GUARD_MPROTECT and uffd_enter(kind, err) != 0:
-        signal_leave()
+    if kind != GUARD_MPROTECT and userfaultfd_enter(kind, err) != 0:
+        mprotect_leave()
         return -1
     return 0
 
@@ -44,31 +42,31 @@ cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil:
         if kind[0] == GUARD_MPROTECT or err.code not in (EPERM, EACCES, ENOSYS, EINVAL):
             return -1
         kind[0] = GUARD_UFFD_USER if kind[0] == GUARD_UFFD else GUARD_MPROTECT
-        error_clear(err)
+        sys_error_clear(err)
     return 0
 
 
 cdef void guard_leave(guard_kind kind) noexcept nogil:
     if kind != GUARD_MPROTECT:
-        uffd_leave(kind)
-    signal_leave()
+        userfaultfd_leave(kind)
+    mprotect_leave()
 
 
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
-    """0: shut, and the gate held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
+    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
     shut be opened again; the caller must report that."""
     cdef int rc
-    if w.guard == GUARD_MPROTECT and signal_ready(err) != 0:
+    if w.guard == GUARD_MPROTECT and mprotect_ready(err) != 0:
         return -1
-    gate_lock()
+    forks_lock()
     if w.guard == GUARD_MPROTECT:
         memset(w.outcomes, DONE, w.n_pages)
         w.bytes = <const uint8_t*>w.addr
-        rc = signal_protect(w.addr, w.n_pages * w.page_bytes, err)
+        rc = mprotect_shut(w.addr, w.n_pages * w.page_bytes, err)
     else:
-        rc = uffd_shut(w, err)
+        rc = userfaultfd_shut(w, err)
     if rc != 0:
-        gate_unlock()
+        forks_unlock()
     return rc
 
 
@@ -79,29 +77,29 @@ cdef bint guard_drops(const window_t* w) noexcept nogil:
     it a moment later. If a thread can write there in between, its write goes to a new page, while others
     still read the old one. Write-protection keeps no writer out of an anonymous page that is missing; over
     the store it does, since the kernel marks the place as protected."""
-    return w.guard == GUARD_MPROTECT or w.over_store or uffd_moves(w)
+    return w.guard == GUARD_MPROTECT or w.over_store or userfaultfd_moves(w)
 
 
 cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
     """Give up the memory of pages in the window, where guard_drops; what shows there again is the store, or
     zeros."""
     if w.guard != GUARD_MPROTECT:
-        return uffd_drop(w, first, n, err)
+        return userfaultfd_drop(w, first, n, err)
     return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
 
 
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
-    """Let everybody in again, wake who waits, release the gate.
+    """Let everybody in again, wake who waits, release the fork lock.
 
     `all_remapped`: every page of the range got a new, writable mapping.
     WINDOW_STUCK when the kernel would not give something back; the caller must report that.
     """
     cdef int rc
     if w.guard == GUARD_MPROTECT:
-        rc = signal_release(w.addr, w.n_pages * w.page_bytes, all_remapped, err)
+        rc = mprotect_release(w.addr, w.n_pages * w.page_bytes, all_remapped, err)
     else:
-        rc = uffd_release(w, all_remapped, err)
-    gate_unlock()
+        rc = userfaultfd_release(w, all_remapped, err)
+    forks_unlock()
     return rc
 
 
@@ -116,7 +114,7 @@ cdef str guard_name(guard_kind kind):
 
 
 cdef uint32_t guard_n_waits() noexcept nogil:
-    return signal_n_waits() + uffd_n_waits()
+    return mprotect_n_waits() + userfaultfd_n_waits()
 
 
 def probe(str name):
@@ -125,9 +123,9 @@ def probe(str name):
     cdef sys_error err
     cdef bint moves = False
     cdef int rc = 0
-    error_clear(&err)
+    sys_error_clear(&err)
     if kind != GUARD_MPROTECT:
-        rc = uffd_probe(kind, &moves, &err)
+        rc = userfaultfd_probe(kind, &moves, &err)
     return None if rc == 0 else os.strerror(err.code)
 
 
@@ -136,10 +134,5 @@ def refuses_pinned(str name):
     cdef guard_kind kind = guard_by_name(name)
     cdef sys_error err
     cdef bint moves = False
-    error_clear(&err)
-    return kind == GUARD_UFFD and uffd_probe(kind, &moves, &err) == 0 and bool(moves)
-
-
-def handler_installed():
-    """True while ksmcore's SIGSEGV handler is the process's; for tests and the doctor."""
-    return signal_is_installed()
+    sys_error_clear(&err)
+    return kind == GUARD_UFFD and userfaultfd_probe(kind, &moves, &err) == 0 and bool(moves)

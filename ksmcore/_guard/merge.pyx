@@ -1,8 +1,5 @@
 """The merge protocol: what happens to a run of pages inside a guard window, and how it is undone.
 
-Called by: _runs (merge, reshare, zero, restore), _unmerge (restore, empty), _registry (restore), _copy (share), _arena
-(empty). Calls: _pages, _store (reading), _guard, _tracker, _sys.
-
 Every operation has the same steps: protect, compare again, remap, release. Whatever fails, each page
 of the run afterwards holds the bytes that its program last wrote, and is writable:
 
@@ -15,7 +12,7 @@ of the run afterwards holds the bytes that its program last wrote, and is writab
 
 The functions for runs return 0, or -1 when the guard could not give something back (the one failure
 that must be reported at once); everything else is told by page in `outcomes`. None needs the GIL, and none
-allocates inside a window.
+allocates inside a window. The store is read only; whoever hands it in holds its engine's lock.
 """
 
 from libc.errno cimport EFAULT, EINVAL
@@ -23,16 +20,19 @@ from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
-from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._guard.window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
-from ksmcore._records.store cimport store_is_there, store_page, store_t
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE,
-    ADVISE_POPULATE_WRITE, CALL_MREMAP, error_clear, sys_advise, sys_error, sys_map_anon, sys_map_anon_at,
-    sys_is_mapped, sys_map_store_at, sys_move, sys_pause, sys_unmap,
+    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE,
+    CALL_MREMAP, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at,
+    sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
-from ksmcore._guard.window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
+from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._records.regions cimport (
+    REGION_DONTDUMP, REGION_DONTFORK, REGION_HUGEPAGE, REGION_NOHUGEPAGE, REGION_WATCHED,
+)
+from ksmcore._records.store cimport store_is_there, store_page, store_t
 
 cdef extern from "_kernel/reader.h" nogil:
     int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
@@ -73,7 +73,7 @@ cdef int _map_over(
 ) noexcept nogil:
     cdef sys_error ignored
     cdef int tries = 0, rc
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     while True:
         if kind == MAP_ZERO:
             rc = sys_map_anon_at(addr, len_bytes, &ignored)
@@ -90,7 +90,7 @@ cdef int _map_over(
     if rc != 0 and err.code == 0:
         err[0] = ignored
     if rc == 0 and flags != 0:
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         _advise_again(addr, len_bytes, flags, &ignored)
     return rc
 
@@ -164,7 +164,7 @@ cdef uint32_t _window_pages(
     slots: NULL where no mapping of the store is made."""
     cdef size_t left = WINDOW_PAGES - addr // run.page_bytes % WINDOW_PAGES
     cdef uint32_t n = <uint32_t>min(n_pages, <size_t>USUAL_PAGES), i, n_maps = 0
-    if run.flags & PAGES_HUGE:
+    if run.is_huge:
         if left == <size_t>WINDOW_PAGES and n_pages >= <size_t>WINDOW_PAGES:
             n = WINDOW_PAGES
         else:
@@ -217,14 +217,14 @@ cdef int merge_run(
     return _windows(store, MAP_STORE, run, slots, outcomes, err)
 
 
-cdef int reshare_run(
+cdef int merge_reshare_run(
     store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
     """Drop the private copies of pages that already map their slots, where equal."""
     return _windows(store, DROP_COPY, run, slots, outcomes, err)
 
 
-cdef int zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil:
+cdef int merge_zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil:
     """Give back pages that hold only zeros."""
     return _windows(NULL, MAP_ZERO if run.over_store else DROP_ZERO, run, NULL, outcomes, err)
 
@@ -233,7 +233,7 @@ cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* e
     """sys_move, tried again where the kernel unmapped the target before it failed (see _map_over)."""
     cdef sys_error failed
     cdef int tries = 0
-    error_clear(&failed)
+    sys_error_clear(&failed)
     while sys_move(fresh, target, len_bytes, &failed) != 0:
         if tries == HEAL_TRIES or sys_is_mapped(target, len_bytes):
             if err.code == 0:
@@ -244,7 +244,7 @@ cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* e
     return 0
 
 
-cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil:
+cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil:
     """Make pages over the store plain private anonymous memory again, with the bytes they show.
 
     The bytes go to fresh memory, window by window, and that is moved over the pages in one step each,
@@ -262,7 +262,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
     cdef ksm_reader* reader
     cdef int rc = 0
     n_restored[0] = 0
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     fresh = <uintptr_t>sys_map_anon(run.n_pages * run.page_bytes, err)
     if fresh == 0:
         return -1
@@ -278,7 +278,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
         w.addr = run.addr + n_restored[0] * run.page_bytes
         # Faulted in here, so that the copy inside the window neither allocates nor fails. Kernels
         # before 5.14 do not know the advice; then the copy faults, and the window is longer.
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         if sys_advise(fresh, window_bytes, ADVISE_POPULATE_WRITE, &ignored) != 0 and ignored.code != EINVAL:
             err[0] = ignored
             rc = -1
@@ -309,7 +309,7 @@ cdef int restore_range(const run_t* run, size_t* n_restored, sys_error* err) noe
     return rc
 
 
-cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil:
+cdef int merge_share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil:
     """Map slots that follow each other, from `slot` on, over pages that nobody uses yet. So there is no window.
 
     -1 with *err: the pages are as they were.
@@ -318,7 +318,7 @@ cdef int share_range(store_t* store, const run_t* run, uint32_t slot, sys_error*
     return _map_over(store, MAP_STORE, run.addr, slot, len_bytes, run.page_bytes, run.flags, err)
 
 
-cdef int empty_range(const run_t* run, sys_error* err) noexcept nogil:
+cdef int merge_empty_range(const run_t* run, sys_error* err) noexcept nogil:
     """Take the memory of pages that nobody uses: zeros show there afterwards. No window, since nobody looks.
 
     -1 with *err: the pages are as they were.

@@ -1,4 +1,4 @@
-"""Where pages are moved to while a window is open; see _scratch.pyx."""
+"""Where pages are moved to while a window is open; see scratch.pyx."""
 
 from libc.stdint cimport uintptr_t
 
@@ -11,7 +11,7 @@ ctypedef struct scratch_t:
     bint whole                   # takes a huge page as a whole
     bint is_registered           # with userfaultfd, without which the kernel moves nothing there
     bint is_full                 # pages may be left in it
-    uintptr_t mapped             # private to _scratch
+    uintptr_t mapped             # private to scratch
     size_t mapped_bytes
 
 

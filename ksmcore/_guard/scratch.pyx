@@ -1,6 +1,6 @@
 """The scratch: memory that only the scanner knows, where pages are moved to while a window is open.
 
-Called by: _guard_uffd, which holds the gate. Calls: _uffd, _sys.
+The caller holds the fork lock in a window, and the install lock outside of one.
 
 There are two: one for single pages, and one that takes a huge page as a whole. The kernel moves a huge page
 without splitting it only to an aligned place without a page table, so that one is mapped anew after each
@@ -11,7 +11,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, error_clear, sys_advise, sys_error, sys_map_anon,
+    ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_map_anon,
     sys_map_anon_at, sys_unmap,
 )
 from ksmcore._kernel.uffd cimport UFFD_PROTECTED, uffd_register
@@ -20,7 +20,7 @@ from ksmcore._kernel.uffd cimport UFFD_PROTECTED, uffd_register
 cdef int scratch_init(scratch_t* scratch, size_t len_bytes, bint whole, sys_error* err) noexcept nogil:
     """An empty one of len_bytes (for a huge page its size), not registered. -1 without memory for it."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     memset(scratch, 0, sizeof(scratch_t))
     scratch.mapped_bytes = 2 * len_bytes if whole else len_bytes
     scratch.mapped = <uintptr_t>sys_map_anon(scratch.mapped_bytes, err)
@@ -38,7 +38,7 @@ cdef int scratch_init(scratch_t* scratch, size_t len_bytes, bint whole, sys_erro
 
 cdef void scratch_end(scratch_t* scratch) noexcept nogil:
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: our own mapping, whole.
     if scratch.mapped != 0:
         sys_unmap(scratch.mapped, scratch.mapped_bytes, &ignored)
@@ -60,7 +60,7 @@ cdef int scratch_ready(scratch_t* scratch, int fd, sys_error* err) noexcept nogi
 cdef void scratch_empty(scratch_t* scratch, size_t len_bytes) noexcept nogil:
     """Give up what is in the first len_bytes of it; if that fails, before the next window."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     _empty(scratch, len_bytes, &ignored)
 
 
@@ -74,7 +74,7 @@ cdef int _empty(scratch_t* scratch, size_t len_bytes, sys_error* err) noexcept n
         scratch.is_registered = False
         if sys_map_anon_at(scratch.addr, scratch.len_bytes, err) != 0:
             return -1
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         sys_advise(scratch.addr, scratch.len_bytes, ADVISE_DONTFORK, &ignored)
     scratch.is_full = False
     return 0

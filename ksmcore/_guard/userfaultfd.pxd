@@ -1,16 +1,16 @@
-"""The userfaultfd guards; see _guard_uffd.pyx. For _guard only."""
+"""The userfaultfd guards; see userfaultfd.pyx. For guard only."""
 
 from libc.stdint cimport uint32_t
 
-from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._guard.window cimport guard_kind, window_t
+from ksmcore._kernel.syscalls cimport sys_error
 
-cdef int uffd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil
-cdef int uffd_enter(guard_kind kind, sys_error* err) noexcept nogil
-cdef void uffd_leave(guard_kind kind) noexcept nogil
-# The caller holds the gate from protect to release.
-cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil
-cdef bint uffd_moves(const window_t* w) noexcept nogil
-cdef int uffd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil
-cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
-cdef uint32_t uffd_n_waits() noexcept nogil
+cdef int userfaultfd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil
+cdef int userfaultfd_enter(guard_kind kind, sys_error* err) noexcept nogil
+cdef void userfaultfd_leave(guard_kind kind) noexcept nogil
+# The caller holds the fork lock from shut to release.
+cdef int userfaultfd_shut(window_t* w, sys_error* err) noexcept nogil
+cdef bint userfaultfd_moves(const window_t* w) noexcept nogil
+cdef int userfaultfd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil
+cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
+cdef uint32_t userfaultfd_n_waits() noexcept nogil

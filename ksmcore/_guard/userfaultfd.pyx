@@ -1,7 +1,5 @@
 """The userfaultfd guards: the kernel itself makes writers wait, without any signal handler.
 
-Called by: _guard. Calls: _scratch, _uffd, _pagemap, _sys.
-
 Two ways of closing a window, chosen by what lies under it:
 
   move      anonymous pages, where system calls can be made to wait as well. The range is registered for
@@ -35,49 +33,47 @@ from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EINVAL, ENOENT
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from ksmcore._kernel.forks cimport gate_lock, gate_unlock
+from ksmcore._guard.scratch cimport scratch_empty, scratch_end, scratch_init, scratch_ready, scratch_t
+from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES, WINDOW_STUCK
+from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD, error_clear, sys_advise, sys_close, sys_drop,
-    sys_error, sys_file, sys_is_kept, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
+    sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
 )
-from ksmcore._guard.scratch cimport scratch_empty, scratch_end, scratch_init, scratch_ready, scratch_t
 from ksmcore._kernel.uffd cimport (
-    UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect,
-    uffd_register, uffd_unregister, uffd_wake,
-)
-from ksmcore._guard.window cimport (
-    CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES, WINDOW_STUCK,
+    UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect, uffd_register,
+    uffd_unregister, uffd_wake,
 )
 
 cdef extern from *:
     """
     #include <pthread.h>
 
-    static pthread_mutex_t uffd_install = PTHREAD_MUTEX_INITIALIZER;
-    static void uffd_install_lock(void) { pthread_mutex_lock(&uffd_install); }
-    static void uffd_install_unlock(void) { pthread_mutex_unlock(&uffd_install); }
-    static void uffd_install_renew(void) { pthread_mutex_init(&uffd_install, 0); }
+    static pthread_mutex_t userfaultfd_install = PTHREAD_MUTEX_INITIALIZER;
+    static void userfaultfd_install_lock(void) { pthread_mutex_lock(&userfaultfd_install); }
+    static void userfaultfd_install_unlock(void) { pthread_mutex_unlock(&userfaultfd_install); }
+    static void userfaultfd_install_renew(void) { pthread_mutex_init(&userfaultfd_install, 0); }
 
     #include <signal.h>
     /* All that may come at any time; not those that an instruction of this thread raises. */
-    static sigset_t uffd_mask_before;
-    static void uffd_block_signals(void) {
+    static sigset_t userfaultfd_mask_before;
+    static void userfaultfd_block_signals(void) {
         sigset_t all;
         sigfillset(&all);
         sigdelset(&all, SIGSEGV);
         sigdelset(&all, SIGBUS);
         sigdelset(&all, SIGFPE);
         sigdelset(&all, SIGILL);
-        pthread_sigmask(SIG_BLOCK, &all, &uffd_mask_before);
+        pthread_sigmask(SIG_BLOCK, &all, &userfaultfd_mask_before);
     }
-    static void uffd_unblock_signals(void) { pthread_sigmask(SIG_SETMASK, &uffd_mask_before, 0); }
+    static void userfaultfd_unblock_signals(void) { pthread_sigmask(SIG_SETMASK, &userfaultfd_mask_before, 0); }
     """
-    void uffd_install_lock() nogil
-    void uffd_install_unlock() nogil
-    void uffd_install_renew() nogil
-    void uffd_block_signals() nogil      # in a window: the gate is held, so there is one mask to remember
-    void uffd_unblock_signals() nogil
+    void userfaultfd_install_lock() nogil
+    void userfaultfd_install_unlock() nogil
+    void userfaultfd_install_renew() nogil
+    void userfaultfd_block_signals() nogil      # in a window: the fork lock is held, so there is one mask to remember
+    void userfaultfd_unblock_signals() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -88,8 +84,8 @@ cdef enum:
     COPY_AFTER = 10        # tries of moving a page back before it is copied instead
 
 # One for each kind of guard. `n_users`, the descriptor and the scratch change under the install lock; what
-# belongs to a window, under the gate.
-ctypedef struct uffd_state:
+# belongs to a window, under the fork lock.
+ctypedef struct guard_state:
     sys_file file
     bint moves                 # the kernel can move pages
     uint32_t n_users
@@ -100,11 +96,11 @@ ctypedef struct uffd_state:
     window_t stuck
     uint8_t stuck_outcomes[<int>WINDOW_PAGES]
 
-cdef uffd_state _states[<int>N_GUARDS]
+cdef guard_state _states[<int>N_GUARDS]
 cdef uint32_t _n_waits = 0
 
 
-cdef int uffd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil:
+cdef int userfaultfd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil:
     """Can this guard be had? *moves: and does it refuse pinned pages?"""
     cdef int fd
     moves[0] = kind == GUARD_UFFD
@@ -113,7 +109,7 @@ cdef int uffd_probe(guard_kind kind, bint* moves, sys_error* err) noexcept nogil
     return 0 if fd >= 0 else -1
 
 
-cdef int _begin(uffd_state* state, bint user_mode_only, sys_error* err) noexcept nogil:
+cdef int _begin(guard_state* state, bint user_mode_only, sys_error* err) noexcept nogil:
     state.moves = not user_mode_only
     sys_keep(&state.file, uffd_open(user_mode_only, &state.moves, err))
     if state.file.fd < 0:
@@ -134,15 +130,15 @@ cdef int _begin(uffd_state* state, bint user_mode_only, sys_error* err) noexcept
     return -1
 
 
-cdef void _end(uffd_state* state) noexcept nogil:
+cdef void _end(guard_state* state) noexcept nogil:
     scratch_end(&state.scratch)
     scratch_end(&state.huge_scratch)
     pagemap_close(&state.pm)
     sys_drop(&state.file)
 
 
-cdef int _heal(uffd_state* state, sys_error* err) noexcept nogil:
-    """Try once more to give back the window that is stuck, if one is. The caller holds the gate."""
+cdef int _heal(guard_state* state, sys_error* err) noexcept nogil:
+    """Try once more to give back the window that is stuck, if one is. The caller holds the fork lock."""
     if not state.is_stuck:
         return 0
     if _give_back(state, &state.stuck, False, True, err) != 0:
@@ -153,48 +149,48 @@ cdef int _heal(uffd_state* state, sys_error* err) noexcept nogil:
     return 0
 
 
-cdef void _heal_if_stuck(uffd_state* state) noexcept nogil:
+cdef void _heal_if_stuck(guard_state* state) noexcept nogil:
     cdef sys_error ignored
     if state.is_stuck:
-        error_clear(&ignored)
-        gate_lock()
+        sys_error_clear(&ignored)
+        forks_lock()
         _heal(state, &ignored)
-        gate_unlock()
+        forks_unlock()
 
 
-cdef int uffd_enter(guard_kind kind, sys_error* err) noexcept nogil:
-    cdef uffd_state* state = &_states[<int>kind]
+cdef int userfaultfd_enter(guard_kind kind, sys_error* err) noexcept nogil:
+    cdef guard_state* state = &_states[<int>kind]
     cdef int rc = 0
-    uffd_install_lock()
+    userfaultfd_install_lock()
     _heal_if_stuck(state)
     if state.n_users == 0 and state.file.fd < 0:
         rc = _begin(state, kind != GUARD_UFFD, err)
     if rc == 0:
         state.n_users += 1
-    uffd_install_unlock()
+    userfaultfd_install_unlock()
     return rc
 
 
-cdef void uffd_leave(guard_kind kind) noexcept nogil:
-    cdef uffd_state* state = &_states[<int>kind]
-    uffd_install_lock()
+cdef void userfaultfd_leave(guard_kind kind) noexcept nogil:
+    cdef guard_state* state = &_states[<int>kind]
+    userfaultfd_install_lock()
     # Zero in a forked child: the enter was the parent's.
     if state.n_users > 0:
         state.n_users -= 1
         _heal_if_stuck(state)
         if state.n_users == 0 and not state.is_stuck:
             _end(state)
-    uffd_install_unlock()
+    userfaultfd_install_unlock()
 
 
 # ---- moving pages ---------------------------------------------------------------------------------
 
-cdef uint32_t _n_there(uffd_state* state, uintptr_t target, uint32_t n) noexcept nogil:
+cdef uint32_t _n_there(guard_state* state, uintptr_t target, uint32_t n) noexcept nogil:
     """How many pages from `target` on are there, without a gap."""
     cdef uint8_t flags[<int>WINDOW_PAGES]
     cdef sys_error ignored
     cdef uint32_t i
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if pagemap_query(&state.pm, target, n, flags, &ignored) != 0:
         return 0
     for i in range(n):
@@ -204,7 +200,7 @@ cdef uint32_t _n_there(uffd_state* state, uintptr_t target, uint32_t n) noexcept
 
 
 cdef void _move(
-    uffd_state* state, uintptr_t target, uintptr_t source, uint32_t n, size_t page_bytes, uint8_t* moved, int* codes
+    guard_state* state, uintptr_t target, uintptr_t source, uint32_t n, size_t page_bytes, uint8_t* moved, int* codes
 ) noexcept nogil:
     """Move n pages, to where none is yet, as far as the kernel allows: moved[i], or else errno in codes[i].
 
@@ -217,7 +213,7 @@ cdef void _move(
     memset(moved, 0, n)
     while done < n:
         piece = min(piece, n - done)
-        error_clear(&err)
+        sys_error_clear(&err)
         k = piece
         if uffd_move(
             state.file.fd, target + done * page_bytes, source + done * page_bytes, k * page_bytes, &moved_bytes, &err
@@ -242,7 +238,7 @@ cdef void _move(
             piece = n
 
 
-cdef uint32_t _move_out(uffd_state* state, window_t* w) noexcept nogil:
+cdef uint32_t _move_out(guard_state* state, window_t* w) noexcept nogil:
     """Take the pages away from everybody. Returns how many were refused as pinned."""
     cdef int codes[<int>WINDOW_PAGES]
     cdef uint32_t i, n_busy = 0
@@ -259,7 +255,7 @@ cdef uint32_t _move_out(uffd_state* state, window_t* w) noexcept nogil:
     return n_busy
 
 
-cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err) noexcept nogil:
+cdef int _put_back(guard_state* state, window_t* w, bint may_copy, sys_error* err) noexcept nogil:
     """Move back what was taken away and not dealt with. -1 when a page is still away."""
     cdef int codes[<int>WINDOW_PAGES]
     cdef uint8_t moved[<int>WINDOW_PAGES]
@@ -283,7 +279,7 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
                 continue
             # EINVAL: the program has changed the mapping in the meantime (its permission, its lock).
             if may_copy or codes[k] == EINVAL:
-                error_clear(&failed)
+                sys_error_clear(&failed)
                 uffd_copy(state.file.fd, home + k * w.page_bytes, there + k * w.page_bytes, w.page_bytes, &failed)
                 if failed.code == 0 or failed.code == ENOENT or failed.code == EEXIST:
                     codes[k] = ENOENT
@@ -302,7 +298,7 @@ cdef int _put_back(uffd_state* state, window_t* w, bint may_copy, sys_error* err
 
 # ---- windows --------------------------------------------------------------------------------------
 
-cdef bint uffd_moves(const window_t* w) noexcept nogil:
+cdef bint userfaultfd_moves(const window_t* w) noexcept nogil:
     """Is this window closed by moving its pages away?"""
     return not w.over_store and _states[<int>w.guard].moves
 
@@ -312,12 +308,12 @@ cdef int _unregister(int fd, const window_t* w, sys_error* err) noexcept nogil:
     range is then let go page by page."""
     cdef sys_error failed
     cdef uint32_t i
-    error_clear(&failed)
+    sys_error_clear(&failed)
     if uffd_unregister(fd, w.addr, w.n_pages * w.page_bytes, &failed) == 0:
         return 0
     if failed.code == EINVAL:
         for i in range(w.n_pages):
-            error_clear(&failed)
+            sys_error_clear(&failed)
             if uffd_unregister(fd, w.addr + i * w.page_bytes, w.page_bytes, &failed) != 0 and failed.code != EINVAL:
                 break
         else:
@@ -327,10 +323,10 @@ cdef int _unregister(int fd, const window_t* w, sys_error* err) noexcept nogil:
     return -1
 
 
-cdef int _give_back(uffd_state* state, window_t* w, bint all_remapped, bint may_copy, sys_error* err) noexcept nogil:
+cdef int _give_back(guard_state* state, window_t* w, bint all_remapped, bint may_copy, sys_error* err) noexcept nogil:
     """Everything that ends a window; may be called again when it failed."""
     global _n_waits
-    if uffd_moves(w) and _put_back(state, w, may_copy, err) != 0:
+    if userfaultfd_moves(w) and _put_back(state, w, may_copy, err) != 0:
         return -1
     if not all_remapped and _unregister(state.file.fd, w, err) != 0:
         return -1
@@ -338,18 +334,18 @@ cdef int _give_back(uffd_state* state, window_t* w, bint all_remapped, bint may_
     return uffd_wake(state.file.fd, w.addr, w.n_pages * w.page_bytes, err)
 
 
-cdef scratch_t* _scratch_of(uffd_state* state, const window_t* w) noexcept nogil:
+cdef scratch_t* _scratch_of(guard_state* state, const window_t* w) noexcept nogil:
     return &state.huge_scratch if w.scratch == state.huge_scratch.addr else &state.scratch
 
 
-cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
+cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
     """WINDOW_STUCK when the kernel would not take the pages back. Then they stay shut; every window, enter
     and leave from then on first tries again."""
-    cdef uffd_state* state = &_states[<int>w.guard]
+    cdef guard_state* state = &_states[<int>w.guard]
     cdef sys_error again
     cdef int tries, rc = -1
     for tries in range(<int>CLOSE_TRIES):
-        error_clear(&again)
+        sys_error_clear(&again)
         rc = _give_back(state, w, all_remapped, tries >= COPY_AFTER, &again)
         if rc == 0:
             break
@@ -360,11 +356,11 @@ cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept n
         memcpy(state.stuck_outcomes, w.outcomes, w.n_pages)
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
-        if uffd_moves(w):
-            uffd_unblock_signals()
+        if userfaultfd_moves(w):
+            userfaultfd_unblock_signals()
         return WINDOW_STUCK
-    if uffd_moves(w):
-        uffd_unblock_signals()
+    if userfaultfd_moves(w):
+        userfaultfd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
         scratch_empty(_scratch_of(state, w), w.n_pages * w.page_bytes)
     return 0
@@ -373,22 +369,22 @@ cdef int uffd_release(window_t* w, bint all_remapped, sys_error* err) noexcept n
 cdef int _undo(window_t* w, sys_error* err) noexcept nogil:
     """Shutting failed with *err, perhaps for a part of the range only: let everybody in again."""
     cdef sys_error again
-    error_clear(&again)
+    sys_error_clear(&again)
     memset(w.outcomes, CHANGED, w.n_pages)
-    if uffd_release(w, False, &again) != 0:
+    if userfaultfd_release(w, False, &again) != 0:
         err[0] = again
         return WINDOW_STUCK
     return -1
 
 
-cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcept nogil:
+cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexcept nogil:
     cdef sys_error ignored
     cdef size_t len_bytes = w.n_pages * w.page_bytes
     cdef uint32_t attempt, n_busy, i
     cdef uint8_t busy[<int>WINDOW_PAGES]
     cdef scratch_t* scratch = &state.scratch
     if w.is_huge:
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         if state.huge_scratch.addr != 0 or scratch_init(
             &state.huge_scratch, <size_t>WINDOW_PAGES * w.page_bytes, True, &ignored
         ) == 0:
@@ -398,7 +394,7 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
     for attempt in range(2):
         if scratch_ready(scratch, state.file.fd, err) != 0:
             return -1
-        uffd_block_signals()
+        userfaultfd_block_signals()
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)
         n_busy = _move_out(state, w)
@@ -407,18 +403,18 @@ cdef int _shut_by_moving(uffd_state* state, window_t* w, sys_error* err) noexcep
         for i in range(w.n_pages):
             busy[i] = w.outcomes[i] == PINNED
             w.outcomes[i] = CHANGED
-        if uffd_release(w, False, err) != 0:
+        if userfaultfd_release(w, False, err) != 0:
             return WINDOW_STUCK
         for i in range(w.n_pages):
-            error_clear(&ignored)
+            sys_error_clear(&ignored)
             if busy[i]:
                 sys_advise(w.addr + i * w.page_bytes, w.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
     return 0
 
 
-cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
+cdef int userfaultfd_shut(window_t* w, sys_error* err) noexcept nogil:
     """Close the window to everybody. -1: nothing is shut; WINDOW_STUCK: nor can it be opened again."""
-    cdef uffd_state* state = &_states[<int>w.guard]
+    cdef guard_state* state = &_states[<int>w.guard]
     cdef size_t len_bytes = w.n_pages * w.page_bytes
     memset(w.away, 0, w.n_pages)
     memset(w.outcomes, DONE, w.n_pages)
@@ -430,7 +426,7 @@ cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
         return -1
     if _heal(state, err) != 0:
         return WINDOW_STUCK
-    if uffd_moves(w):
+    if userfaultfd_moves(w):
         return _shut_by_moving(state, w, err)
     w.bytes = <const uint8_t*>w.addr
     if (
@@ -441,20 +437,20 @@ cdef int uffd_shut(window_t* w, sys_error* err) noexcept nogil:
     return 0
 
 
-cdef int uffd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
+cdef int userfaultfd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
     """Give up the private memory of pages in the window. Of those that were moved nothing is left there
     already: it goes with the scratch."""
-    if uffd_moves(w):
+    if userfaultfd_moves(w):
         return 0
     return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
 
 
-cdef uint32_t uffd_n_waits() noexcept nogil:
+cdef uint32_t userfaultfd_n_waits() noexcept nogil:
     return _n_waits
 
 
 cdef void _before_fork() noexcept nogil:
-    """Runs before the gate is taken: what is away now would be missing in the child."""
+    """Runs before the fork lock is taken: what is away now would be missing in the child."""
     cdef int kind
     for kind in range(<int>N_GUARDS):
         _heal_if_stuck(&_states[kind])
@@ -466,19 +462,19 @@ cdef void _in_child() noexcept nogil:
     cdef sys_error ignored
     cdef uint32_t i
     cdef int kind
-    uffd_install_renew()
-    error_clear(&ignored)
+    cdef const window_t* stuck
+    userfaultfd_install_renew()
+    sys_error_clear(&ignored)
     for kind in range(<int>N_GUARDS):
-        for i in range(_states[kind].stuck.n_pages if _states[kind].is_stuck else 0):
-            if _states[kind].stuck.away[i] and _states[kind].stuck.outcomes[i] != DONE:
-                sys_unmap(
-                    _states[kind].stuck.addr + i * _states[kind].stuck.page_bytes, _states[kind].stuck.page_bytes, &ignored
-                )
+        stuck = &_states[kind].stuck
+        for i in range(stuck.n_pages if _states[kind].is_stuck else 0):
+            if stuck.away[i] and stuck.outcomes[i] != DONE:
+                sys_unmap(stuck.addr + i * stuck.page_bytes, stuck.page_bytes, &ignored)
         if _states[kind].n_users > 0:
             pagemap_close(&_states[kind].pm)
         if _states[kind].n_users > 0 or _states[kind].is_stuck:
             sys_drop(&_states[kind].file)
-        memset(&_states[kind], 0, sizeof(uffd_state))
+        memset(&_states[kind], 0, sizeof(guard_state))
         _states[kind].file.fd = -1
         _states[kind].pm.file.fd = -1
 

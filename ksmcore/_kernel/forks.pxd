@@ -1,15 +1,15 @@
-"""Forks: the gate that keeps them out, and whether the children still live; see _forks.pyx."""
+"""Forks: the lock that keeps them out, and whether the children still live; see forks.pyx."""
 
 from libc.stdint cimport uint32_t
 
 
-# The fork gate: held by whoever must not be interrupted by a fork of this process (an open guard
+# The fork lock: held by whoever must not be interrupted by a fork of this process (an open guard
 # window, a change of the store). fork() itself waits for it. No other lock is taken inside it.
-cdef void gate_lock() noexcept nogil
-cdef void gate_unlock() noexcept nogil
-cdef uint32_t gate_n_forks() noexcept nogil          # forks of this process so far; stable while the gate is held
-cdef uint32_t gate_generation() noexcept nogil       # grows by one in every forked child
+cdef void forks_lock() noexcept nogil
+cdef void forks_unlock() noexcept nogil
+cdef uint32_t forks_count() noexcept nogil           # forks of this process so far; stable while the lock is held
+cdef uint32_t forks_generation() noexcept nogil      # grows by one in every forked child
 
 # Whether children live is only found out while somebody watches: each store does, while it has a file.
 cdef void forks_watch(int delta) noexcept nogil
-cdef uint32_t forks_gone() noexcept nogil            # the caller holds the gate
+cdef uint32_t forks_gone() noexcept nogil            # the caller holds the fork lock

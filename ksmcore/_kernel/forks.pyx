@@ -1,6 +1,4 @@
-"""Forks of this process: the gate that they wait at, their count, and whether the children are gone.
-
-Called by: _store, _guard, _core. Calls: _sys.
+"""Forks of this process: the lock that they wait for, their count, and whether the children are gone.
 
 pthread_atfork covers every fork() of the C library, Python's and plain C's alike, and neither vfork nor
 posix_spawn, which give the child no memory of its own. A process made by a raw clone(2) is not seen.
@@ -15,24 +13,24 @@ program, whatever descriptors they had closed. (Sealing: fcntl(2), F_SEAL_WRITE.
 from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
-    error_clear, sys_drop, sys_error, sys_file, sys_is_kept, sys_keep, sys_map_lease, sys_memfd,
-    sys_page_bytes, sys_seal, sys_truncate, sys_unmap,
+    sys_drop, sys_error, sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_map_lease, sys_memfd, sys_page_bytes,
+    sys_seal, sys_truncate, sys_unmap,
 )
 
 cdef extern from *:
     """
     #include <pthread.h>
 
-    static pthread_mutex_t forks_gate = PTHREAD_MUTEX_INITIALIZER;
-    static void forks_gate_lock(void) { pthread_mutex_lock(&forks_gate); }
-    static void forks_gate_unlock(void) { pthread_mutex_unlock(&forks_gate); }
+    static pthread_mutex_t forks_mutex = PTHREAD_MUTEX_INITIALIZER;
+    static void forks_mutex_lock(void) { pthread_mutex_lock(&forks_mutex); }
+    static void forks_mutex_unlock(void) { pthread_mutex_unlock(&forks_mutex); }
     /* In the child only the forking thread exists, so the lock is made anew rather than released: the
        thread that prepared the fork holds it, and nobody can wait for it. */
-    static void forks_gate_renew(void) { pthread_mutex_init(&forks_gate, 0); }
+    static void forks_mutex_renew(void) { pthread_mutex_init(&forks_mutex, 0); }
     """
-    void forks_gate_lock() nogil
-    void forks_gate_unlock() nogil
-    void forks_gate_renew() nogil
+    void forks_mutex_lock() nogil
+    void forks_mutex_unlock() nogil
+    void forks_mutex_renew() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -49,7 +47,7 @@ ctypedef struct fork_lease:
     uint32_t first
     uint32_t last
 
-# All of it is read and written under the gate; `_generation` by anybody.
+# All of it is read and written under the fork lock; `_generation` by anybody.
 cdef uint32_t _n_forks = 0
 cdef uint32_t _generation = 0
 cdef int _n_watchers = 0
@@ -59,28 +57,28 @@ cdef uint32_t _untold = UINT32_MAX     # first fork that could be given no lease
 cdef uintptr_t _handed_over = 0        # during a fork: the mapping that the child keeps
 
 
-cdef void gate_lock() noexcept nogil:
-    forks_gate_lock()
+cdef void forks_lock() noexcept nogil:
+    forks_mutex_lock()
 
 
-cdef void gate_unlock() noexcept nogil:
-    forks_gate_unlock()
+cdef void forks_unlock() noexcept nogil:
+    forks_mutex_unlock()
 
 
-cdef uint32_t gate_n_forks() noexcept nogil:
+cdef uint32_t forks_count() noexcept nogil:
     return _n_forks
 
 
-cdef uint32_t gate_generation() noexcept nogil:
+cdef uint32_t forks_generation() noexcept nogil:
     return __atomic_load_n(&_generation, __ATOMIC_SEQ_CST)
 
 
 cdef void forks_watch(int delta) noexcept nogil:
     """Begin (1) or end (-1) to be interested in children."""
     global _n_watchers
-    gate_lock()
+    forks_lock()
     _n_watchers += delta
-    gate_unlock()
+    forks_unlock()
 
 
 # ---- around a fork --------------------------------------------------------------------------------
@@ -92,7 +90,7 @@ cdef uintptr_t _lease_for(uint32_t n_fork) noexcept nogil:
     cdef fork_lease* lease
     cdef bint reused = _n_leases == MAX_LEASES
     cdef uintptr_t mapped
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if reused:
         lease = &_leases[MAX_LEASES - 1]
     else:
@@ -116,7 +114,7 @@ cdef uintptr_t _lease_for(uint32_t n_fork) noexcept nogil:
 
 cdef void _prepare() noexcept nogil:
     global _n_forks, _handed_over, _untold
-    gate_lock()
+    forks_lock()
     _n_forks += 1
     if _n_watchers > 0:
         _handed_over = _lease_for(_n_forks)
@@ -127,18 +125,18 @@ cdef void _prepare() noexcept nogil:
 cdef void _in_parent() noexcept nogil:
     global _handed_over
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: were it to fail, the lease would never end, and the frozen pages stay frozen.
     if _handed_over != 0:
         sys_unmap(_handed_over, sys_page_bytes(), &ignored)
     _handed_over = 0
-    gate_unlock()
+    forks_unlock()
 
 
 cdef void _in_child() noexcept nogil:
     """The mapping stays, for as long as this process and those that it forks have this memory."""
     global _n_forks, _n_watchers, _n_leases, _untold, _handed_over
-    forks_gate_renew()
+    forks_mutex_renew()
     while _n_leases > 0:
         _n_leases -= 1
         sys_drop(&_leases[_n_leases].file)
@@ -157,7 +155,7 @@ cdef uint32_t forks_gone() noexcept nogil:
     cdef sys_error ignored
     cdef uint32_t i, n_kept = 0, gone = _n_forks
     for i in range(_n_leases):
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         if sys_is_kept(&_leases[i].file) and sys_seal(_leases[i].file.fd, &ignored) == 0:
             sys_drop(&_leases[i].file)
             continue
@@ -171,7 +169,7 @@ cdef uint32_t forks_gone() noexcept nogil:
 
 def generation():
     """Grows by one in every forked child, so that what belongs to the parent can be told."""
-    return gate_generation()
+    return forks_generation()
 
 
 if pthread_atfork(_prepare, _in_parent, _in_child) != 0:

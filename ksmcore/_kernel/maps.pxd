@@ -1,4 +1,4 @@
-"""The mappings of the process; see _maps.pyx."""
+"""The mappings of the process; see maps.pyx."""
 
 from libc.stdint cimport uint64_t, uintptr_t
 
@@ -23,7 +23,7 @@ cdef extern from "_kernel/maps.h":
     ctypedef void (*vma_visit "ksm_vma_visit")(const vma_t* vma, void* context) noexcept nogil
 
 
-cdef inline bint vma_is_private_data(const vma_t* vma) noexcept nogil:
+cdef inline bint maps_is_private_data(const vma_t* vma) noexcept nogil:
     """Private, to be read and written, not to be executed."""
     return vma.flags & (VMA_READ | VMA_WRITE | VMA_EXEC | VMA_SHARED) == VMA_READ | VMA_WRITE
 

@@ -1,7 +1,5 @@
 """The mappings of the process, one after the other by address; allocates nothing.
 
-Called by: _census, _tracker. Calls: _sys.
-
 All of them are read as text (0.5 us each). For a range, the kernel is asked where it can answer
 (PROCMAP_QUERY, Linux 6.11); before that, all are read and most passed over.
 """

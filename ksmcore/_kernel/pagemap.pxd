@@ -1,4 +1,4 @@
-"""What the kernel knows of a page; see _pagemap.pyx."""
+"""What the kernel knows of a page; see pagemap.pyx."""
 
 from libc.stdint cimport uint8_t, uintptr_t
 
@@ -15,7 +15,7 @@ cdef enum page_flag:
     PAGE_HUGE = 32           # in a huge page that is mapped as one; told by surveys only
 
 cdef enum:
-    BLOCK_PAGES = 512        # what a survey answers at most: one aligned block of so many pages
+    SPAN_PAGES = 512         # a span, what a survey answers at most: so many pages, aligned; a huge page is one
 
 
 ctypedef struct pagemap:
@@ -33,7 +33,7 @@ ctypedef struct page_range:
 ctypedef struct page_survey:
     size_t n_ranges
     uintptr_t next           # where to go on
-    page_range ranges[<int>BLOCK_PAGES]
+    page_range ranges[<int>SPAN_PAGES]
 
 
 cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil

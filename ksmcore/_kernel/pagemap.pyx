@@ -1,7 +1,5 @@
 """What the kernel knows of a page: present, still the shared one, swapped, written since it was looked at.
 
-Called by: _scan, _quiet, _engine, _tracker, _estimate, _guard_uffd. Calls: _sys.
-
 /proc/self/pagemap has 8 bytes for each virtual page; the bits used here are shown to every process
 about itself (Documentation/admin-guide/mm/pagemap.rst), the page frame numbers are not needed. Where
 the file cannot be read, mincore tells which pages are resident, and the caller must compare bytes to
@@ -17,8 +15,8 @@ from libc.errno cimport ENOTTY
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
-    CALL_PAGEMAP_SCAN, error_clear, error_raise, sys_check, sys_drop, sys_error, sys_injected, sys_is_kept,
-    sys_keep, sys_mincore, sys_open_read, sys_page_bytes, sys_read_at,
+    CALL_PAGEMAP_SCAN, sys_check, sys_drop, sys_error, sys_error_clear, sys_injected, sys_is_kept, sys_keep,
+    sys_mincore, sys_open_read, sys_read_at,
 )
 
 cdef extern from "_kernel/pagemap.h" nogil:
@@ -38,7 +36,7 @@ cdef extern from "_kernel/pagemap.h" nogil:
 
 cdef enum:
     ENTRIES = 512            # read at once; 4 KiB on the stack
-    HUGE_BYTES = 0x200000    # of a huge page that is one block; where pages are larger, huge ones are not told
+    HUGE_BYTES = 0x200000    # of a huge page that is one span; where pages are larger, huge ones are not told
     BIT_EXCLUSIVE = 56
     BIT_FILE = 61
     BIT_SWAPPED = 62
@@ -48,7 +46,7 @@ cdef enum:
 cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil:
     """`allowed` False: pretend that the file cannot be read."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     pm.page_bytes = page_bytes
     sys_keep(&pm.file, sys_open_read(b"/proc/self/pagemap", &ignored) if allowed else -1)
     pm.scans = False
@@ -57,7 +55,7 @@ cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept no
 cdef void pagemap_try_scanning(pagemap* pm) noexcept nogil:
     """Let surveys use PAGEMAP_SCAN if the kernel knows it: it is asked of no pages."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     pm.scans = pm.file.fd >= 0 and _scan(pm, 0, 0, False, FILES_UNTOLD, NULL, 0, &ignored) >= 0
 
 
@@ -129,7 +127,7 @@ cdef uint8_t _flags_of(const pagemap* pm, uint64_t categories) noexcept nogil:
             flags |= PAGE_OF_FILE
         elif not categories & KSM_PAGE_ZERO_PFN:
             flags |= PAGE_OWNED
-        if categories & KSM_PAGE_HUGE and pm.page_bytes == <size_t>HUGE_BYTES // BLOCK_PAGES:
+        if categories & KSM_PAGE_HUGE and pm.page_bytes == <size_t>HUGE_BYTES // SPAN_PAGES:
             flags |= PAGE_HUGE
     elif categories & KSM_PAGE_SWAPPED and not categories & KSM_PAGE_FILE:
         # With the file bit it is a page of the store that the kernel is moving: still mapped.
@@ -137,20 +135,20 @@ cdef uint8_t _flags_of(const pagemap* pm, uint64_t categories) noexcept nogil:
     return flags
 
 
-cdef inline uintptr_t _block_end(const pagemap* pm, uintptr_t addr) noexcept nogil:
-    cdef uintptr_t block_bytes = <uintptr_t>BLOCK_PAGES * pm.page_bytes
-    return addr - addr % block_bytes + block_bytes
+cdef inline uintptr_t _span_end(const pagemap* pm, uintptr_t addr) noexcept nogil:
+    cdef uintptr_t span_bytes = <uintptr_t>SPAN_PAGES * pm.page_bytes
+    return addr - addr % span_bytes + span_bytes
 
 
 cdef int _survey_by_scan(
     pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
 ) noexcept nogil:
-    cdef ksm_page_range found[<int>BLOCK_PAGES]
+    cdef ksm_page_range found[<int>SPAN_PAGES]
     cdef page_range* put
     cdef files_wanted files = FILES_TOLD if with_files else FILES_LEFT_OUT
     cdef int n = 1, i
     survey.next = end
-    # The first page, and then the block that it lies in: what comes after that would be looked for again.
+    # The first page, and then the span that it lies in: what comes after that would be looked for again.
     if watched:
         n = _scan(pm, addr, end, True, FILES_UNTOLD, found, 1, err)
         addr = found[0].start if n > 0 else addr
@@ -159,8 +157,8 @@ cdef int _survey_by_scan(
     if n <= 0:
         return n
     addr = found[0].start
-    survey.next = min(end, _block_end(pm, addr))
-    n = _scan(pm, addr, survey.next, watched, files, found, BLOCK_PAGES, err)
+    survey.next = min(end, _span_end(pm, addr))
+    n = _scan(pm, addr, survey.next, watched, files, found, SPAN_PAGES, err)
     for i in range(n):
         put = &survey.ranges[i]
         put.addr = found[i].start
@@ -173,13 +171,13 @@ cdef int _survey_by_scan(
 cdef int pagemap_survey(
     pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
 ) noexcept nogil:
-    """The first pages in [addr, end) that need a look, by ranges, of one aligned block of BLOCK_PAGES pages at
-    most; survey.next tells where to go on, survey.n_ranges is 0 when there are none before that.
+    """The first pages in [addr, end) that need a look, by ranges, of one span at most; survey.next tells where to
+    go on, survey.n_ranges is 0 when there are none before that.
 
     No look need pages that are present and were not written since they were protected, if the range is
     `watched`; and pages of files, if not `with_files`. -1 with *err when the kernel does not answer.
     """
-    cdef uint8_t flags[<int>BLOCK_PAGES]
+    cdef uint8_t flags[<int>SPAN_PAGES]
     cdef size_t i, n_pages
     survey.n_ranges = 0
     if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
@@ -187,7 +185,7 @@ cdef int pagemap_survey(
         pagemap_try_scanning(pm)
     if pm.scans:
         return _survey_by_scan(pm, addr, end, watched, with_files, survey, err)
-    survey.next = min(end, _block_end(pm, addr))
+    survey.next = min(end, _span_end(pm, addr))
     n_pages = (survey.next - addr) // pm.page_bytes
     if pagemap_query(pm, addr, n_pages, flags, err) != 0:
         return -1
@@ -211,7 +209,7 @@ cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil:
     """Is this page of a watched range there, and unwritten since it was protected? False if that is not known."""
     cdef ksm_page_range found
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     return (
         pm.scans and sys_is_kept(&pm.file)
         and _scan(pm, addr, addr + pm.page_bytes, True, FILES_UNTOLD, &found, 1, &ignored) == 0
@@ -227,58 +225,3 @@ cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error*
     return sys_check(
         ksm_scan_protect(pm.file.fd, addr, addr + len_bytes) < 0, CALL_PAGEMAP_SCAN, addr, len_bytes, err
     )
-
-
-def query(uintptr_t addr, size_t n_pages, bint with_pagemap=True):
-    """The flag bytes of `n_pages` pages from `addr` on; for tests and page maps.
-
-    Raises OSError when the kernel refuses the range.
-    """
-    from ksmcore._kernel.syscalls import page_bytes
-    cdef pagemap pm
-    cdef sys_error err
-    cdef int rc
-    error_clear(&err)
-    result = bytearray(n_pages)
-    if n_pages == 0:
-        return bytes(result)
-    cdef uint8_t[::1] flags = result
-    cdef size_t bytes_per_page = page_bytes()
-    with nogil:
-        pagemap_open(&pm, bytes_per_page, with_pagemap)
-        rc = pagemap_query(&pm, addr, n_pages, &flags[0], &err)
-        pagemap_close(&pm)
-    if rc != 0:
-        error_raise(&err, "page query")
-    return bytes(result)
-
-
-def survey(uintptr_t addr, size_t n_pages, bint watched):
-    """Of `n_pages` pages from `addr` on the ranges that are absent or, if `watched`, were written since they
-    were protected: (first page, pages, flags) with page numbers from 0 on. For tests.
-
-    Raises OSError when the kernel refuses, or has no PAGEMAP_SCAN.
-    """
-    cdef pagemap pm
-    cdef page_survey found
-    cdef sys_error err
-    cdef size_t page_bytes = sys_page_bytes(), k
-    cdef uintptr_t cursor = addr, end = addr + n_pages * page_bytes
-    cdef int rc = 0
-    error_clear(&err)
-    pagemap_open(&pm, page_bytes, True)
-    pagemap_try_scanning(&pm)
-    if not pm.scans:
-        pagemap_close(&pm)
-        raise OSError(ENOTTY, "this kernel has no PAGEMAP_SCAN")
-    ranges = []
-    while cursor < end and rc == 0:
-        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err)
-        for k in range(found.n_ranges if rc == 0 else 0):
-            first = (found.ranges[k].addr - addr) // page_bytes
-            ranges.append((first, found.ranges[k].n_pages, found.ranges[k].flags))
-        cursor = found.next
-    pagemap_close(&pm)
-    if rc != 0:
-        error_raise(&err, "survey")
-    return ranges

@@ -1,7 +1,7 @@
 /* Reading memory that may go away. Included by reader.pyx and by those that read.
 
    A thread that is about to read a page of the program leaves a place to return to. If the page faults,
-   the SIGSEGV handler (_segv.h) sends it there. The reading code in between holds no lock and keeps no
+   the SIGSEGV handler (segv.h) sends it there. The reading code in between holds no lock and keeps no
    state, so nothing is lost by leaving it. */
 
 #ifndef KSMCORE_READER_H

@@ -1,4 +1,4 @@
-"""Reading memory that the program may unmap or protect at any moment; see _reader.pyx."""
+"""Reading memory that the program may unmap or protect at any moment; see reader.pyx."""
 
 from libc.stdint cimport uint32_t
 

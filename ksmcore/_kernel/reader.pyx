@@ -1,8 +1,5 @@
 """Reading memory that the program may unmap or protect at any moment, by its own means.
 
-Called by: _core, _estimate (enter and leave), _pages, _merge (reading), _guard_signal (the handler's side).
-Calls nothing.
-
 A page that went away is taken for one that differs from all others, and for one that changed: both are
 things that can happen to any page at any time, so nobody above needs to know.
 

@@ -1,4 +1,4 @@
-"""Written-page tracking; see _tracker.pyx."""
+"""Written-page tracking; see tracker.pyx."""
 
 from libc.stdint cimport uintptr_t
 

@@ -1,8 +1,5 @@
 """Written-page tracking: the kernel notes which pages are written, so that the others need not be read.
 
-Called by: _engine (open, close), _quiet (watch, disarm), _merge (around a window). Calls: _maps, _uffd,
-_pagemap.
-
 A region is watched by an asynchronous userfaultfd (Linux 6.7; no privileges): its pages can be protected
 so that the first write to each costs its writer a microsecond and nothing else. No writer waits, no
 message is sent, no signal; what was written shows in a survey (see pagemap). Pages of the store need no
@@ -19,15 +16,12 @@ In a forked child nothing is watched.
 
 from libc.stdint cimport uintptr_t
 
-from ksmcore._kernel.maps cimport maps_each_in, vma_is_private_data, vma_t
+from ksmcore._kernel.maps cimport maps_each_in, maps_is_private_data, vma_t
 from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._kernel.syscalls cimport (
-    CALL_TRACKER, error_clear, sys_check, sys_close, sys_drop, sys_error, sys_injected, sys_is_kept, sys_keep,
-    sys_page_bytes,
+    CALL_TRACKER, sys_drop, sys_error, sys_error_clear, sys_injected, sys_is_kept, sys_keep, sys_page_bytes,
 )
-from ksmcore._kernel.uffd cimport (
-    UFFD_PROTECTED, uffd_open_async, uffd_protect, uffd_register, uffd_unregister,
-)
+from ksmcore._kernel.uffd cimport UFFD_PROTECTED, uffd_open_async, uffd_protect, uffd_register, uffd_unregister
 
 from libc.errno cimport ENOSYS
 import os
@@ -69,7 +63,7 @@ cdef void _watch(const vma_t* vma, void* context) noexcept nogil:
     cdef watching* all = <watching*>context
     cdef uintptr_t start = max(vma.start, all.start)
     cdef uintptr_t end = min(vma.end, all.end)
-    if all.err.code == 0 and vma.inode == 0 and vma_is_private_data(vma):
+    if all.err.code == 0 and vma.inode == 0 and maps_is_private_data(vma):
         _register(all.fd, start, end - start, &all.err)
 
 
@@ -85,7 +79,7 @@ cdef int tracker_watch(tracker_t* tracker, uintptr_t addr, uintptr_t end, sys_er
     all.fd = tracker.file.fd
     all.start = addr
     all.end = end
-    error_clear(&all.err)
+    sys_error_clear(&all.err)
     if maps_each_in(addr, end, _watch, &all, err) != 0:
         tracker_unwatch(tracker, addr, end)
         return -1
@@ -103,14 +97,14 @@ cdef void tracker_unwatch(tracker_t* tracker, uintptr_t addr, uintptr_t end) noe
     watched is left, or a piece that costs writers a fault and is seen as written.
     """
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     uffd_unregister(tracker.file.fd, addr, end - addr, &ignored)
 
 
 cdef void tracker_disarm(tracker_t* tracker, uintptr_t addr, size_t len_bytes) noexcept nogil:
     """These pages count as written. Unchecked: it fails where nothing is watched, so nothing protected."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     uffd_protect(tracker.file.fd, addr, len_bytes, False, &ignored)
 
 
@@ -125,7 +119,7 @@ cdef int tracker_let_go(int fd, uintptr_t addr, size_t len_bytes, sys_error* err
 cdef void tracker_take_back(int fd, uintptr_t addr, size_t len_bytes) noexcept nogil:
     """Unchecked: what is not watched cannot be protected, which shows there (see quiet)."""
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if fd >= 0:
         _register(fd, addr, len_bytes, &ignored)
 
@@ -136,7 +130,7 @@ def probe():
     cdef tracker_t tracker
     cdef sys_error err
     cdef int rc
-    error_clear(&err)
+    sys_error_clear(&err)
     pagemap_open(&pm, sys_page_bytes(), True)
     pagemap_try_scanning(&pm)
     rc = tracker_open(&tracker, &pm, &err)

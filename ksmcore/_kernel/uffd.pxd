@@ -1,4 +1,4 @@
-"""The system calls of userfaultfd; see _uffd.pyx."""
+"""The system calls of userfaultfd; see uffd.pyx."""
 
 from libc.stdint cimport uintptr_t
 

@@ -1,7 +1,5 @@
 """The system calls of userfaultfd, each return value checked and errno kept at once (see syscalls).
 
-Called by: _guard_uffd, _tracker. Calls: _sys.
-
 A descriptor stands for the memory of the process that opened it: in a forked child it still means the
 parent's, and is never used there.
 """
@@ -9,9 +7,9 @@ parent's, and is never used there.
 from libc.stdint cimport uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
-    CALL_UFFD_COPY, CALL_UFFD_MOVE, CALL_UFFD_MOVE_THEN_FAIL, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_PROTECT,
-    CALL_UFFD_REGISTER, CALL_UFFD_UNREGISTER, CALL_UFFD_WAKE,
-    CALL_USERFAULTFD, sys_check, sys_error, sys_injected,
+    CALL_UFFD_COPY, CALL_UFFD_MOVE, CALL_UFFD_MOVE_THEN_FAIL, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER,
+    CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER, CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_check, sys_error,
+    sys_injected,
 )
 
 cdef extern from "_kernel/uffd.h" nogil:

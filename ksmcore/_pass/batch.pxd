@@ -1,15 +1,15 @@
-"""A batch: what is to be merged next; see _batch.pyx."""
+"""A batch: what is to be merged next; see batch.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._records.budget cimport map_budget
-from ksmcore._records.forest cimport forest_t
-from ksmcore._pages cimport checksum_pages_t
-from ksmcore._records.rmap cimport rmap_table
-from ksmcore._records.store cimport store_t
+from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.syscalls cimport sys_error, sys_now_ns
 from ksmcore._kernel.tracker cimport tracker_t
-from ksmcore._guard.window cimport guard_kind
+from ksmcore._pages cimport checksum_pages_t
+from ksmcore._records.budget cimport map_budget
+from ksmcore._records.forest cimport forest_t
+from ksmcore._records.rmap cimport rmap_table
+from ksmcore._records.store cimport store_t
 
 
 # Pages that could have been merged and were not, by reason. Each is met again in the next pass.
@@ -70,6 +70,7 @@ ctypedef struct intent:
     uint32_t slot                # 0 for INTENT_ZERO and INTENT_PLAIN
     uint8_t kind                 # enum intent_kind
     uint8_t flags                # enum region_flag bits
+    uint8_t is_huge              # in a huge page when it was looked at
     uint8_t over_store           # what lies under the page now
     uint8_t founder              # one of the two pages that the shared page was made for
     uint8_t fate                 # enum fate
@@ -93,15 +94,17 @@ ctypedef struct planned_sharers:
 
 
 ctypedef struct batch:
+    # what it works on: the engine's
     store_t* store
     rmap_table* rmap
     forest_t* stable
     scan_counters* counters
-    map_budget budget
-    guard_kind guard
+    map_budget* budget
+    const guard_kind* guard
     const tracker_t* tracker
     checksum_pages_t checksum
     size_t page_bytes
+    # its own
     sys_error err                # first failure of the batch
     intent* intents
     pending_block* pendings
@@ -113,7 +116,7 @@ ctypedef struct batch:
     uint32_t capacity            # of intents; pendings have half of it
 
 
-cdef inline uint64_t stage_end(uint64_t* stage_ns, uint64_t begun_ns) noexcept nogil:
+cdef inline uint64_t batch_end_stage(uint64_t* stage_ns, uint64_t begun_ns) noexcept nogil:
     """Count the time since then for a stage; returns the time, at which the next one begins."""
     cdef uint64_t now_ns = sys_now_ns()
     stage_ns[0] += now_ns - begun_ns
@@ -123,10 +126,10 @@ cdef inline uint64_t stage_end(uint64_t* stage_ns, uint64_t begun_ns) noexcept n
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil
 cdef void batch_destroy(batch* b) noexcept nogil
 cdef void batch_clear(batch* b) noexcept nogil
-cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil
+cdef const uint8_t* batch_stable_page(void* owner, uint32_t slot) noexcept nogil
 cdef void batch_add(
     batch* b, intent_kind kind, uint64_t page_no, uint32_t item, uint32_t slot, int flags, bint founder
 ) noexcept nogil
 cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil
-cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
-cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil
+cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
+cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil

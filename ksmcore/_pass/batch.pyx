@@ -1,24 +1,22 @@
 """A batch: the intents of one span (this page -> that shared page), and the shared pages to be made for them.
-
-Called by: _scan (adds), _blocks, _runs (carry out), _unmerge and _census (drop_sharer). Calls: _store, _rmap,
-_forest.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
+from ksmcore._kernel.syscalls cimport sys_error_clear
 from ksmcore._records.forest cimport forest_erase
-from ksmcore._guard.merge cimport PAGES_HUGE
-from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state
-from ksmcore._records.store cimport store_page, store_release, store_unshare
-from ksmcore._kernel.syscalls cimport error_clear
+from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
+from ksmcore._records.store cimport (
+    store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
+)
 
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
     b.capacity = capacity
     b.n_intents = b.n_pendings = 0
-    error_clear(&b.err)
+    sys_error_clear(&b.err)
     b.intents = <intent*>malloc(capacity * sizeof(intent))
     b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
     b.slots = <uint32_t*>malloc(capacity * sizeof(uint32_t))
@@ -54,7 +52,7 @@ cdef planned_sharers* _planned(const batch* b, uint32_t slot) noexcept nogil:
 cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil:
     """Pages that map a slot, or will once the batch is carried out."""
     cdef const planned_sharers* planned = _planned(b, slot)
-    return (0 if b.store.uses[slot].pending else b.store.uses[slot].n_sharers) + planned.n
+    return store_sharers(b.store, slot) + planned.n
 
 
 cdef void batch_clear(batch* b) noexcept nogil:
@@ -63,12 +61,12 @@ cdef void batch_clear(batch* b) noexcept nogil:
     b.n_intents = b.n_pendings = 0
 
 
-cdef const uint8_t* stable_page_of(void* owner, uint32_t slot) noexcept nogil:
+cdef const uint8_t* batch_stable_page(void* owner, uint32_t slot) noexcept nogil:
     """Bytes of a stable tree node. Those of a pending slot are its candidate's, which may change until
     the slot is written; a match with them is only a guess, and the guard compares with the slot."""
     cdef batch* b = <batch*>owner
-    if b.store.uses[slot].pending:
-        return b.pendings[b.store.uses[slot].n_sharers].source
+    if store_is_pending(b.store, slot):
+        return b.pendings[store_pending(b.store, slot)].source
     return store_page(b.store, slot)
 
 
@@ -83,7 +81,8 @@ cdef void batch_add(
     new.item = item
     new.slot = slot
     new.kind = kind
-    new.flags = <uint8_t>(flags | (PAGES_HUGE if b.rmap.tags[item].huge else 0))
+    new.flags = <uint8_t>flags
+    new.is_huge = <uint8_t>b.rmap.tags[item].huge
     new.over_store = <uint8_t>b.rmap.tags[item].over_store
     new.founder = founder
     new.fate = OPEN
@@ -94,7 +93,7 @@ cdef void batch_add(
         planned.n += 1
 
 
-cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
+cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     """This page is not merged now: count why, in a field of `b.counters.skipped`, and let its item wait for the
     next pass."""
     left.fate = LEFT
@@ -106,10 +105,10 @@ cdef void intent_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     )
 
 
-cdef void drop_sharer(batch* b, uint32_t item) noexcept nogil:
+cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil:
     """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
     number of the slot, because the page's mapping still points there."""
-    cdef uint32_t first = store_unshare(b.store, b.rmap.nodes[item].left)
+    cdef uint32_t first = store_unshare(b.store, rmap_slot(b.rmap, item))
     rmap_set_state(b.rmap, item, PAGE_VOLATILE)
     if first != 0:
         forest_erase(b.stable, first)

@@ -1,11 +1,11 @@
-"""New shared pages; see _blocks.pyx."""
+"""New shared pages; see blocks.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t
 
 from ksmcore._pass.batch cimport batch
 
 
-cdef uint32_t block_new(
+cdef uint32_t blocks_new(
     batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
 ) noexcept nogil
 cdef void blocks_give_up_unwanted(batch* b) noexcept nogil

@@ -1,17 +1,19 @@
 """Blocks: new shared pages and their copies, from being wanted to having bytes.
 
-Called by: _scan (block_new), _runs (the rest, in the order of their definition). Calls: _batch, _store, _forest.
-
 A block has its place in the stable tree as soon as it is wanted, so that further pages of the span find it. Its
-bytes come later, in long pieces, and only if enough pages still want it then.
+bytes come later, in long pieces, and only if enough pages still want it then: in the order in which the functions
+stand here.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksmcore._pass.batch cimport LEFT, OPEN, batch, intent, intent_leave, pending_block
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
+from ksmcore._pass.batch cimport LEFT, OPEN, batch, batch_leave, intent, pending_block
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
-from ksmcore._records.store cimport store_alloc, store_block_sharers, store_page, store_release, store_write
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._records.store cimport (
+    store_alloc, store_block_sharers, store_is_pending, store_page, store_pending, store_release, store_set_pending,
+    store_settle, store_write,
+)
 from ksmcore._trees cimport rb_place
 
 cdef enum:
@@ -19,7 +21,7 @@ cdef enum:
     HASH_PAGES = 64            # pages whose written copies are checked together
 
 
-cdef uint32_t block_new(
+cdef uint32_t blocks_new(
     batch* b, uint32_t n_copies, const uint8_t* source, uint32_t digest, bint goes_on
 ) noexcept nogil:
     """Slots for a new shared page and its copies, to be written from `source`; 0 without room for it.
@@ -29,7 +31,7 @@ cdef uint32_t block_new(
     """
     cdef uint32_t i, slot
     cdef sys_error err
-    error_clear(&err)
+    sys_error_clear(&err)
     slot = store_alloc(b.store, n_copies, &err)
     if slot == 0:
         if b.err.code == 0:
@@ -37,8 +39,7 @@ cdef uint32_t block_new(
         return 0
     for i in range(n_copies):
         b.store.nodes[slot + i].digest = digest
-        b.store.uses[slot + i].pending = 1
-        b.store.uses[slot + i].n_sharers = b.n_pendings
+        store_set_pending(b.store, slot + i, b.n_pendings)
     b.pendings[b.n_pendings].slot = slot
     b.pendings[b.n_pendings].n_copies = n_copies
     b.pendings[b.n_pendings].source = source
@@ -53,9 +54,9 @@ cdef uint32_t block_new(
 cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
     """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
     can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
-    if wanted.slot == 0 or not b.store.uses[wanted.slot].pending:
+    if wanted.slot == 0 or not store_is_pending(b.store, wanted.slot):
         return NULL
-    return &b.pendings[b.store.uses[wanted.slot].n_sharers]
+    return &b.pendings[store_pending(b.store, wanted.slot)]
 
 
 cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
@@ -65,7 +66,7 @@ cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
     for i in range(b.n_intents):
         block = _pending_of(b, &b.intents[i])
         if block != NULL and block.fate == LEFT and b.intents[i].fate == OPEN:
-            intent_leave(b, &b.intents[i], reason)
+            batch_leave(b, &b.intents[i], reason)
 
 
 cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
@@ -95,7 +96,7 @@ cdef void blocks_write(batch* b) noexcept nogil:
         if block.fate != OPEN:
             i += 1
             continue
-        error_clear(&err)
+        sys_error_clear(&err)
         if block.n_copies == 1:
             while (
                 i + n < b.n_pendings and n < <uint32_t>WRITE_PAGES and b.pendings[i + n].fate == OPEN
@@ -164,8 +165,7 @@ cdef void blocks_settle(batch* b) noexcept nogil:
         if b.stable.one.by_content or b.pendings[i].fate != OPEN:
             forest_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
-            b.store.uses[slot + copy].pending = 0
-            b.store.uses[slot + copy].n_sharers = 0
+            store_settle(b.store, slot + copy)
         if b.pendings[i].fate != OPEN:
             store_release(b.store, slot)
     for i in range(b.n_pendings):

@@ -1,42 +1,38 @@
 """Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
 
-Called by: _scan, with one span after the other, and _unmerge (core_forget_item). Calls: _engine, _regions, _pages,
-_rmap, _forest, _quiet, _stretch, _store, _batch, _blocks.
-
 Nothing is merged here: what is to be merged becomes an intent of the batch.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_sharers, drop_sharer, stable_page_of,
-)
-from ksmcore._pass.blocks cimport block_new
-from ksmcore._pass.state cimport engine_core, page_of_item
-from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES
+from ksmcore._kernel.pagemap cimport SPAN_PAGES
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
-from ksmcore._pass.quiet cimport HAS_STOOD, IS_ARMED, IS_HUGE, quiet_disarm_item, quiet_is_still
+from ksmcore._pass.batch cimport (
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_sharers,
+    batch_stable_page,
+)
+from ksmcore._pass.blocks cimport blocks_new
+from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
+from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, IS_NEW, WAS_BROKEN, engine_core, state_page_of
+from ksmcore._pass.stretch cimport stretch_follow
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_state,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_slot, rmap_set_state,
+    rmap_slot,
 )
-from ksmcore._records.store cimport store_align, store_block, store_page
-from ksmcore._pass.stretch cimport block_is_shared, stretch_copies
-from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._records.store cimport store_align, store_block, store_is_shared_block, store_page
 from ksmcore._trees cimport rb_place
 
 cdef enum:
     LONG_REST = 32             # pages of a stretch that are worth a block of their own where the other is full
-    # In c.flags, of a page that is looked at; with those of quiet.
-    IS_NEW = 1
-    WAS_BROKEN = 2             # shared or zero, and written since
     OLDEST = 7                 # what rmap_tag.age can hold
 
 
 # ---- items ----------------------------------------------------------------------------------
 
-cdef void leave_tree(engine_core* c, uint32_t item) noexcept nogil:
+cdef void match_leave_tree(engine_core* c, uint32_t item) noexcept nogil:
     """Take an item out of the unstable or the quiet tree if it stands there. Its links are void in any case."""
     if c.rmap.tags[item].state != PAGE_UNSHARED:
         return
@@ -46,14 +42,14 @@ cdef void leave_tree(engine_core* c, uint32_t item) noexcept nogil:
     elif c.rmap.tags[item].epoch == c.epoch:
         forest_erase(&c.unstable, item)
     c.rmap.tags[item].epoch = 0
-    c.rmap.nodes[item].left = 0
+    rmap_set_slot(&c.rmap, item, 0)
 
 
-cdef void core_forget_item(engine_core* c, uint32_t item) noexcept nogil:
+cdef void match_forget_item(engine_core* c, uint32_t item) noexcept nogil:
     """Drop all that is known of a page, its share included; not its mapping."""
     if c.rmap.tags[item].state == PAGE_SHARED:
-        drop_sharer(&c.b, item)
-    leave_tree(c, item)
+        batch_drop_sharer(&c.b, item)
+    match_leave_tree(c, item)
     rmap_remove(&c.rmap, item)
 
 
@@ -79,7 +75,7 @@ cdef uint32_t _new_block(
             c.counters.skipped.max_shared_pages += least == 1
             return 0
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
-    slot = block_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch_end_unseen)
+    slot = blocks_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch.end_unseen)
     if slot == 0:
         c.counters.skipped.store += least == 1
     return slot
@@ -103,33 +99,33 @@ cdef uint32_t _match_stable(
     cdef uint64_t left
     cdef bint is_full
     if (
-        first[0] == 0 and block_is_shared(c, c.next_slot, digest)
-        and page_compare(page, store_page(&c.store, c.next_slot), c.page_bytes) == 0
-        and batch_sharers(&c.b, c.next_slot) < c.max_page_sharing
+        first[0] == 0 and store_is_shared_block(&c.store, c.stretch.next_slot, digest)
+        and page_compare(page, store_page(&c.store, c.stretch.next_slot), c.page_bytes) == 0
+        and batch_sharers(&c.b, c.stretch.next_slot) < c.max_page_sharing
     ):
-        first[0] = c.next_slot
+        first[0] = c.stretch.next_slot
     if first[0] == 0:
         first[0] = forest_find(&c.stable, digest, page, place)
     if first[0] == 0:
         return 0
-    if first[0] != c.block_slot:
-        c.block_slot = first[0]
-        store_block(&c.store, first[0], &c.block_copies)
-    n_copies = c.block_copies
+    if first[0] != c.stretch.block_slot:
+        c.stretch.block_slot = first[0]
+        store_block(&c.store, first[0], &c.stretch.block_copies)
+    n_copies = c.stretch.block_copies
     slot = first[0] + <uint32_t>(page_no % n_copies)
     is_full = batch_sharers(&c.b, slot) >= c.max_page_sharing
-    left = c.stretch_end - page_no
+    left = c.stretch.end - page_no
     if (n_wanted >= 2 * n_copies and left >= n_wanted) or (is_full and left >= <uint64_t>LONG_REST):
         larger = _new_block(c, &n_wanted, 1 if is_full else 2 * n_copies, page, digest)
         if larger != 0:
             forest_insert_before(&c.stable, larger, first[0])
             first[0] = larger
-            c.block_slot = larger
-            c.block_copies = n_copies = n_wanted
+            c.stretch.block_slot = larger
+            c.stretch.block_copies = n_copies = n_wanted
             slot = first[0] + <uint32_t>(page_no % n_copies)
             is_full = False
-    c.stretch_slot = first[0]
-    c.next_slot = first[0] + n_copies
+    c.stretch.slot = first[0]
+    c.stretch.next_slot = first[0] + n_copies
     return _with_room(c, digest, page) if is_full else slot
 
 
@@ -139,7 +135,7 @@ cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) n
     cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i
     while (
         first != 0 and c.store.nodes[first].digest == digest
-        and page_compare(page, stable_page_of(&c.b, first), c.page_bytes) == 0
+        and page_compare(page, batch_stable_page(&c.b, first), c.page_bytes) == 0
     ):
         store_block(&c.store, first, &n_copies)
         for i in range(n_copies):
@@ -162,15 +158,15 @@ cdef uint32_t _partner(
             return partner
         # One that was written has its turn still to come. It may have been written with the same bytes.
         written = partner
-    partner = c.next_partner
+    partner = c.stretch.next_partner
     if not (
         0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
         and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
-        and page_compare(page, page_of_item(c, partner), c.page_bytes) == 0
+        and page_compare(page, state_page_of(c, partner), c.page_bytes) == 0
     ):
         partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
-        c.next_partner = partner + 1
+        c.stretch.next_partner = partner + 1
         return partner
     rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
     if c.rmap.tags[item].age < <uint32_t>OLDEST:
@@ -194,7 +190,7 @@ cdef void _match_unshared(
     cdef uint32_t item = c.items[i], digest = c.digests[i], partner, slot
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
     cdef const region_t* home
-    partner = _partner(c, item, c.pages[i], digest, c.flags[i] & IS_ARMED != 0, immediate)
+    partner = _partner(c, item, c.pages[i], digest, c.marks[i] & IS_ARMED != 0, immediate)
     if partner == 0:
         c.counters.skipped.max_page_sharing += full != 0
         return
@@ -207,10 +203,10 @@ cdef void _match_unshared(
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
     if (
-        c.flags[i] & IS_HUGE and c.rmap.tags[partner].huge
-        and page_no % BLOCK_PAGES == partner_no % BLOCK_PAGES == 0
+        c.marks[i] & IS_HUGE and c.rmap.tags[partner].huge
+        and page_no % SPAN_PAGES == partner_no % SPAN_PAGES == 0
     ):
-        store_align(&c.store, BLOCK_PAGES)
+        store_align(&c.store, SPAN_PAGES)
     slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
@@ -222,7 +218,7 @@ cdef void _match_unshared(
         c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
     if c.rmap.tags[partner].quiet:
         quiet_disarm_item(c, partner)    # if it is not merged after all it must be looked at again
-    leave_tree(c, partner)
+    match_leave_tree(c, partner)
     rmap_set_state(&c.rmap, partner, PAGE_VOLATILE)
     batch_add(
         &c.b, INTENT_MERGE, partner_no, partner, slot + <uint32_t>(partner_no % n_wanted),
@@ -236,7 +232,7 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
     """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory.
 
     All of them before the first is matched: a slot may lose its last sharer here and be released, and
-    no intent may lead to a slot that is. c.flags[i] tells from here on also what page i was.
+    no intent may lead to a slot that is. c.marks[i] tells from here on also what page i was.
     """
     cdef size_t i
     cdef uint32_t item
@@ -244,19 +240,19 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
         item = c.items[i]
         if item == 0:
             c.items[i] = rmap_add(&c.rmap, <uintptr_t>c.pages[i] // c.page_bytes, err)
-            c.flags[i] |= IS_NEW
+            c.marks[i] |= IS_NEW
         elif c.rmap.tags[item].state == PAGE_SHARED:
             c.counters.cow_breaks += 1
             region.cow_breaks += 1
-            c.flags[i] |= WAS_BROKEN
-            drop_sharer(&c.b, item)
+            c.marks[i] |= WAS_BROKEN
+            batch_drop_sharer(&c.b, item)
         elif c.rmap.tags[item].state == PAGE_ZERO:
-            c.flags[i] |= WAS_BROKEN
+            c.marks[i] |= WAS_BROKEN
             rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
         else:
-            leave_tree(c, item)
+            match_leave_tree(c, item)
         if c.items[i] != 0:
-            c.rmap.tags[c.items[i]].huge = c.flags[i] & IS_HUGE != 0
+            c.rmap.tags[c.items[i]].huge = c.marks[i] & IS_HUGE != 0
 
 
 cdef void match_page(
@@ -267,14 +263,14 @@ cdef void match_page(
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
-    cdef uint32_t n_wanted = stretch_copies(c, i, n_look)
-    cdef uint32_t item = c.items[i], slot, first = c.stretch_slot if goes_on else 0
+    cdef uint32_t n_wanted = stretch_follow(c, i, n_look)
+    cdef uint32_t item = c.items[i], slot, first = c.stretch.slot if goes_on else 0
     cdef rb_place place
     cdef bint unchanged
     if item == 0:
         return
-    unchanged = not c.flags[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
-    if not unchanged and not c.flags[i] & IS_NEW and not immediate:
+    unchanged = not c.marks[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
+    if not unchanged and not c.marks[i] & IS_NEW and not immediate:
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
@@ -282,7 +278,7 @@ cdef void match_page(
     if slot != 0:
         # A broken share that became equal to the slot still under it needs no new mapping.
         batch_add(
-            &c.b, INTENT_RESHARE if c.rmap.tags[item].over_store and c.rmap.nodes[item].left == slot
+            &c.b, INTENT_RESHARE if c.rmap.tags[item].over_store and rmap_slot(&c.rmap, item) == slot
             else INTENT_MERGE, page_no, item, slot, region.flags, False
         )
         c.merges_left -= 1
@@ -303,7 +299,7 @@ cdef void match_leave_store(engine_core* c, const region_t* region, size_t n_loo
     for i in range(n_look):
         item = c.items[i]
         if (
-            c.flags[i] & HAS_STOOD and c.rmap.tags[item].over_store and c.rmap.tags[item].epoch == c.epoch
+            c.marks[i] & HAS_STOOD and c.rmap.tags[item].over_store and c.rmap.tags[item].epoch == c.epoch
             and c.rmap.tags[item].state == PAGE_UNSHARED
         ):
             batch_add(

@@ -1,4 +1,4 @@
-"""Pages that are not read again until they are written; see _quiet.pyx."""
+"""Pages that are not read again until they are written; see quiet.pyx."""
 
 from libc.stdint cimport uint32_t
 
@@ -6,12 +6,7 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
 
 
-# In engine_core.flags, of a page that is looked at.
-cdef enum:
-    IS_ARMED = 4               # protected before it was read: it may stand in the quiet tree
-    IS_HUGE = 8                # part of a huge page
-    HAS_STOOD = 16             # in the unstable tree, at the end of the last pass
-
+cdef size_t quiet_min_pages      # smaller regions are not watched; tests change it
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil

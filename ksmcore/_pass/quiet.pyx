@@ -1,8 +1,5 @@
 """Quiet pages: unchanged, equal to no other, and protected so that the kernel tells when they are written.
 
-Called by: _scan, which decides what page stands in which tree, and _core (begin_pass, unwatch). Calls: _engine,
-_tracker, _pagemap, _regions, _budget.
-
 A page that stood in the unstable tree at the end of a pass is protected when the next one meets it, before
 it is read. If it still did not change it moves to the quiet tree, which stays from pass to pass. Surveys then
 leave it out, at no cost for the page, until it is written.
@@ -15,17 +12,16 @@ is watched; when it is not, its pages all show, whatever tree they stand in.
 from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
-from ksmcore._pass.state cimport engine_core, page_of_item
-from ksmcore._guard.merge cimport REGION_WATCHED
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, PAGE_HUGE, pagemap_is_unwritten, pagemap_protect
-from ksmcore._records.regions cimport region_end, region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_UNSHARED
-from ksmcore._kernel.syscalls cimport error_clear, sys_error
+from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_is_unwritten, pagemap_protect
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._kernel.tracker cimport tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch
+from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, state_page_of
+from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
+from ksmcore._records.rmap cimport PAGE_UNSHARED
 
 # Two mappings and a system call for each region that is watched should be worth it.
-cdef size_t _min_watched_pages = 256
+cdef size_t quiet_min_pages = 256
 
 
 cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
@@ -36,22 +32,21 @@ cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
 
 cdef bint _may_be_armed(engine_core* c, size_t i) noexcept nogil:
     """Over the store there is nothing that could be watched."""
-    return c.flags[i] & HAS_STOOD and not c.rmap.tags[c.items[i]].over_store
+    return c.marks[i] & HAS_STOOD and not c.rmap.tags[c.items[i]].over_store
 
 
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil:
     """Protect the pages that are to stand in the quiet tree, before they are read: so a write is seen
-    either by the checksum or by the next survey. c.flags[i] tells from here on which are.
+    either by the checksum or by the next survey. c.marks[i] tells from here on which are.
 
-    A huge page is protected as a whole or not at all: one of its pages would split it. A survey ends with
-    the block of a huge page, so here that is the whole span or nothing.
+    A huge page is protected as a whole or not at all: one of its pages would split it. A huge page
+    is a span, so here that is the whole span or nothing.
     """
     cdef size_t i = 0, start
     cdef sys_error err
     for start in range(n_look):
-        c.flags[start] = (IS_HUGE if c.flags[start] & PAGE_HUGE else 0) | (
-            HAS_STOOD if _has_stood(c, c.items[start]) else 0
-        )
+        if _has_stood(c, c.items[start]):
+            c.marks[start] |= HAS_STOOD
     if not c.may_watch:
         return
     while i < n_look:
@@ -61,15 +56,15 @@ cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept no
         if i == start:
             i += 1
             continue
-        error_clear(&err)
+        sys_error_clear(&err)
         if (
-            (c.flags[start] & IS_HUGE and i - start < <size_t>BLOCK_PAGES) or not _watch(c, region)
+            (c.marks[start] & IS_HUGE and i - start < <size_t>SPAN_PAGES) or not _watch(c, region)
             or pagemap_protect(&c.pm, <uintptr_t>c.pages[start], i - start, &err) != 0
         ):
             if err.code != 0:
                 quiet_unwatch(c, region)
         else:
-            memset(c.flags + start, c.flags[start] | IS_ARMED, i - start)
+            memset(c.marks + start, c.marks[start] | IS_ARMED, i - start)
 
 
 cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
@@ -77,15 +72,15 @@ cdef void _disarm(engine_core* c, size_t start, size_t end) noexcept nogil:
     cdef size_t i
     tracker_disarm(&c.tracker, <uintptr_t>c.pages[start], (end - start) * c.page_bytes)
     for i in range(start, end):
-        c.flags[i] &= ~IS_ARMED
+        c.marks[i] &= ~IS_ARMED
 
 
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil:
     """What changed since the last pass is not quiet. In a huge page then nothing is."""
     cdef size_t i
     for i in range(n_look):
-        if c.flags[i] & IS_ARMED and c.rmap.nodes[c.items[i]].digest != c.digests[i]:
-            if c.flags[i] & IS_HUGE:
+        if c.marks[i] & IS_ARMED and c.rmap.nodes[c.items[i]].digest != c.digests[i]:
+            if c.marks[i] & IS_HUGE:
                 _disarm(c, 0, n_look)
                 return
             _disarm(c, i, i + 1)
@@ -95,18 +90,18 @@ cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil:
     """Whoever was protected and does not stand in the quiet tree after all is to be looked at again."""
     cdef size_t i
     for i in range(n_look):
-        if c.flags[i] & IS_ARMED and not c.rmap.tags[c.items[i]].quiet:
+        if c.marks[i] & IS_ARMED and not c.rmap.tags[c.items[i]].quiet:
             _disarm(c, i, i + 1)
 
 
 cdef void quiet_disarm_item(engine_core* c, uint32_t item) noexcept nogil:
     """A page of the quiet tree is about to leave it."""
-    tracker_disarm(&c.tracker, <uintptr_t>page_of_item(c, item), c.page_bytes)
+    tracker_disarm(&c.tracker, <uintptr_t>state_page_of(c, item), c.page_bytes)
 
 
 cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil:
     """A page of the quiet tree: is it where it was, and has nobody written to it since?"""
-    cdef uintptr_t addr = <uintptr_t>page_of_item(c, item)
+    cdef uintptr_t addr = <uintptr_t>state_page_of(c, item)
     cdef const region_t* home = regions_at(&c.regions, addr)
     return home.flags & REGION_WATCHED and not home.altered and pagemap_is_unwritten(&c.pm, addr)
 
@@ -116,19 +111,19 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     cdef sys_error ignored
     if region.flags & REGION_WATCHED:
         return True
-    if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < _min_watched_pages:
+    if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < quiet_min_pages:
         return False
     region.watch_tried = c.epoch
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if c.tracker.file.fd < 0:
         c.may_watch = tracker_open(&c.tracker, &c.pm, &ignored) == 0
     if (
         not c.may_watch
-        or not budget_affords(&c.b.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
-        or tracker_watch(&c.tracker, region.addr, region_end(&c.regions, region), &ignored) != 0
+        or not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
+        or tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0
     ):
         return False
-    c.b.budget.used += MAPS_WATCHED
+    c.budget.used += MAPS_WATCHED
     region.flags |= REGION_WATCHED
     return True
 
@@ -145,14 +140,6 @@ cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:
     """The region is no longer watched, and none of its pages is protected."""
     if region.flags & REGION_WATCHED:
         if tracker_is_there(&c.tracker):
-            tracker_unwatch(&c.tracker, region.addr, region_end(&c.regions, region))
+            tracker_unwatch(&c.tracker, region.addr, regions_end_of(&c.regions, region))
         region.flags &= ~REGION_WATCHED
-        c.b.budget.used -= MAPS_WATCHED
-
-
-def watch_from(size_t n_pages):
-    """Watch regions of at least so many pages, under any engine; returns what it was. For tests."""
-    global _min_watched_pages
-    before = _min_watched_pages
-    _min_watched_pages = n_pages
-    return before
+        c.budget.used -= MAPS_WATCHED

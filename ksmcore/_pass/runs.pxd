@@ -1,6 +1,6 @@
-"""From intents to runs to the merge protocol; see _runs.pyx."""
+"""From intents to runs to the merge protocol; see runs.pyx."""
 
 from ksmcore._pass.batch cimport batch
 
 
-cdef int batch_flush(batch* b) noexcept nogil
+cdef int runs_flush(batch* b) noexcept nogil

@@ -1,8 +1,6 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-Called by: _scan. Calls: _batch, _blocks, _budget, _costs, _merge, _store, _rmap.
-
-The scanner collects intents (this page -> that shared page). `batch_flush` sorts them by address and
+The scanner collects intents (this page -> that shared page). `runs_flush` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
 serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
 wanted get their bytes; what is left, neighbours in memory together, goes through the merge protocol; what
@@ -14,20 +12,20 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport qsort
 from libc.string cimport memset
 
+from ksmcore._guard.merge cimport merge_reshare_run, merge_restore_range, merge_run, merge_zero_run, run_t
+from ksmcore._guard.window cimport CHANGED, DONE, PINNED, REFUSED
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, drop_sharer, intent,
-    intent_leave, stage_end,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
+    batch_end_stage, batch_leave, intent,
 )
 from ksmcore._pass.blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._records.budget cimport budget_affords, map_budget
-from ksmcore._records.costs cimport slot_under, splits, splits_surely
-from ksmcore._guard.merge cimport merge_run, reshare_run, restore_range, run_t, zero_run
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_state
+from ksmcore._records.costs cimport costs_slot_under, costs_splits, costs_splits_surely
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_slot, rmap_set_state
 from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
-from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns
-from ksmcore._guard.window cimport CHANGED, DONE, PINNED, REFUSED
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -42,7 +40,7 @@ cdef bint _are_alike(const intent* first, const intent* other) noexcept nogil:
     """Is the same to happen to this page as to the one so many intents before it, its neighbour in memory?"""
     return (
         other.fate == OPEN and other.page_no == first.page_no + (other - first) and other.kind == first.kind
-        and other.flags == first.flags
+        and other.flags == first.flags and other.is_huge == first.is_huge
     )
 
 
@@ -70,18 +68,18 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
     carried out."""
     cdef intent* first = &b.intents[start]
-    cdef uint32_t left = slot_under(b.rmap, first.page_no - 1, 0)
-    cdef uint32_t right = slot_under(b.rmap, b.intents[end - 1].page_no + 1, 0)
+    cdef uint32_t left = costs_slot_under(b.rmap, first.page_no - 1, 0)
+    cdef uint32_t right = costs_slot_under(b.rmap, b.intents[end - 1].page_no + 1, 0)
     cdef uint32_t before = left, after = left, under, i
     cdef int64_t cost = 0
     for i in range(start, end):
-        under = slot_under(b.rmap, b.intents[i].page_no, b.intents[i].item)
-        cost += <int>splits(after, b.intents[i].slot) - <int>splits_surely(before, under)
+        under = costs_slot_under(b.rmap, b.intents[i].page_no, b.intents[i].item)
+        cost += <int>costs_splits(after, b.intents[i].slot) - <int>costs_splits_surely(before, under)
         before = under
         after = b.intents[i].slot
     if first.kind == INTENT_PLAIN:
-        cost += (left == 0) + (right == 0)       # see restored_cost
-    return cost + <int>splits(after, right) - <int>splits_surely(before, right)
+        cost += (left == 0) + (right == 0)       # see costs_of_restoring
+    return cost + <int>costs_splits(after, right) - <int>costs_splits_surely(before, right)
 
 
 cdef bint _makes_mappings(const intent* first) noexcept nogil:
@@ -97,7 +95,7 @@ cdef void _choose(batch* b) noexcept nogil:
     """
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
-    cdef map_budget budget = b.budget
+    cdef map_budget budget = b.budget[0]
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
@@ -109,7 +107,7 @@ cdef void _choose(batch* b) noexcept nogil:
                 budget.used += cost
             else:
                 for i in range(start, end):
-                    intent_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
+                    batch_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
         start = end
 
 
@@ -126,7 +124,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     if done.kind == INTENT_ZERO:
         b.counters.pages_zeroed += 1
         rmap_set_over_store(b.rmap, item, False)
-        b.rmap.nodes[item].left = 0
+        rmap_set_slot(b.rmap, item, 0)
         rmap_set_state(b.rmap, item, PAGE_ZERO)
         return
     b.counters.pages_merged += 1
@@ -135,7 +133,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     store_share(b.store, done.slot)
     rmap_set_state(b.rmap, item, PAGE_SHARED)
     rmap_set_over_store(b.rmap, item, True)
-    b.rmap.nodes[item].left = done.slot
+    rmap_set_slot(b.rmap, item, done.slot)
 
 
 cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
@@ -152,12 +150,13 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     cdef sys_error err
     cdef size_t n_restored
     cdef int rc = 0
-    error_clear(&err)
-    run.guard = b.guard
+    sys_error_clear(&err)
+    run.guard = b.guard[0]
     run.addr = <uintptr_t>(first.page_no * b.page_bytes)
     run.n_pages = end - start
     run.page_bytes = b.page_bytes
     run.over_store = first.over_store
+    run.is_huge = first.is_huge
     run.flags = first.flags
     run.tracker = b.tracker
     for i in range(end - start):
@@ -165,12 +164,12 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     if first.kind == INTENT_MERGE:
         rc = merge_run(b.store, &run, b.slots, b.outcomes, &err)
     elif first.kind == INTENT_RESHARE:
-        rc = reshare_run(b.store, &run, b.slots, b.outcomes, &err)
+        rc = merge_reshare_run(b.store, &run, b.slots, b.outcomes, &err)
     elif first.kind == INTENT_ZERO:
-        rc = zero_run(&run, b.outcomes, &err)
+        rc = merge_zero_run(&run, b.outcomes, &err)
     else:
         # What fails stays as it is, and right; a stuck window is reported when the next one is opened.
-        restore_range(&run, &n_restored, &err)
+        merge_restore_range(&run, &n_restored, &err)
         memset(b.outcomes, REFUSED, run.n_pages)
         memset(b.outcomes, DONE, n_restored)
     if err.code != 0 and b.err.code == 0:
@@ -179,7 +178,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         if b.outcomes[i] == DONE:
             _account(b, &b.intents[start + i])
         else:
-            intent_leave(b, &b.intents[start + i], _reason(b, b.outcomes[i]))
+            batch_leave(b, &b.intents[start + i], _reason(b, b.outcomes[i]))
     return rc
 
 
@@ -216,21 +215,21 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         founder = &b.intents[i]
         if not founder.founder or founder.fate != MERGED or store_block_sharers(b.store, founder.slot) != 1:
             continue
-        run.guard = b.guard
+        run.guard = b.guard[0]
         run.addr = <uintptr_t>(founder.page_no * b.page_bytes)
         run.n_pages = 1
         run.page_bytes = b.page_bytes
         run.over_store = True
         run.flags = founder.flags
         run.tracker = b.tracker
-        if restore_range(&run, &n_restored, &b.err) == 0:
-            drop_sharer(b, founder.item)
+        if merge_restore_range(&run, &n_restored, &b.err) == 0:
+            batch_drop_sharer(b, founder.item)
             rmap_set_over_store(b.rmap, founder.item, False)
-            b.rmap.nodes[founder.item].left = 0
+            rmap_set_slot(b.rmap, founder.item, 0)
             b.counters.skipped.partner += 1
 
 
-cdef int batch_flush(batch* b) noexcept nogil:
+cdef int runs_flush(batch* b) noexcept nogil:
     """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
@@ -240,11 +239,11 @@ cdef int batch_flush(batch* b) noexcept nogil:
     blocks_write(b)
     blocks_check(b)
     blocks_settle(b)
-    begun = stage_end(&b.counters.stage_ns.store, begun)
+    begun = batch_end_stage(&b.counters.stage_ns.store, begun)
     rc = _carry_out(b)
     blocks_release_unmapped(b)
     _undo_halves(b)
     store_trim(b.store)
-    stage_end(&b.counters.stage_ns.guard, begun)
+    batch_end_stage(&b.counters.stage_ns.guard, begun)
     batch_clear(b)
     return rc

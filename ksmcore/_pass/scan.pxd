@@ -1,11 +1,11 @@
-"""The path of a page; see _scan.pyx."""
+"""The path of a page; see scan.pyx."""
 
 from libc.stdint cimport uintptr_t
 
-from ksmcore._pass.state cimport engine_core
 from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._pass.state cimport engine_core
 
 
-cdef int core_scan_at(
+cdef int scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
 ) noexcept nogil

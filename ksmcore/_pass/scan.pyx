@@ -1,16 +1,14 @@
 """The pass: the one place that knows the whole path of a page.
 
-Called by: _core. Calls: _engine, _regions, _pagemap, _quiet, _pages, _rmap, _stretch, _match, _runs.
-
     which pages are present, written, still shared   pagemap_survey, _classify
     -> protection, if they seem to be quiet          quiet_arm
     -> checksum                                      core.checksum
     -> rmap item                                     match_prepare
     -> stable, quiet, unstable tree, intent          match_page
-    -> runs, guard, store, account                   batch_flush
+    -> runs, guard, store, account                   runs_flush
 
-A span, the pages of one block that need a look, goes through each stage before the next stage begins. Nothing here
-needs the GIL; the caller holds the engine's lock.
+A span, what one survey answers, goes through each stage before the next stage begins, and the lock is held that long.
+Nothing here needs the GIL; the caller holds the engine's lock.
 
 What becomes of a page, in the order of the questions asked (rules of design section 2):
   - not present: passed over. What was known of it is forgotten, unless its mapping is of the store.
@@ -33,26 +31,28 @@ all meet.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.batch cimport stage_end
-from ksmcore._pass.state cimport SPAN_PAGES, engine_core
-from ksmcore._records.forest cimport forest_prefetch
-from ksmcore._pass.match cimport core_forget_item, leave_tree, match_leave_store, match_page, match_prepare
-from ksmcore._guard.merge cimport REGION_WATCHED
 from ksmcore._kernel.pagemap cimport (
-    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, page_range, pagemap_survey,
+    PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, page_range,
+    pagemap_survey,
 )
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
+from ksmcore._pass.batch cimport batch_end_stage
+from ksmcore._pass.match cimport match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare
 from ksmcore._pass.quiet cimport quiet_arm, quiet_disarm_changed, quiet_disarm_others
-from ksmcore._records.regions cimport region_end, region_t, regions_at
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state
-from ksmcore._pass.runs cimport batch_flush
-from ksmcore._records.store cimport store_page
-from ksmcore._pass.stretch cimport block_is_shared, stretch_go_on
-from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_now_ns, sys_pause
+from ksmcore._pass.runs cimport runs_flush
+from ksmcore._pass.state cimport IS_HUGE, engine_core
+from ksmcore._pass.stretch cimport stretch_go_on
+from ksmcore._records.forest cimport forest_prefetch
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot,
+)
+from ksmcore._records.store cimport store_is_shared_block, store_page
 
 cdef enum:
     PREFETCH = 16              # pages that searches are prepared for ahead
-    SURVEY_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
+    STEP_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
     WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
     YOUNG = 3                  # pages of a lower age are looked at in every pass
 
@@ -79,14 +79,14 @@ cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_
     if c.rmap.tags[item].state == PAGE_SHARED:
         if not flag & PAGE_UNSURE:
             return not flag & PAGE_OF_FILE
-        return page_compare(page, store_page(&c.store, c.rmap.nodes[item].left), c.page_bytes) != 0
+        return page_compare(page, store_page(&c.store, rmap_slot(&c.rmap, item)), c.page_bytes) != 0
     if c.rmap.tags[item].state == PAGE_ZERO:
         return flag & PAGE_OWNED or not page_is_zero(page, c.page_bytes)
     return True
 
 
 cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogil:
-    """Fill c.items, c.pages and c.flags with the pages of the survey that need a look; returns how many. Where
+    """Fill c.items, c.pages and c.marks with the pages of the survey that need a look; returns how many. Where
     there are more than `most`, the survey ends before the next one."""
     cdef uint32_t item = 0, hint = 0
     cdef const page_range* there
@@ -115,7 +115,7 @@ cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogi
                 continue
             c.items[n_look] = item
             c.pages[n_look] = page
-            c.flags[n_look] = there.flags
+            c.marks[n_look] = IS_HUGE if there.flags & PAGE_HUGE else 0
             n_look += 1
     return n_look
 
@@ -136,10 +136,10 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
         return                   # its protection goes with it, and comes back with it
     if c.rmap.tags[item].over_store:
         # Kept, so that the mapping can be put right when the region is removed.
-        leave_tree(c, item)
+        match_leave_tree(c, item)
         rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
     else:
-        core_forget_item(c, item)
+        match_forget_item(c, item)
 
 
 # ---- the stages, one after the other ------------------------------------------------------------
@@ -166,19 +166,19 @@ cdef int _scan_span(
     n_look = n_looked[0] = _classify(c, immediate, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left))
     c.counters.pages_scanned += (c.survey.next - addr) // c.page_bytes
     if n_look == 0:
-        stage_end(&c.counters.stage_ns.pagemap, begun)
+        batch_end_stage(&c.counters.stage_ns.pagemap, begun)
         return 0
-    c.block_slot = 0
-    c.more_follows = c.survey.next < region_end(&c.regions, region)
+    c.stretch.block_slot = 0
+    c.stretch.more_follows = c.survey.next < regions_end_of(&c.regions, region)
     quiet_arm(c, region, n_look)
-    begun = stage_end(&c.counters.stage_ns.pagemap, begun)
+    begun = batch_end_stage(&c.counters.stage_ns.pagemap, begun)
     n_known = stretch_go_on(c, n_look)
     checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
     c.counters.pages_hashed += n_look - n_known
-    begun = stage_end(&c.counters.stage_ns.checksum, begun)
+    begun = batch_end_stage(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
-    if not block_is_shared(c, c.stretch_slot, c.stretch_digest):
+    if not store_is_shared_block(&c.store, c.stretch.slot, c.stretch.digest):
         n_known = 0              # the last that shared it were among these pages
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
@@ -188,9 +188,9 @@ cdef int _scan_span(
     quiet_disarm_others(c, n_look)
     if not immediate:
         match_leave_store(c, region, n_look)
-    stage_end(&c.counters.stage_ns.trees, begun)
-    error_clear(&c.b.err)
-    rc = batch_flush(&c.b)
+    batch_end_stage(&c.counters.stage_ns.trees, begun)
+    sys_error_clear(&c.b.err)
+    rc = runs_flush(&c.b)
     if rc != 0:
         err[0] = c.b.err
     return rc
@@ -204,7 +204,7 @@ cdef bint _has_swapped(const engine_core* c) noexcept nogil:
     return False
 
 
-cdef int core_scan_at(
+cdef int scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
 ) noexcept nogil:
     """One step of a walk: the next pages from *cursor on that need a look, SPAN_PAGES at most, or all of
@@ -218,7 +218,7 @@ cdef int core_scan_at(
         cursor[0] = end
         return 0
     from_here = max(cursor[0], region.addr)
-    to_here = min(region_end(&c.regions, region), end)
+    to_here = min(regions_end_of(&c.regions, region), end)
     n = (to_here - from_here) // c.page_bytes
     cursor[0] = to_here
     if n == 0:
@@ -230,7 +230,7 @@ cdef int core_scan_at(
     elif region.altered:
         c.counters.skipped.altered += n
     else:
-        n = min(n, <size_t>SURVEY_PAGES)
+        n = min(n, <size_t>STEP_PAGES)
         cursor[0] = from_here + n * c.page_bytes
         rc = _scan_span(c, region, from_here, cursor[0], immediate, &n_looked, err)
         if rc == 0:

@@ -1,21 +1,46 @@
-"""What an engine owns; see _engine.pyx."""
+"""What an engine owns; see state.pyx."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._records.forest cimport forest_t
-from ksmcore._kernel.pagemap cimport BLOCK_PAGES, page_survey, pagemap
-from ksmcore._pages cimport checksum_pages_t
-from ksmcore._records.regions cimport region_list, region_t
-from ksmcore._records.rmap cimport rmap_table
-from ksmcore._pass.batch cimport batch, scan_counters
-from ksmcore._records.store cimport store_t
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.pagemap cimport page_survey, pagemap
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._kernel.tracker cimport tracker_t
-from ksmcore._guard.window cimport guard_kind
+from ksmcore._pages cimport checksum_pages_t
+from ksmcore._pass.batch cimport batch, scan_counters
+from ksmcore._records.budget cimport map_budget
+from ksmcore._records.forest cimport forest_t
+from ksmcore._records.regions cimport region_list
+from ksmcore._records.rmap cimport rmap_table
+from ksmcore._records.store cimport store_t
 
 
-cdef enum:
-    SPAN_PAGES = BLOCK_PAGES    # looked at, matched and merged together, and the lock held that long
+# What is noted of a page while it is looked at: bits of engine_core.marks, in the order in which they are set.
+cdef enum page_mark:
+    IS_HUGE = 1                # part of a huge page (scan)
+    HAS_STOOD = 2              # in the unstable tree, at the end of the last pass (quiet)
+    IS_ARMED = 4               # protected before it is read: it may come to stand in the quiet tree (quiet)
+    IS_NEW = 8                 # had no item (match)
+    WAS_BROKEN = 16            # was shared or zero, and has been written since (match)
+
+
+# Where the scan is in what repeats, from page to page and from span to span.
+ctypedef struct stretch_t:
+    # the stretch of equal checksums
+    uint64_t start               # page number of its first page in this span
+    uint64_t end                 # page number after its last page seen
+    uint64_t n_pages             # in all
+    bint end_unseen              # it may go on in the next span
+    uint32_t n_copies            # that it should lie over
+    uint32_t digest
+    uint32_t slot                # first slot of the block that its last page was matched with, 0: none
+    bint more_follows            # the region goes on after this span
+    # guesses: where a stretch of different pages comes again, what matches the next one
+    uint32_t next_slot
+    uint32_t next_partner
+    # the block that the last page was matched with, in this span; 0: none
+    uint32_t block_slot
+    uint32_t block_copies
 
 
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
@@ -41,36 +66,24 @@ ctypedef struct engine_core:
     pagemap pm
     bint may_watch               # the tracker can be had, and is wanted
     tracker_t tracker            # opened for the first region that is watched
+    guard_kind guard             # in use
+    map_budget budget
     batch b
     scan_counters counters
     uint64_t merges_left         # in this batch; each page looked at makes one at most
-    # the stretch of equal checksums that the scan is in, across spans
-    uint64_t stretch_start       # page number of its first page in this span
-    uint64_t stretch_end         # page number after its last page seen
-    uint64_t stretch_pages       # in all
-    bint stretch_end_unseen      # it may go on in the next span
-    uint32_t stretch_copies      # that it should lie over
-    uint32_t stretch_digest
-    uint32_t stretch_slot        # first slot of the block that its last page was matched with, 0: none
-    bint more_follows            # the region goes on after this span
-    # guesses: where a stretch of different pages comes again, what matches the next one
-    uint32_t next_slot
-    uint32_t next_partner
-    # the block that the last page was matched with, in this span; 0: none
-    uint32_t block_slot
-    uint32_t block_copies
-    # one span's working memory
+    stretch_t stretch
+    # one span's working memory: the answer of the survey, and of each page of it that is looked at
     page_survey survey
-    uint8_t* flags               # enum page_flag bits, later what the page was (see _scan)
-    uint32_t* items
+    uint8_t* marks               # enum page_mark bits
+    uint32_t* items              # 0: none yet
     const uint8_t** pages
     uint32_t* digests
 
 
-cdef int core_init(
+cdef int state_init(
     engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil
-cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil
-cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil
-cdef void core_begin_pass(engine_core* c) noexcept nogil
-cdef size_t core_bytes(engine_core* c) noexcept nogil
+cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil
+cdef const uint8_t* state_page_of(const engine_core* c, uint32_t item) noexcept nogil
+cdef void state_begin_pass(engine_core* c) noexcept nogil
+cdef size_t state_bytes(engine_core* c) noexcept nogil

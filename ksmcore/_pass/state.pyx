@@ -1,43 +1,39 @@
 """What an engine owns: trees, table, store and working memory; made, begun anew for a pass, and given back.
-
-Called by: _core, _scan, _stretch, _quiet, _unmerge, _census, _numbers. Calls: _pagemap, _tracker, _regions, _rmap,
-_forest, _store, _batch.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pagemap_try_scanning
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_page_bytes
+from ksmcore._kernel.tracker cimport tracker_close, tracker_open
+from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
 from ksmcore._records.forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
-from ksmcore._kernel.pagemap cimport pagemap_close, pagemap_open, pagemap_try_scanning
 from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
 from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
-from ksmcore._pass.batch cimport batch_destroy, batch_init, stable_page_of
 from ksmcore._records.store cimport store_bytes, store_destroy, store_init, store_thaw
-from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_page_bytes
-from ksmcore._kernel.tracker cimport tracker_close, tracker_open
-from ksmcore._guard.window cimport guard_kind
 
 cdef enum:
     LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
     NO_EPOCH = 256
 
 
-cdef const uint8_t* page_of_item(const engine_core* c, uint32_t item) noexcept nogil:
+cdef const uint8_t* state_page_of(const engine_core* c, uint32_t item) noexcept nogil:
     return <const uint8_t*><uintptr_t>(<uint64_t>c.rmap.tags[item].page_no * c.page_bytes)
 
 
 cdef const uint8_t* _page_of_node(void* owner, uint32_t item) noexcept nogil:
     """A page_of_t, of the unstable and the quiet tree."""
-    return page_of_item(<engine_core*>owner, item)
+    return state_page_of(<engine_core*>owner, item)
 
 
 cdef void _forget_stretch(engine_core* c) noexcept nogil:
-    c.stretch_start = c.stretch_end = c.stretch_pages = c.stretch_copies = c.stretch_slot = 0
-    c.next_slot = c.next_partner = 0
+    memset(&c.stretch, 0, sizeof(stretch_t))
 
 
-cdef int core_init(
+cdef int state_init(
     engine_core* c, guard_kind guard, uint32_t n_buckets, bint with_pagemap, bint with_tracker, sys_error* err
 ) noexcept nogil:
     """Empty trees, table and store; the settings of *c are set by the caller, before or after.
@@ -57,29 +53,32 @@ cdef int core_init(
     c.pm.file.fd = -1
     c.tracker.file.fd = -1
     store_init(&c.store, c.page_bytes)
-    # So that core_destroy finds nothing in what could not be made.
+    # So that state_destroy finds nothing in what could not be made.
     memset(&c.rmap, 0, sizeof(c.rmap))
     memset(&c.stable, 0, sizeof(c.stable))
     memset(&c.unstable, 0, sizeof(c.unstable))
     memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
+    memset(&c.budget, 0, sizeof(c.budget))
+    c.guard = guard
     c.b.tracker = &c.tracker
     c.b.store = &c.store
     c.b.rmap = &c.rmap
     c.b.stable = &c.stable
     c.b.counters = &c.counters
-    c.b.guard = guard
+    c.b.budget = &c.budget
+    c.b.guard = &c.guard
     c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
-    c.flags = <uint8_t*>malloc(SPAN_PAGES)
+    c.marks = <uint8_t*>malloc(SPAN_PAGES)
     c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
     c.digests = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     zeros = <uint8_t*>calloc(1, c.page_bytes)
     if (
-        c.flags == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
+        c.marks == NULL or c.items == NULL or c.pages == NULL or c.digests == NULL or zeros == NULL
         or forest_init(
-            &c.stable, &c.store.nodes, c.by_content, c.page_bytes, stable_page_of, &c.b, err
+            &c.stable, &c.store.nodes, c.by_content, c.page_bytes, batch_stable_page, &c.b, err
         ) != 0
         or forest_init(
             &c.unstable, &c.rmap.nodes, c.by_content, c.page_bytes, _page_of_node, c, err
@@ -90,21 +89,21 @@ cdef int core_init(
         or batch_init(&c.b, 2 * SPAN_PAGES) != 0 or rmap_init(&c.rmap, n_buckets, err) != 0
     ):
         free(zeros)
-        core_destroy(c, False)
+        state_destroy(c, False)
         return -1
     zero_page = zeros
     c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
     free(zeros)
     pagemap_open(&c.pm, c.page_bytes, with_pagemap)
     pagemap_try_scanning(&c.pm)
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # In content order a quiet page that is written would break the order of the tree it stays in.
     c.may_watch = with_tracker and not c.by_content and tracker_open(&c.tracker, &c.pm, &ignored) == 0
     tracker_close(&c.tracker)
     return 0
 
 
-cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
+cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
     """Give back all metadata. Memory that still maps the store stays right: the kernel keeps the file.
 
     `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
@@ -123,17 +122,17 @@ cdef void core_destroy(engine_core* c, bint in_child) noexcept nogil:
     tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
-    free(c.flags)
+    free(c.marks)
     free(c.items)
     free(c.pages)
     free(c.digests)
-    c.flags = NULL
+    c.marks = NULL
     c.items = NULL
     c.pages = NULL
     c.digests = NULL
 
 
-cdef void core_begin_pass(engine_core* c) noexcept nogil:
+cdef void state_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
     cdef size_t i, n_pages = 0
     for i in range(c.regions.n):
@@ -151,7 +150,7 @@ cdef void core_begin_pass(engine_core* c) noexcept nogil:
     _forget_stretch(c)
 
 
-cdef size_t core_bytes(engine_core* c) noexcept nogil:
+cdef size_t state_bytes(engine_core* c) noexcept nogil:
     """Bytes of metadata that grow with the pages tracked."""
     return (
         rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)

@@ -1,10 +1,9 @@
-"""Stretches of one repeated page; see _stretch.pyx."""
+"""Stretches of one repeated page; see stretch.pyx."""
 
 from libc.stdint cimport uint32_t
 
 from ksmcore._pass.state cimport engine_core
 
 
-cdef uint32_t stretch_copies(engine_core* c, size_t i, size_t n_look) noexcept nogil
-cdef bint block_is_shared(engine_core* c, uint32_t slot, uint32_t digest) noexcept nogil
+cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept nogil
 cdef size_t stretch_go_on(engine_core* c, size_t n_look) noexcept nogil

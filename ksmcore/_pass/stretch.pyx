@@ -1,17 +1,14 @@
 """Stretches of one repeated page: over how many copies they lie, and how they go on from span to span.
 
-Called by: _scan. Calls: _engine, _pages, _store, _quiet (what it notes of a page).
-
 Were all pages of a stretch mapped to one shared page, each would be a mapping of its own. Over a block of k
 copies, which follow each other in the store, k of them are one mapping.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pass.state cimport engine_core
 from ksmcore._pages cimport page_compare
-from ksmcore._pass.quiet cimport IS_HUGE
-from ksmcore._records.store cimport DEAD, store_page
+from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
+from ksmcore._records.store cimport store_is_shared_block, store_page
 
 cdef enum:
     # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
@@ -30,62 +27,55 @@ cdef uint32_t _copies_for(uint64_t n_pages, uint32_t least) noexcept nogil:
     return k
 
 
-cdef uint32_t stretch_copies(engine_core* c, size_t i, size_t n_look) noexcept nogil:
-    """Copies for the stretch that page i of the span is in: for its length as far as it has been seen, or,
-    where it reaches the end of the span, for what it may be expected to become."""
+cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept nogil:
+    """Go on to page i of the span: c.stretch is the stretch that it is in. Returns the copies that are best for it:
+    for its length as far as it has been seen, or, where it reaches the end of the span, for what it may be expected
+    to become."""
+    cdef stretch_t* stretch = &c.stretch
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes
     cdef size_t end = i
-    if c.stretch_start <= page_no < c.stretch_end and c.digests[i] == c.stretch_digest:
-        return c.stretch_copies
-    if page_no != c.stretch_end or c.digests[i] != c.stretch_digest:
-        c.stretch_pages = 0
-        c.stretch_slot = 0
-        c.stretch_digest = c.digests[i]
+    if stretch.start <= page_no < stretch.end and c.digests[i] == stretch.digest:
+        return stretch.n_copies
+    if page_no != stretch.end or c.digests[i] != stretch.digest:
+        stretch.n_pages = 0
+        stretch.slot = 0
+        stretch.digest = c.digests[i]
     while (
         end < n_look and c.digests[end] == c.digests[i]
         and c.pages[end] == c.pages[i] + (end - i) * c.page_bytes
     ):
         end += 1
-    c.stretch_pages += end - i
-    c.stretch_start = page_no
-    c.stretch_end = page_no + (end - i)
-    c.stretch_end_unseen = end == n_look and c.more_follows
+    stretch.n_pages += end - i
+    stretch.start = page_no
+    stretch.end = page_no + (end - i)
+    stretch.end_unseen = end == n_look and stretch.more_follows
     # At least as many as max_page_sharing asks for, of the pages in this span.
-    c.stretch_copies = _copies_for(
-        c.stretch_pages * (GOES_ON if c.stretch_end_unseen else 1),
+    stretch.n_copies = _copies_for(
+        stretch.n_pages * (GOES_ON if stretch.end_unseen else 1),
         <uint32_t>((end - i + c.max_page_sharing - 1) // c.max_page_sharing)
     )
-    if c.flags[i] & IS_HUGE and c.stretch_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:
-        c.stretch_copies = MAX_COPIES
-    return c.stretch_copies
-
-
-cdef bint block_is_shared(engine_core* c, uint32_t slot, uint32_t digest) noexcept nogil:
-    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer? Then it stands
-    in the stable tree."""
-    return (
-        0 < slot < c.store.top and c.store.nodes[slot].digest == digest and c.store.uses[slot].used
-        and not c.store.uses[slot].pending and not c.store.uses[slot].copy
-        and 0 < c.store.uses[slot].n_sharers < DEAD
-    )
+    if c.marks[i] & IS_HUGE and stretch.n_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:
+        stretch.n_copies = MAX_COPIES
+    return stretch.n_copies
 
 
 cdef size_t stretch_go_on(engine_core* c, size_t n_look) noexcept nogil:
     """How many pages, from the first one on, go on the stretch that the span before ended in: compared with
     its shared page, they need no checksum of their own, and no search."""
-    cdef uintptr_t addr = <uintptr_t>(c.stretch_end * c.page_bytes)
+    cdef const stretch_t* stretch = &c.stretch
+    cdef uintptr_t addr = <uintptr_t>(stretch.end * c.page_bytes)
     cdef const uint8_t* shared
     cdef size_t i = 0
     if (
-        c.stretch_end == 0 or <uintptr_t>c.pages[0] != addr
-        or not block_is_shared(c, c.stretch_slot, c.stretch_digest)
+        stretch.end == 0 or <uintptr_t>c.pages[0] != addr
+        or not store_is_shared_block(&c.store, stretch.slot, stretch.digest)
     ):
         return 0
-    shared = store_page(&c.store, c.stretch_slot)
+    shared = store_page(&c.store, stretch.slot)
     while (
         i < n_look and c.pages[i] == <const uint8_t*>addr + i * c.page_bytes
         and page_compare(c.pages[i], shared, c.page_bytes) == 0
     ):
-        c.digests[i] = c.stretch_digest
+        c.digests[i] = stretch.digest
         i += 1
     return i

@@ -1,4 +1,4 @@
-"""The map budget; see _budget.pyx."""
+"""The map budget; see budget.pyx."""
 
 from libc.stdint cimport int64_t, uint32_t
 

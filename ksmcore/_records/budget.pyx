@@ -1,7 +1,5 @@
 """The map budget: how many of the process's memory mappings an engine may use, and for what.
 
-Called by: _runs (may this run be mapped?), _census (refresh at the start of a pass). Calls nothing.
-
 Every isolated merged page costs the process two mappings, and without a few free ones a process cannot
 start a thread, load a library or allocate an array. So the engine takes half of what is free, counted
 anew at each pass because the program maps memory too, and puts down what each run costs in between.

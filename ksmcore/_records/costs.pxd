@@ -1,4 +1,4 @@
-"""What a mapping costs in memory mappings; see _costs.pyx."""
+"""What a mapping costs in memory mappings; see costs.pyx."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -8,20 +8,20 @@ cdef enum:
     UNKNOWN_SLOT = 0xffffffff  # what lies under the page is of the store, and its slot is not known
 
 
-cdef inline bint splits(uint32_t left, uint32_t right) noexcept nogil:
+cdef inline bint costs_splits(uint32_t left, uint32_t right) noexcept nogil:
     """Does a mapping end between two neighbouring pages with these slots under them?"""
     if left == 0 and right == 0:
         return False
     return left == 0 or left == UNKNOWN_SLOT or right != left + 1
 
 
-cdef inline bint splits_surely(uint32_t left, uint32_t right) noexcept nogil:
+cdef inline bint costs_splits_surely(uint32_t left, uint32_t right) noexcept nogil:
     """The same, but no where it is not known: what is taken off the cost must really be there."""
     if left == UNKNOWN_SLOT or right == UNKNOWN_SLOT:
         return left == 0 or right == 0
-    return splits(left, right)
+    return costs_splits(left, right)
 
 
-cdef uint32_t slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil
-cdef int64_t stretch_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil
-cdef int64_t restored_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil
+cdef uint32_t costs_slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil
+cdef int64_t costs_of_mapping(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil
+cdef int64_t costs_of_restoring(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil

@@ -1,48 +1,48 @@
 """What it costs in memory mappings to map something else over pages, told from what lies under them and their
 neighbours.
 
-Called by: _runs, _copy, _unmerge, which put it down in the map budget. Calls: _rmap. The kernel makes one mapping of
-neighbours that lie over neighbouring slots, and of neighbours in anonymous memory that was never moved.
+What is carried out is put down in the map budget. The kernel makes one mapping of neighbours that lie over
+neighbouring slots, and of neighbours in anonymous memory that was never moved.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ksmcore._records.rmap cimport PAGE_UNSHARED, rmap_find, rmap_table
+from ksmcore._records.rmap cimport rmap_find, rmap_slot, rmap_table
 
 
-cdef uint32_t slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil:
+cdef uint32_t costs_slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil:
     """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT. `item`: 0 when it is not at hand."""
+    cdef uint32_t slot
     if item == 0:
         item = rmap_find(rmap, page_no, 0)
     if item == 0 or not rmap.tags[item].over_store:
         return 0
-    if rmap.tags[item].state == PAGE_UNSHARED or rmap.nodes[item].left == 0:
-        return UNKNOWN_SLOT
-    return rmap.nodes[item].left
+    slot = rmap_slot(rmap, item)
+    return slot if slot != 0 else UNKNOWN_SLOT
 
 
-cdef int64_t stretch_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil:
+cdef int64_t costs_of_mapping(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil:
     """Mappings more (or, negative, fewer) once n_pages > 0 neighbours lie over as many slots from `slot` on, or, with
     slot 0, are anonymous memory or not mapped at all."""
-    cdef uint32_t left = slot_under(rmap, page_no - 1, 0)
-    cdef uint32_t right = slot_under(rmap, page_no + n_pages, 0)
+    cdef uint32_t left = costs_slot_under(rmap, page_no - 1, 0)
+    cdef uint32_t right = costs_slot_under(rmap, page_no + n_pages, 0)
     cdef uint32_t before = left, after = left, under, item, hint = 0
     cdef int64_t cost = 0
     cdef size_t i
     for i in range(n_pages):
         item = rmap_find(rmap, page_no + i, hint)
         hint = item if item != 0 else hint
-        under = slot_under(rmap, page_no + i, item) if item != 0 else 0
-        cost += <int>splits(after, slot) - <int>splits_surely(before, under)
+        under = costs_slot_under(rmap, page_no + i, item) if item != 0 else 0
+        cost += <int>costs_splits(after, slot) - <int>costs_splits_surely(before, under)
         before = under
         after = slot
         slot += slot != 0
-    return cost + <int>splits(after, right) - <int>splits_surely(before, right)
+    return cost + <int>costs_splits(after, right) - <int>costs_splits_surely(before, right)
 
 
-cdef int64_t restored_cost(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil:
+cdef int64_t costs_of_restoring(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil:
     """The same of pages that are restored: moved memory is one mapping, and does not fuse with what lies beside it."""
     return (
-        stretch_cost(rmap, page_no, n_pages, 0)
-        + (slot_under(rmap, page_no - 1, 0) == 0) + (slot_under(rmap, page_no + n_pages, 0) == 0)
+        costs_of_mapping(rmap, page_no, n_pages, 0)
+        + (costs_slot_under(rmap, page_no - 1, 0) == 0) + (costs_slot_under(rmap, page_no + n_pages, 0) == 0)
     )

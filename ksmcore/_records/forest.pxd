@@ -1,4 +1,4 @@
-"""A key's tree among many: a forest of red-black trees over one array of nodes; see _forest.pyx."""
+"""A key's tree among many: a forest of red-black trees over one array of nodes; see forest.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 

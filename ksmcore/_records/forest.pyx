@@ -1,7 +1,6 @@
 """A forest: the stable and the unstable tree, each split into many small red-black trees by the checksum.
 
-Called by: _engine, _scan, _batch, _blocks, _unmerge. Calls: _trees (every tree is one of its trees), _sys (memory
-for the roots).
+It owns the roots; the nodes are the caller's, and every tree is one of _trees.
 
 A search in one tree of a million nodes follows some twenty links, most of them to memory that no cache
 holds. Here the low bits of a key's checksum choose one of many trees of LOAD_NODES nodes or fewer on
@@ -18,10 +17,10 @@ checksum names (7); n_nodes counts them all (6).
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._kernel.syscalls cimport error_clear, sys_error, sys_grow, sys_map_anon, sys_page_bytes, sys_unmap
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_page_bytes, sys_unmap
 from ksmcore._trees cimport (
-    NIL, page_of_t, rb_check, rb_erase, rb_find, rb_first, rb_init, rb_insert, rb_insert_before, rb_next,
-    rb_node, rb_place,
+    NIL, page_of_t, rb_check, rb_erase, rb_find, rb_first, rb_init, rb_insert, rb_insert_before, rb_next, rb_node,
+    rb_place,
 )
 
 cdef extern from *:
@@ -52,7 +51,7 @@ cdef int forest_init(
 
 cdef void forest_destroy(forest_t* forest) noexcept nogil:
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: munmap of a whole mapping of our own fails only on a broken argument.
     if forest.roots != NULL:
         sys_unmap(<uintptr_t>forest.roots, <size_t>forest.capacity * sizeof(uint32_t), &ignored)
@@ -67,7 +66,7 @@ cdef bint _make_room(forest_t* forest, size_t n_roots) noexcept nogil:
     while capacity < n_roots:
         capacity *= 2
     if capacity != forest.capacity:
-        error_clear(&ignored)
+        sys_error_clear(&ignored)
         grown = sys_grow(
             forest.roots, <size_t>forest.capacity * sizeof(uint32_t), capacity * sizeof(uint32_t), &ignored
         )

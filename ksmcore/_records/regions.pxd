@@ -1,22 +1,30 @@
-"""The registered page ranges of an engine; see _regions.pyx."""
+"""The registered page ranges of an engine; see regions.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+
+# What a mapping of a region's pages must have again when it is made anew; and whether they are watched.
+cdef enum region_flag:
+    REGION_DONTFORK = 1      # madvise
+    REGION_DONTDUMP = 2      # madvise
+    REGION_HUGEPAGE = 4      # madvise
+    REGION_NOHUGEPAGE = 8    # madvise
+    REGION_WATCHED = 16      # a tracker watches its anonymous memory
 
 # The whole pages inside one registered buffer.
 ctypedef struct region_t:
     uintptr_t addr           # of the first page
     size_t n_pages
     uint64_t id
-    int flags                # enum region_flag bits (see _merge)
+    int flags                # enum region_flag bits
     uint32_t n_holds         # while not 0, no window is opened in it
-    uint32_t watch_tried     # private to _quiet
+    uint32_t watch_tried     # private to quiet
     bint being_made          # a copy fills it: not looked at
     bint passed_over         # altered until the next census, whatever its mappings say
-    bint altered             # the program has mapped it otherwise: not looked at (see _census)
+    bint altered             # the program has mapped it otherwise: not looked at (see census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
-    size_t n_plain_pages     # private to _census
-    size_t n_store_pages     # private to _census
+    size_t n_plain_pages     # private to census
+    size_t n_store_pages     # private to census
 
 
 # By address, disjoint.
@@ -31,7 +39,7 @@ cdef void regions_init(region_list* regions, size_t page_bytes) noexcept nogil
 cdef void regions_destroy(region_list* regions) noexcept nogil
 cdef region_t* regions_at(const region_list* regions, uintptr_t addr) noexcept nogil
 cdef region_t* regions_next(const region_list* regions, const region_t* region) noexcept nogil
-cdef uintptr_t region_end(const region_list* regions, const region_t* region) noexcept nogil
+cdef uintptr_t regions_end_of(const region_list* regions, const region_t* region) noexcept nogil
 cdef region_t* regions_insert(
     region_list* regions, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags
 ) noexcept nogil

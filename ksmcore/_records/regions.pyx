@@ -1,7 +1,6 @@
 """The registered page ranges of an engine: one sorted array.
 
-Called by: _engine, _scan, _quiet, _census, _unmerge, _core. Calls nothing. The caller holds the engine's lock; a
-region's address holds until the next insertion or removal.
+The caller holds the engine's lock; a region's address holds until the next insertion or removal.
 """
 
 from libc.stdint cimport uint64_t, uintptr_t
@@ -19,7 +18,7 @@ cdef void regions_destroy(region_list* regions) noexcept nogil:
     regions_init(regions, regions.page_bytes)
 
 
-cdef uintptr_t region_end(const region_list* regions, const region_t* region) noexcept nogil:
+cdef uintptr_t regions_end_of(const region_list* regions, const region_t* region) noexcept nogil:
     return region.addr + region.n_pages * regions.page_bytes
 
 
@@ -28,7 +27,7 @@ cdef region_t* regions_at(const region_list* regions, uintptr_t addr) noexcept n
     cdef size_t low = 0, high = regions.n, middle
     while low < high:
         middle = (low + high) // 2
-        if region_end(regions, &regions.all[middle]) <= addr:
+        if regions_end_of(regions, &regions.all[middle]) <= addr:
             low = middle + 1
         else:
             high = middle

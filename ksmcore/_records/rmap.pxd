@@ -1,4 +1,4 @@
-"""Rmap items and the rmap hash; see _rmap.pyx."""
+"""Rmap items and the rmap hash; see rmap.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -44,9 +44,7 @@ cdef enum page_state:
 
 # An item is an index into three arrays, 28 bytes in all. Item 0 is never used.
 ctypedef struct rmap_table:
-    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees.
-                           # otherwise .left: slot of the store that the page's mapping points at,
-                           # 0 when that is not known or there is none
+    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees; else see rmap_slot
     rmap_tag* tags
     uint32_t* nexts        # next item of the bucket; next free item when not in use
     uint32_t* buckets
@@ -59,6 +57,17 @@ ctypedef struct rmap_table:
     uint32_t bucket_capacity
     uint32_t n_by_state[<int>N_STATES]
     uint32_t n_over_store  # items with over_store
+
+
+cdef inline uint32_t rmap_slot(const rmap_table* table, uint32_t item) noexcept nogil:
+    """The slot of the store that the page's mapping points at; 0 when that is not known, as while the page is
+    UNSHARED, or when there is none."""
+    return table.nodes[item].left if table.tags[item].state != PAGE_UNSHARED else 0
+
+
+cdef inline void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil:
+    """Kept in place of a link, so the item stands in no tree; void once it is put into one."""
+    table.nodes[item].left = slot
 
 
 cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexcept nogil

@@ -1,4 +1,4 @@
-"""The store, the memory file of shared pages; see _store.pyx."""
+"""The store, the memory file of shared pages; see store.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
@@ -11,7 +11,7 @@ cdef extern from *:
     #ifndef KSMCORE_STORE_USE
     #define KSMCORE_STORE_USE
     typedef struct {
-        uint32_t n_sharers : 27;
+        uint32_t number : 27;
         uint32_t used : 1;
         uint32_t copy : 1;
         uint32_t frozen : 1;
@@ -22,7 +22,7 @@ cdef extern from *:
     """
     # What is known of one slot, in 4 bytes beside its tree node.
     ctypedef struct store_use:
-        uint32_t n_sharers     # virtual pages that map it; while pending, its place in the list of pending slots
+        uint32_t number        # private to store: of sharers; while pending, what it is pending as; or DEAD
         uint32_t used          # handed out, and its release not yet carried out
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
         uint32_t frozen        # existed at a fork: another process may map it, so neither written nor punched
@@ -30,9 +30,9 @@ cdef extern from *:
         uint32_t pending       # not written yet; its bytes are still the candidate's
 
 cdef enum:
-    MAX_SHARERS = 0x07ff0000   # what n_sharers can hold, less what one batch can add
-    DEAD = 0x07ffffff          # in n_sharers: released, but still mapped by another process
-    EXTENT_BYTES = 0x4000000   # 64 MiB: the file grows, and is viewed, by this much
+    MAX_SHARERS = 0x07ff0000   # what `number` can hold, less what one batch can add
+    DEAD = 0x07ffffff          # released, but still mapped by another process
+    SEGMENT_BYTES = 0x4000000  # 64 MiB: the file grows, and is viewed, by this much
     MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
 
 
@@ -42,10 +42,10 @@ ctypedef struct store_t:
     size_t page_bytes
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
-    uint8_t** views            # read-only mapping of each extent
+    uint8_t** views            # read-only mapping of each segment
     int gets_huge_pages        # the kernel gives them to memory files; -1: not asked yet
-    uint32_t n_extents
-    uint32_t slots_per_extent
+    uint32_t n_segments
+    uint32_t slots_per_segment
     uint32_t capacity          # slots that the arrays and the file have room for
     uint32_t top               # slots below it have been handed out at least once
     uint32_t cursor            # where the next search for a free slot starts
@@ -58,6 +58,49 @@ ctypedef struct store_t:
     uint32_t seen_gone         # children of the forks up to this one are known to be gone
     uint32_t n_releases
     uint32_t releases[<int>MAX_RELEASES]
+
+
+cdef int store_told_huge     # -1; or, by a test, whether the kernel gives memory files huge pages
+
+
+# What a slot in use is: pending (to be written yet), shared by so many pages, or dead.
+cdef inline bint store_is_pending(const store_t* store, uint32_t slot) noexcept nogil:
+    return store.uses[slot].pending
+
+
+cdef inline uint32_t store_pending(const store_t* store, uint32_t slot) noexcept nogil:
+    """Of a pending slot: what store_set_pending was told."""
+    return store.uses[slot].number
+
+
+cdef inline void store_set_pending(store_t* store, uint32_t slot, uint32_t number) noexcept nogil:
+    """From a fresh slot to a pending one; `number`, the caller's, names its place in some list."""
+    store.uses[slot].pending = 1
+    store.uses[slot].number = number
+
+
+cdef inline void store_settle(store_t* store, uint32_t slot) noexcept nogil:
+    """From a pending slot to one without sharers."""
+    store.uses[slot].pending = 0
+    store.uses[slot].number = 0
+
+
+cdef inline uint32_t store_sharers(const store_t* store, uint32_t slot) noexcept nogil:
+    """Virtual pages that map a slot, which is not dead."""
+    return 0 if store.uses[slot].pending else store.uses[slot].number
+
+
+cdef inline bint store_is_dead(const store_t* store, uint32_t slot) noexcept nogil:
+    return store.uses[slot].used and store.uses[slot].number == DEAD
+
+
+cdef inline bint store_is_shared_block(const store_t* store, uint32_t slot, uint32_t digest) noexcept nogil:
+    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer? Then it stands
+    in the stable tree."""
+    return (
+        0 < slot < store.top and store.nodes[slot].digest == digest and store.uses[slot].used
+        and not store.uses[slot].pending and not store.uses[slot].copy and 0 < store.uses[slot].number < DEAD
+    )
 
 
 cdef bint store_is_there(const store_t* store) noexcept nogil

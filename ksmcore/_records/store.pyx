@@ -1,8 +1,5 @@
 """The store: one memory file that holds all shared pages of an engine.
 
-Called by: _merge (reads), _blocks (writes), _batch, _runs, _unmerge and _census (sharers), _scan, _stretch. Calls:
-_forks, _sys.
-
 A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
 pages which are merged one after the other stand one after the other in the file, and one mapping
 serves them. The bytes of a slot are written once, before anybody maps it, and never change while it
@@ -18,7 +15,7 @@ released as a whole, when none of its slots has a sharer.
 
 After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
 shared, but are neither punched nor written again while a process of that fork lives. `seen_forks` is
-compared with the process's count of forks, under the fork gate, before anything is punched or written.
+compared with the process's count of forks, under the fork lock, before anything is punched or written.
 A frozen slot that is released is dead: used by nobody here, and remembering (in its tree node, which it
 does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
 thaws the others, as the children end.
@@ -32,9 +29,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset, strstr
 
-from ksmcore._kernel.forks cimport forks_gone, forks_watch, gate_lock, gate_n_forks, gate_unlock
+from ksmcore._kernel.forks cimport forks_count, forks_gone, forks_lock, forks_unlock, forks_watch
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTFORK, error_clear, sys_advise, sys_close, sys_drop, sys_error, sys_grow, sys_is_kept, sys_keep,
+    ADVISE_DONTFORK, sys_advise, sys_close, sys_drop, sys_error, sys_error_clear, sys_grow, sys_is_kept, sys_keep,
     sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
     sys_write_at,
 )
@@ -47,8 +44,7 @@ cdef enum:
     REUSE_SHARE = 4
 
 
-# For tests: -1, or what _gets_huge_pages shall answer.
-cdef int _told_huge = -1
+cdef int store_told_huge = -1
 
 
 cdef bint _gets_huge_pages() noexcept nogil:
@@ -56,9 +52,9 @@ cdef bint _gets_huge_pages() noexcept nogil:
     cdef char modes[128]
     cdef sys_error ignored
     cdef int fd
-    if _told_huge >= 0:
-        return _told_huge
-    error_clear(&ignored)
+    if store_told_huge >= 0:
+        return store_told_huge
+    sys_error_clear(&ignored)
     fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
     if fd < 0:
         return False
@@ -72,20 +68,14 @@ cdef bint _gets_huge_pages() noexcept nogil:
     )
 
 
-def tell_huge(int answer):
-    """Have new stores take memory files for huge (1), or not (0), or ask the kernel (-1). For tests."""
-    global _told_huge
-    _told_huge = answer
-
-
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     memset(store, 0, sizeof(store_t))
     store.gets_huge_pages = -1
     store.file.fd = -1
     store.page_bytes = page_bytes
-    store.slots_per_extent = <uint32_t>(EXTENT_BYTES // page_bytes)
+    store.slots_per_segment = <uint32_t>(SEGMENT_BYTES // page_bytes)
     store.top = store.cursor = 1
-    store.seen_forks = gate_n_forks()
+    store.seen_forks = forks_count()
 
 
 cdef bint store_is_there(const store_t* store) noexcept nogil:
@@ -98,10 +88,10 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right."""
     cdef sys_error ignored
     cdef uint32_t i
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
-    for i in range(store.n_extents):
-        sys_unmap(<uintptr_t>store.views[i], EXTENT_BYTES, &ignored)
+    for i in range(store.n_segments):
+        sys_unmap(<uintptr_t>store.views[i], SEGMENT_BYTES, &ignored)
     if store.nodes != NULL:
         sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
     if store.uses != NULL:
@@ -113,14 +103,14 @@ cdef void store_destroy(store_t* store) noexcept nogil:
     store_init(store, store.page_bytes)
 
 
-cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
-    """Room for one extent more in the file, the views and the arrays.
+cdef int _add_segment(store_t* store, sys_error* err) noexcept nogil:
+    """Room for one segment more in the file, the views and the arrays.
 
     Each step leaves the store as it was when a later one fails: a longer file and longer arrays are
     only used up to `capacity`, which is raised last.
     """
     cdef size_t old = store.capacity
-    cdef size_t new = old + store.slots_per_extent
+    cdef size_t new = old + store.slots_per_segment
     cdef uint8_t* view
     cdef void* grown
     if new > MAX_SLOTS:
@@ -133,20 +123,20 @@ cdef int _add_extent(store_t* store, sys_error* err) noexcept nogil:
         return -1
     if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
         return -1
-    grown = realloc(store.views, (store.n_extents + 1) * sizeof(uint8_t*))
+    grown = realloc(store.views, (store.n_segments + 1) * sizeof(uint8_t*))
     if grown == NULL:
         return -1
     store.views = <uint8_t**>grown
-    view = <uint8_t*>sys_map_view(EXTENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
+    view = <uint8_t*>sys_map_view(SEGMENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
     if view == NULL:
         return -1
     # A child has no use for the view. When the advice is refused the child merely has it as well.
-    sys_advise(<uintptr_t>view, EXTENT_BYTES, ADVISE_DONTFORK, err)
+    sys_advise(<uintptr_t>view, SEGMENT_BYTES, ADVISE_DONTFORK, err)
     if _grow_arrays(store, old, new, err) != 0:
-        sys_unmap(<uintptr_t>view, EXTENT_BYTES, err)
+        sys_unmap(<uintptr_t>view, SEGMENT_BYTES, err)
         return -1
-    store.views[store.n_extents] = view
-    store.n_extents += 1
+    store.views[store.n_segments] = view
+    store.n_segments += 1
     store.capacity = <uint32_t>new
     return 0
 
@@ -204,7 +194,7 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     if slot == 0:
         slot = store.top
         while slot + n_slots > store.capacity:
-            if _add_extent(store, err) != 0:
+            if _add_segment(store, err) != 0:
                 return 0
         store.top = slot + n_slots
     for i in range(n_slots):
@@ -229,8 +219,8 @@ cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
 
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:
     """The bytes of a written slot, for reading."""
-    cdef uint32_t extent = slot // store.slots_per_extent
-    return store.views[extent] + <size_t>(slot - extent * store.slots_per_extent) * store.page_bytes
+    cdef uint32_t segment = slot // store.slots_per_segment
+    return store.views[segment] + <size_t>(slot - segment * store.slots_per_segment) * store.page_bytes
 
 
 cdef int store_write(
@@ -247,8 +237,8 @@ cdef int store_write(
 
 
 cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
-    store.uses[slot].n_sharers += 1
-    if store.uses[slot].n_sharers == 1:
+    store.uses[slot].number += 1
+    if store.uses[slot].number == 1:
         store.n_shared += 1
 
 
@@ -258,13 +248,13 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     The caller then takes that slot out of the stable tree and releases it.
     """
     cdef uint32_t first, n_copies, i
-    store.uses[slot].n_sharers -= 1
-    if store.uses[slot].n_sharers != 0:
+    store.uses[slot].number -= 1
+    if store.uses[slot].number != 0:
         return 0
     store.n_shared -= 1
     first = store_block(store, slot, &n_copies)
     for i in range(n_copies):
-        if store.uses[first + i].n_sharers != 0 or store.uses[first + i].lost:
+        if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
             return 0
     return first
 
@@ -293,7 +283,7 @@ cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
     cdef uint32_t first = store_block(store, slot, &n_copies)
     cdef uint64_t n_sharers = 0
     for i in range(n_copies):
-        n_sharers += store.uses[first + i].n_sharers
+        n_sharers += store_sharers(store, first + i)
     return n_sharers
 
 
@@ -305,8 +295,7 @@ cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
     if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
         store_trim(store)
     for i in range(n_copies):
-        store.uses[slot + i].pending = 0
-        store.uses[slot + i].n_sharers = 0
+        store_settle(store, slot + i)
         store.releases[store.n_releases] = slot + i
         store.n_releases += 1
 
@@ -318,11 +307,11 @@ cdef int _by_number(const void* a, const void* b) noexcept nogil:
 
 
 cdef void _see_forks(store_t* store) noexcept nogil:
-    """Freeze what existed when the process last forked. The caller holds the gate."""
+    """Freeze what existed when the process last forked. The caller holds the fork lock."""
     cdef uint32_t slot
-    if gate_n_forks() == store.seen_forks:
+    if forks_count() == store.seen_forks:
         return
-    store.seen_forks = gate_n_forks()
+    store.seen_forks = forks_count()
     store.n_frozen = 0
     for slot in range(1, store.top):
         if store.uses[slot].used:
@@ -331,13 +320,13 @@ cdef void _see_forks(store_t* store) noexcept nogil:
 
 
 cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
-    """Punch neighbouring slots and hand them out again. The caller holds the gate.
+    """Punch neighbouring slots and hand them out again. The caller holds the fork lock.
 
     A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
     writing it again replaces its bytes.
     """
     cdef sys_error ignored
-    error_clear(&ignored)
+    sys_error_clear(&ignored)
     if store_is_there(store):
         sys_punch(
             store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
@@ -353,13 +342,13 @@ cdef void store_trim(store_t* store) noexcept nogil:
     if store.n_releases == 0:
         return
     qsort(store.releases, store.n_releases, sizeof(uint32_t), _by_number)
-    gate_lock()
+    forks_lock()
     _see_forks(store)
     while i < store.n_releases:
         slot = store.releases[i]
         if store.uses[slot].frozen:
             store.uses[slot].copy = 0
-            store.uses[slot].n_sharers = DEAD
+            store.uses[slot].number = DEAD
             store.nodes[slot].digest = store.seen_forks
             store.n_dead += 1
             i += 1
@@ -369,18 +358,18 @@ cdef void store_trim(store_t* store) noexcept nogil:
             n += 1
         _free_slots(store, slot, n)
         i += n
-    gate_unlock()
+    forks_unlock()
     store.n_releases = 0
 
 
 cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
-    return store.uses[slot].used and store.uses[slot].n_sharers == DEAD and store.nodes[slot].digest <= gone
+    return store_is_dead(store, slot) and store.nodes[slot].digest <= gone
 
 
 cdef void store_thaw(store_t* store) noexcept nogil:
     """Give back, or let be written again, what was frozen for children that are gone by now."""
     cdef uint32_t slot = 1, n, gone
-    gate_lock()
+    forks_lock()
     _see_forks(store)
     if store.n_frozen != 0:
         gone = forks_gone()
@@ -398,13 +387,13 @@ cdef void store_thaw(store_t* store) noexcept nogil:
                     store.uses[slot].frozen = 0
                     store.n_frozen -= 1
                 slot += max(n, <uint32_t>1)
-    gate_unlock()
+    forks_unlock()
 
 
 cdef size_t store_bytes(store_t* store) noexcept nogil:
     """Bytes of metadata in use."""
     return (
         <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
-        + store.n_extents * sizeof(uint8_t*)
+        + store.n_segments * sizeof(uint8_t*)
         + sizeof(store_t)
     )

@@ -1,6 +1,6 @@
 """The red-black trees as Python sees them: for tests and inspection.
 
-Called by: tests. Calls: _trees, _pages. A `Tree` owns its nodes and a copy of its pages.
+A `Tree` owns its nodes and a copy of its pages.
 """
 
 cimport cython
@@ -13,12 +13,12 @@ from libc.string cimport memcpy, memset
 from ksmcore._pages cimport jhash_page
 from ksmcore._trees cimport (
     NIL, rb_check, rb_clear, rb_erase, rb_find, rb_first, rb_height, rb_init, rb_insert, rb_insert_before, rb_next,
-    rb_node, rb_place, rb_tree
+    rb_node, rb_place, rb_tree,
 )
 
 # Pages added between two looks for signals, without the GIL: a few milliseconds.
 cdef enum:
-    SPAN_PAGES = 8192
+    SIGNAL_PAGES = 8192
 
 _BROKEN = {
     1: "the root is red",
@@ -174,7 +174,7 @@ cdef class Tree:
             rb_insert(&self.tree, node, place)
         return node
 
-    cdef uint32_t _add_span(self, const uint8_t* pages, size_t n_pages) noexcept nogil:
+    cdef uint32_t _add_pages(self, const uint8_t* pages, size_t n_pages) noexcept nogil:
         cdef size_t i
         cdef uint32_t digest, n_added = 0
         cdef rb_place place
@@ -189,7 +189,7 @@ cdef class Tree:
     def add_many(self, buffer):
         """Adds every page of a contiguous buffer that has no equal in the tree; returns how many. Releases the GIL."""
         cdef Py_buffer view
-        cdef size_t n_pages, n_span, at = 0, n_added = 0
+        cdef size_t n_pages, n_now, at = 0, n_added = 0
         cdef const uint8_t* source
         self._check_idle()
         try:
@@ -205,10 +205,10 @@ cdef class Tree:
             self._reserve(n_pages)
             self.busy = True
             while at < n_pages:
-                n_span = min(n_pages - at, <size_t>SPAN_PAGES)
+                n_now = min(n_pages - at, <size_t>SIGNAL_PAGES)
                 with nogil:
-                    n_added += self._add_span(source + at * self.slots.page_bytes, n_span)
-                at += n_span
+                    n_added += self._add_pages(source + at * self.slots.page_bytes, n_now)
+                at += n_now
                 PyErr_CheckSignals()
         finally:
             self.busy = False

@@ -4,7 +4,7 @@
    now. A thread that writes there faults; the handler makes it wait until the window is closed and
    lets it try again. Every other fault goes to the handler that was there before.
 
-   Everything here may run in a signal handler: no allocation, no lock, no library call that is not
+   All but the last part may run in a signal handler: no allocation, no lock, no library call that is not
    async-signal-safe, errno restored. Included by mprotect.pyx only. */
 
 #ifndef KSMCORE_SEGV_H
@@ -13,11 +13,14 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -157,7 +160,7 @@ static void segv_handler(int sig, siginfo_t *info, void *context) {
     if (!ours) segv_pass_on(sig, info, context);
 }
 
-/* Caller holds the fork gate: one window at a time, and no fork inside. */
+/* Caller holds the fork lock: one window at a time, and no fork inside. */
 static void segv_open(uintptr_t lo, uintptr_t hi) {
     __atomic_store_n(&segv.lo, lo, __ATOMIC_RELAXED);
     __atomic_store_n(&segv.hi, hi, __ATOMIC_RELAXED);
@@ -208,7 +211,7 @@ static void segv_fill(struct sigaction *act) {
     act->sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
 }
 
-/* Runs in a forked child. No window can be open (fork waits for the gate), and nobody scans here, so
+/* Runs in a forked child. No window can be open (fork waits for the fork lock), and nobody scans here, so
    the disposition goes back to what the program had. `installed` does not tell: the kernel copies the
    dispositions before the memory, and another thread may have removed the handler in between. */
 static void segv_child(void) {
@@ -218,6 +221,82 @@ static void segv_child(void) {
     segv.installed = 0;
     segv.n_waiting = 0;
     segv.n_windows = 0;
+}
+
+/* ---- when the handler may be taken out: asked outside of it ---- */
+
+/* Processor time of thread `tid` in ns, and whether it is off the processor of its own will
+   (asleep in the kernel, stopped, or gone; not held by a debugger, which sees the signal before
+   the handler does), from /proc. -1 when it cannot be told. */
+static int segv_thread(int tasks, const char *tid, uint64_t *ran_ns, int *asleep) {
+    char path[64], buf[512];
+    int fd;
+    ssize_t n;
+    snprintf(path, sizeof path, "%s/stat", tid);
+    fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) { *asleep = 1; return errno == ENOENT ? 0 : -1; }
+    n = read(fd, buf, sizeof buf - 1);
+    close(fd);
+    if (n <= 0) { *asleep = 1; return 0; }
+    buf[n] = 0;
+    /* the name may hold spaces and brackets; the state follows the last bracket */
+    char *state = strrchr(buf, ')');
+    if (!state || !state[1] || !state[2]) return -1;
+    *asleep = strchr("SDIZXT", state[2]) != 0;
+    snprintf(path, sizeof path, "%s/schedstat", tid);
+    fd = openat(tasks, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    n = read(fd, buf, sizeof buf - 1);
+    close(fd);
+    if (n <= 0) return -1;
+    buf[n] = 0;
+    *ran_ns = strtoull(buf, 0, 10);
+    return 0;
+}
+
+/* A thread that faulted in the last window may still be on its way to the handler: runnable, in
+   the kernel, not yet given its signal. Return 1 once that can be true of no thread: each has been
+   seen asleep, or has used SEGV_RAN_NS of processor time since (the way to the handler takes
+   microseconds and never sleeps after the fault was judged). The kernel brings the processor time
+   up to date at a tick or a switch only, so the first change seen may be of time used before; it
+   is from that change on that the thread must have run. 0: not within `limit_ms`, or /proc does
+   not tell. */
+#define SEGV_RAN_NS 100000u
+#define SEGV_MAX_THREADS 256
+static int segv_quiesce(int limit_ms) {
+    struct { char tid[16]; uint64_t ran_ns; int changed; } busy[SEGV_MAX_THREADS];
+    int n_busy = 0, asleep, tasks;
+    uint64_t ran_ns = 0;
+    char self[16];
+    struct dirent *entry;
+    DIR *dir = opendir("/proc/self/task");
+    if (!dir) return 0;
+    tasks = dirfd(dir);
+    snprintf(self, sizeof self, "%ld", (long)syscall(SYS_gettid));
+    while ((entry = readdir(dir))) {
+        if (entry->d_name[0] == '.' || !strcmp(entry->d_name, self)) continue;
+        if (segv_thread(tasks, entry->d_name, &ran_ns, &asleep) != 0) { n_busy = -1; break; }
+        if (asleep) continue;
+        if (n_busy == SEGV_MAX_THREADS || strlen(entry->d_name) > 15) { n_busy = -1; break; }
+        strcpy(busy[n_busy].tid, entry->d_name);
+        busy[n_busy].changed = 0;
+        busy[n_busy++].ran_ns = ran_ns;
+    }
+    while (n_busy > 0 && limit_ms-- > 0) {
+        struct timespec pause = {0, 1000000L};
+        nanosleep(&pause, 0);
+        for (int i = n_busy - 1; i >= 0; i--) {
+            if (segv_thread(tasks, busy[i].tid, &ran_ns, &asleep) != 0) continue;
+            if (asleep || (busy[i].changed && ran_ns - busy[i].ran_ns >= SEGV_RAN_NS)) {
+                busy[i] = busy[--n_busy];
+            } else if (!busy[i].changed && ran_ns != busy[i].ran_ns) {
+                busy[i].changed = 1;
+                busy[i].ran_ns = ran_ns;
+            }
+        }
+    }
+    closedir(dir);
+    return n_busy == 0;
 }
 
 #endif
