@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import private_memory
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel import smaps
 from ksmcore._testing import faults, hooks
@@ -110,8 +111,7 @@ def private_buffer():
     made = []
 
     def make(n_pages):
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, n_pages * mmap.PAGESIZE, flags=flags)
+        memory = private_memory(n_pages)
         made.append(weakref.ref(memory))
         return memory
 

@@ -16,15 +16,14 @@ import threading
 import numpy as np
 import pytest
 
+from helpers.libc import MAP_FAILED, MAP_FIXED, libc, why_failed
+from helpers.memory import PAGE, PRIVATE
+from helpers.processes import run_python
 import ksmcore
 from ksmcore._kernel import smaps
 
-PAGE = ksmcore.Engine.page_bytes
 N = 64
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
-PRIVATE_ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-MAP_FIXED, MREMAP_MAYMOVE, MREMAP_FIXED = 0x10, 1, 2
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 
 @pytest.fixture
@@ -33,18 +32,13 @@ def guard(each_guard):
 
 
 def call(name: str, *args: int) -> int:
-    result = getattr(libc, name)(*(ctypes.c_size_t(arg) for arg in args))
-    assert result not in (-1, 2**64 - 1), os.strerror(ctypes.get_errno())
+    result = getattr(libc, name)(*args)
+    assert result not in (-1, MAP_FAILED), why_failed(name)
     return result
 
 
-def map_at(addr: int, n_pages: int, prot: int = 3, flags: int = PRIVATE_ANON, fd: int = -1) -> None:
-    fixed = flags | (MAP_FIXED if addr else 0)
-    mapped = libc.mmap(
-        ctypes.c_void_p(addr), ctypes.c_size_t(n_pages * PAGE), prot, fixed, fd, ctypes.c_long(0)
-    )
-    assert mapped not in (None, 2**64 - 1), os.strerror(ctypes.get_errno())
-    return mapped
+def map_at(addr: int, n_pages: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1) -> int:
+    return call("mmap", addr, n_pages * PAGE, prot, flags | (MAP_FIXED if addr else 0), fd, 0)
 
 
 class Loose:
@@ -195,7 +189,6 @@ def test_mremap_of_a_part(engine, merged, source):
     partner[:] = 0
     region.close()
     engine.dedup()
-    moved = loose.view(target)[:0]
     moved = np.frombuffer((ctypes.c_uint8 * (10 * PAGE)).from_address(target), np.uint8)
     assert np.array_equal(moved.reshape(10, PAGE), source[20:30])
     assert np.array_equal(loose.pages[:20], source[:20])
@@ -337,5 +330,4 @@ def test_true_faults_of_other_threads_still_end_the_process(guard):
         threading.Thread(target=scan, daemon=True).start()
         ctypes.string_at(8)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120, check=False)
-    assert done.returncode == -11
+    assert run_python(code, flags=()).returncode == -11

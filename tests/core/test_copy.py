@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from helpers.libc import MAP_FIXED, libc
+from helpers.memory import PAGE
+from helpers.processes import run_python
 from helpers.kernels_view import pss_bytes, pss_of
 
 import ksmcore
 from ksmcore._kernel import smaps, syscalls
 from ksmcore._testing import faults
 
-PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 
 
 @pytest.fixture
@@ -235,7 +234,7 @@ def huge_targets(engine, monkeypatch):
     def allocate_huge(*args):
         memory = allocate(*args)
         length = memory.n_pages * PAGE
-        assert libc.madvise(ctypes.c_void_p(memory.addr), ctypes.c_size_t(length), 14) == 0
+        assert libc.madvise(memory.addr, length, mmap.MADV_HUGEPAGE) == 0
         return memory
 
     monkeypatch.setattr(engine._parts.registrar, "allocate", allocate_huge)
@@ -297,7 +296,7 @@ def test_what_the_program_has_mapped_over_the_source_is_copied(engine, tmp_path,
     start = source.ctypes.data + 16 * PAGE
     with open(tmp_path / "data", "r+b") as file:
         # 3: readable and writable; 0x10: MAP_FIXED.
-        assert libc.mmap(start, 16 * PAGE, 3, flags | 0x10, file.fileno(), 0) == start
+        assert libc.mmap(start, 16 * PAGE, 3, flags | MAP_FIXED, file.fileno(), 0) == start
     copy = engine.copy(source)
     assert (copy[16:32] == ord("Z")).all()
     assert np.array_equal(copy, source)
@@ -374,14 +373,14 @@ def test_a_masked_array_is_refused(engine):
 
 def test_masked_arrays_are_told_without_their_module():
     """Its import, when a child was forked in the midst of it, would never end."""
-    script = """if True:
+    script = """
         import sys
         import numpy as np
         import ksmcore
         ksmcore.copy(ksmcore.array(np.ones(100_000)))
         sys.exit("numpy.ma" in sys.modules)
     """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    assert run_python(script, flags=()).returncode == 0
 
 
 def test_copies_beside_a_writer_hold_one_value_for_each_page(engine):

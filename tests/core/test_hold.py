@@ -8,12 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from helpers.kernels_view import store_mappings
+from helpers.memory import PAGE, extent, private_memory, random_pages
 import ksmcore
 from ksmcore._engine.passes import BATCH_PAGES
-from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps
-
-PAGE = ksmcore.Engine.page_bytes
 
 
 @pytest.fixture
@@ -21,16 +19,9 @@ def guard(each_guard):
     return each_guard
 
 
-def is_merged(array: np.ndarray) -> bool:
-    start = array.__array_interface__["data"][0]
-    return any(
-        vma.path.startswith(STORE_PATH) for vma in smaps.vmas_in(start, start + array.nbytes)
-    )
-
-
 @pytest.fixture
 def twins(engine, rng):
-    source = rng.integers(1, 256, 32 * PAGE, dtype=np.uint8)
+    source = random_pages(rng, 32)
     return source, engine.array(source), engine.array(source)
 
 
@@ -40,16 +31,16 @@ def test_nothing_in_a_held_region_is_merged(engine, twins):
         report = engine.dedup(a, b)
         assert report.pages_merged == 0
         assert report.skipped["held"] == 32
-        assert not is_merged(a)
+        assert store_mappings(*extent(a)) == []
     assert engine.dedup(a, b).pages_merged == 64
     assert np.array_equal(a, source)
 
 
 def test_a_partner_in_a_held_region_is_left_alone(engine, rng):
     """A hold is taken when the pages of its region already stand in the unstable tree."""
-    source = rng.integers(1, 256, BATCH_PAGES * PAGE, dtype=np.uint8)
+    source = random_pages(rng, BATCH_PAGES)
     arrays = [engine.array(source), engine.array(source)]
-    first, _ = sorted(arrays, key=lambda array: array.__array_interface__["data"][0])
+    first, _ = sorted(arrays, key=extent)
     held = engine.hold(first)
 
     def hold_the_first(done: int, total: int) -> None:
@@ -99,7 +90,7 @@ def test_an_exception_lets_go(engine, twins):
 
 
 def test_a_held_region_cannot_be_unregistered(engine):
-    with mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+    with private_memory(8) as buffer:
         region = engine.register(buffer)
         with region.hold():
             with pytest.raises(RuntimeError, match="held"):

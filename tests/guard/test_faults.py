@@ -2,38 +2,29 @@
 
 import errno
 import gc
-import os
 
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.kernels_view import descriptors
+from helpers.memory import PAGE, random_pages
 from ksmcore._testing import faults, hooks
 
-PAGE = ksmcore.Engine.page_bytes
 # What shuts a window; and the mmap calls made by entering a guard (for its scratch).
 SHUTS = {"mprotect": "mprotect", "userfaultfd-user": "uffd_protect", "userfaultfd": "uffd_register"}
 MMAPS_TO_ENTER = {"mprotect": 0, "userfaultfd-user": 0, "userfaultfd": 1}
 
 
-@pytest.fixture
-def guard(each_guard):
-    return each_guard
-
-
-def pages(rng: np.random.Generator, n_pages: int) -> np.ndarray:
-    return rng.integers(1, 256, n_pages * PAGE, dtype=np.uint8)
-
-
 def open_fds() -> int:
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return len(descriptors())
 
 
 def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
-    source = pages(rng, 64)
+    source = random_pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
-    engine.dedup(engine.array(pages(rng, 1)))  # the engine's own arrays exist now
+    engine.dedup(engine.array(random_pages(rng, 1)))  # the engine's own arrays exist now
     faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
     report = engine.dedup(a, b)
     assert faults.clear() < 1000
@@ -46,10 +37,10 @@ def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
 
 
 def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
-    source = pages(rng, 8)
+    source = random_pages(rng, 8)
     warm_a, warm_b = engine.array(source), engine.array(source)
     engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
-    new = pages(rng, 8)
+    new = random_pages(rng, 8)
     a, b = engine.array(new), engine.array(new)
     faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
     report = engine.dedup(a, b)
@@ -67,7 +58,7 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM, errno.EIO])
 def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
-    source = pages(rng, 64)
+    source = random_pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     faults.inject("pwrite", code)
     report = engine.dedup(a, b)
@@ -81,7 +72,7 @@ def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
 
 
 def test_a_store_that_cannot_be_made_is_counted(engine, rng):
-    source = pages(rng, 4)
+    source = random_pages(rng, 4)
     a, b = engine.array(source), engine.array(source)
     faults.inject("memfd_create", errno.EMFILE, count=100)
     report = engine.dedup(a, b)
@@ -93,7 +84,7 @@ def test_a_store_that_cannot_be_made_is_counted(engine, rng):
 
 
 def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
-    source = pages(rng, 32)
+    source = random_pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(a, b)
     faults.inject("fallocate", errno.EOPNOTSUPP, count=100)
@@ -102,7 +93,7 @@ def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
     engine.scan()
     assert faults.clear() < 100
     assert engine.stats().store_pages == 0
-    new = pages(rng, 32)
+    new = random_pages(rng, 32)
     a[:] = b[:] = new
     engine.dedup(a, b)
     assert np.array_equal(a, new)
@@ -110,7 +101,7 @@ def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
 
 
 def test_protection_that_is_refused_skips_the_window(engine, guard, rng):
-    source = pages(rng, 16)
+    source = random_pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     after = 1 if guard == "userfaultfd" else 0  # the scratch is registered first
     faults.inject(SHUTS[guard], errno.ENOMEM, after=after)
@@ -122,9 +113,9 @@ def test_protection_that_is_refused_skips_the_window(engine, guard, rng):
 
 
 def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engine, rng):
-    source = pages(rng, 16)
+    source = random_pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
-    engine.dedup(engine.array(pages(rng, 1)))
+    engine.dedup(engine.array(random_pages(rng, 1)))
     faults.inject("mmap", errno.ENOMEM, after=2, count=1)
     faults.inject("mprotect", errno.ENOMEM, after=1, count=50)
     engine.dedup(a, b)
@@ -154,7 +145,7 @@ def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
 
 
 def test_unregister_without_memory_changes_nothing(guard, rng):
-    source = pages(rng, 600)
+    source = random_pages(rng, 600)
     with ksmcore.Engine(guard=guard) as engine:
         a, b = engine.array(source), engine.array(source)
         engine.dedup(a, b)
@@ -176,7 +167,7 @@ def test_unregister_without_memory_changes_nothing(guard, rng):
 
 
 def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
-    source = pages(rng, 600)
+    source = random_pages(rng, 600)
     buffer = bytearray(source.tobytes())
     with ksmcore.Engine(guard=guard) as engine:
         b = engine.array(source)
@@ -198,7 +189,7 @@ def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
 
 
 def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
-    a = engine.array(pages(rng, 4))
+    a = engine.array(random_pages(rng, 4))
     # Of preads the census makes the first, and can do without.
     if scans := ksmcore.features()["tracking"] is None:
         faults.inject("pagemap_scan", errno.EIO)
@@ -248,7 +239,7 @@ CODES = {
 @pytest.mark.parametrize("call", sorted(CODES))
 def test_any_call_may_fail_at_any_time(call, guard, rng):
     """Each call, each errno, at its first to n-th use, through a whole life of an engine."""
-    source = pages(rng, 300)
+    source = random_pages(rng, 300)
     fds = open_fds()
     for code in CODES[call]:
         for after in (0, 1, 2, 5, 11):

@@ -10,30 +10,10 @@ import numpy as np
 import pytest
 
 import ksmcore
-from helpers.kernels_view import present_pages, pss_bytes, pss_of
-from ksmcore._engine.stats import STORE_PATH
+from helpers.kernels_view import present_pages, pss_bytes, pss_of, store_mappings
+from helpers.memory import PAGE, extent, private_memory, random_pages
 from ksmcore._kernel import smaps
 from ksmcore._testing import faults
-
-PAGE = ksmcore.Engine.page_bytes
-
-
-@pytest.fixture
-def guard(each_guard):
-    return each_guard
-
-
-def store_maps(array: np.ndarray) -> list[smaps.Vma]:
-    start = array.__array_interface__["data"][0]
-    return [
-        vma
-        for vma in smaps.vmas_in(start, start + array.nbytes)
-        if vma.path.startswith(STORE_PATH) and vma.writable
-    ]
-
-
-def random_bytes(rng: np.random.Generator, n_pages: int) -> np.ndarray:
-    return rng.integers(0, 256, n_pages * PAGE, dtype=np.uint8)
 
 
 def twins(engine: ksmcore.Engine, source: np.ndarray, n: int = 2) -> list[np.ndarray]:
@@ -42,7 +22,7 @@ def twins(engine: ksmcore.Engine, source: np.ndarray, n: int = 2) -> list[np.nda
 
 @pytest.mark.parametrize("order", ["digest", "content"])
 def test_pss_falls_by_what_bytes_saved_says(rng, order):
-    source = random_bytes(rng, (48 << 20) // PAGE)
+    source = random_pages(rng, (48 << 20) // PAGE)
     with ksmcore.Engine(order=order) as engine:
         a, b, c = twins(engine, source, 3)
         before, of_process = pss_of(a, b, c), pss_bytes()
@@ -60,7 +40,7 @@ def test_pss_falls_by_what_bytes_saved_says(rng, order):
 
 
 def test_the_store_holds_one_page_for_each_content(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 512))
+    a, b = twins(engine, random_pages(rng, 512))
     engine.dedup(a, b)
     blocks = os.fstat(engine._core.store_fd).st_blocks * 512
     assert blocks == 512 * PAGE
@@ -68,16 +48,16 @@ def test_the_store_holds_one_page_for_each_content(engine, rng):
 
 
 def test_neighbours_fuse_into_one_mapping(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 4096))
+    a, b = twins(engine, random_pages(rng, 4096))
     engine.dedup(a, b)
-    assert len(store_maps(a)) == 1
-    assert len(store_maps(b)) == 1
+    assert len(store_mappings(*extent(a))) == 1
+    assert len(store_mappings(*extent(b))) == 1
 
 
 def test_a_repeated_page_needs_far_fewer_mappings_than_pages(engine, rng):
     n_pages = (64 << 20) // PAGE
     a = engine.empty(n_pages * PAGE, np.uint8)
-    a.reshape(n_pages, PAGE)[:] = random_bytes(rng, 1)
+    a.reshape(n_pages, PAGE)[:] = random_pages(rng, 1)
     expected = a[:PAGE].copy()
     before = smaps.count_maps()
     pss = pss_of(a)
@@ -89,7 +69,7 @@ def test_a_repeated_page_needs_far_fewer_mappings_than_pages(engine, rng):
 
 
 def test_writes_never_show_through(engine, rng):
-    source = random_bytes(rng, 64)
+    source = random_pages(rng, 64)
     a, b = twins(engine, source)
     engine.dedup(a, b)
     a[::PAGE] += 1
@@ -143,10 +123,10 @@ def write_by_recv(target: memoryview, data: bytes) -> None:
     "write", [write_by_numpy, write_by_memoryview, write_by_read, write_by_pread, write_by_recv]
 )
 def test_every_way_of_writing_works_on_merged_pages(engine, rng, write):
-    source = random_bytes(rng, 64)
+    source = random_pages(rng, 64)
     a, b = twins(engine, source)
     engine.dedup(a, b)
-    new = random_bytes(rng, 32).tobytes()
+    new = random_pages(rng, 32).tobytes()
     start = 16 * PAGE + 100  # begins and ends within a page
     write(memoryview(a)[start : start + len(new)], new)
     expected = source.copy()
@@ -156,21 +136,21 @@ def test_every_way_of_writing_works_on_merged_pages(engine, rng, write):
 
 
 def test_unregister_gives_plain_memory_with_the_same_bytes(engine, rng):
-    source = random_bytes(rng, 300)
+    source = random_pages(rng, 300)
     a, b = twins(engine, source)
     engine.dedup(a, b)
     a[3 * PAGE] ^= 1
     expected = a.copy()
     engine.unregister(a)
-    assert store_maps(a) == []
+    assert store_mappings(*extent(a)) == []
     assert np.array_equal(a, expected)
     assert np.array_equal(b, source)
-    assert len(store_maps(b)) > 0
+    assert len(store_mappings(*extent(b))) > 0
 
 
 def test_memory_given_up_by_its_owner_reads_zeros_after_unregister(rng, engine):
-    source = random_bytes(rng, 32).tobytes()
-    with mmap.mmap(-1, 64 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+    source = random_pages(rng, 32).tobytes()
+    with private_memory(64) as buffer:
         buffer[:] = source + source
         engine.dedup(buffer)
         assert engine.stats().pages_sharing == 32
@@ -181,7 +161,7 @@ def test_memory_given_up_by_its_owner_reads_zeros_after_unregister(rng, engine):
 
 
 def test_a_page_that_is_written_alone_is_not_shared_any_more(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 16))
+    a, b = twins(engine, random_pages(rng, 16))
     engine.dedup(a, b)
     a[0] ^= 1
     b[0] ^= 1
@@ -192,7 +172,7 @@ def test_a_page_that_is_written_alone_is_not_shared_any_more(engine, rng):
 
 
 def test_the_last_sharer_gives_the_shared_page_back(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 128))
+    a, b = twins(engine, random_pages(rng, 128))
     engine.dedup(a, b)
     a[::PAGE] += 1
     b[::PAGE] += 2
@@ -204,7 +184,7 @@ def test_the_last_sharer_gives_the_shared_page_back(engine, rng):
 
 
 def test_a_dropped_array_gives_its_sharers_up(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 64))
+    a, b = twins(engine, random_pages(rng, 64))
     engine.dedup(a, b)
     del a
     stats = engine.stats()
@@ -214,10 +194,10 @@ def test_a_dropped_array_gives_its_sharers_up(engine, rng):
 
 
 def test_becoming_equal_again_needs_no_new_mapping(engine, rng):
-    source = random_bytes(rng, 64)
+    source = random_pages(rng, 64)
     a, b = twins(engine, source)
     engine.dedup(a, b)
-    before = [len(store_maps(array)) for array in (a, b)]
+    before = [len(store_mappings(*extent(array))) for array in (a, b)]
     a[: 32 * PAGE : PAGE] ^= 1
     engine.scan()
     a[: 32 * PAGE : PAGE] ^= 1
@@ -226,7 +206,7 @@ def test_becoming_equal_again_needs_no_new_mapping(engine, rng):
     stats = engine.stats()
     assert stats.pages_reshared == 32
     assert stats.pages_sharing == 64
-    assert [len(store_maps(array)) for array in (a, b)] == before
+    assert [len(store_mappings(*extent(array))) for array in (a, b)] == before
     assert np.array_equal(a, source)
 
 
@@ -249,7 +229,7 @@ def test_zero_pages_are_given_back_and_count(engine):
 
 
 def test_a_zero_page_over_the_store_becomes_plain(engine, rng):
-    source = random_bytes(rng, 8)
+    source = random_pages(rng, 8)
     a, b = twins(engine, source)
     engine.dedup(a, b)
     a[2 * PAGE : 4 * PAGE] = 0
@@ -262,29 +242,27 @@ def test_a_zero_page_over_the_store_becomes_plain(engine, rng):
 
 
 def test_unmerged_pages_keep_their_mapping(engine, rng):
-    a = engine.array(random_bytes(rng, 64))
-    start, end = a.ctypes.data, a.ctypes.data + a.nbytes
-    before = len(smaps.vmas_in(start, end))
+    a = engine.array(random_pages(rng, 64))
+    before = len(smaps.vmas_in(*extent(a)))
     engine.scan()
     engine.scan()
-    assert store_maps(a) == []
+    assert store_mappings(*extent(a)) == []
     # Where its writes are tracked it is cut off from its neighbours, and no more.
-    assert len(smaps.vmas_in(start, end)) == before
+    assert len(smaps.vmas_in(*extent(a))) == before
 
 
 def test_restored_memory_does_not_stay_in_pieces(engine, rng):
-    a, b = twins(engine, random_bytes(rng, 2048))
+    a, b = twins(engine, random_pages(rng, 2048))
     engine.dedup(a, b)
     engine.unregister(a)
-    start = a.__array_interface__["data"][0]
-    assert len(smaps.vmas_in(start, start + a.nbytes)) <= 2
+    assert len(smaps.vmas_in(*extent(a))) <= 2
 
 
 def test_extra_memory_while_merging_is_bounded(engine, rng):
     # Peak of the store's blocks plus private memory never exceeds the start by more than 16 MiB:
     # the kernel's high-water mark of the resident set would count shared pages twice, so the sum is
     # sampled through the progress callback, which runs between batches.
-    source = random_bytes(rng, (32 << 20) // PAGE)
+    source = random_pages(rng, (32 << 20) // PAGE)
     a, b = twins(engine, source)
     before = pss_bytes()
     peaks = []
@@ -294,12 +272,12 @@ def test_extra_memory_while_merging_is_bounded(engine, rng):
 
 
 def test_unmerge_leaves_everything_registered(engine, rng):
-    source = random_bytes(rng, 300)
+    source = random_pages(rng, 300)
     a, b = twins(engine, source)
     engine.dedup(a, b)
     before = pss_of(a, b)
     engine.unmerge()
-    assert store_maps(a) == store_maps(b) == []
+    assert store_mappings(*extent(a)) == store_mappings(*extent(b)) == []
     assert pss_of(a, b) - before > 0.9 * source.nbytes
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
@@ -338,7 +316,7 @@ def test_unmerge_while_threads_write(engine, rng):
 
 
 def test_unmerge_without_memory_leaves_the_rest_merged(engine, rng):
-    source = random_bytes(rng, 600)
+    source = random_pages(rng, 600)
     a, b = twins(engine, source)
     engine.dedup(a, b)
     faults.inject("mremap", errno.ENOMEM, after=2)

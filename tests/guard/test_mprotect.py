@@ -1,18 +1,16 @@
 """The mprotect guard: no write is lost, true faults reach their handler, nothing is left behind."""
 
 import faulthandler
-import subprocess
-import sys
-import textwrap
 import threading
 
 import numpy as np
 import pytest
 
-import ksmcore
+from helpers.memory import PAGE, random_pages
+from helpers.processes import run_python
 from ksmcore._testing import hooks
 
-PAGE = ksmcore.Engine.page_bytes
+FAULTHANDLER = ("-X", "faulthandler")
 
 
 @pytest.fixture
@@ -20,18 +18,8 @@ def guard():
     return "mprotect"
 
 
-def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_the_handler_is_there_only_while_a_pass_runs(engine, rng):
-    a = engine.array(rng.integers(0, 256, 8192 * PAGE, dtype=np.uint8))
+    a = engine.array(random_pages(rng, 8192))
     during = []
     assert not hooks.handler_installed()
     engine.scan(progress=lambda done, total: during.append(hooks.handler_installed()))
@@ -41,7 +29,7 @@ def test_the_handler_is_there_only_while_a_pass_runs(engine, rng):
 
 
 def test_it_is_removed_with_busy_threads_around(engine, rng):
-    source = rng.integers(0, 256, 256 * PAGE, dtype=np.uint8)
+    source = random_pages(rng, 256)
     a, b = engine.array(source), engine.array(source)
     stop = threading.Event()
 
@@ -66,7 +54,7 @@ def test_it_is_removed_with_busy_threads_around(engine, rng):
 def test_faulthandler_is_still_the_one_in_charge(engine, rng):
     was_enabled = faulthandler.is_enabled()
     faulthandler.enable()
-    a = engine.array(rng.integers(0, 256, 64 * PAGE, dtype=np.uint8))
+    a = engine.array(random_pages(rng, 64))
     engine.dedup(a)
     assert faulthandler.is_enabled()
     if not was_enabled:
@@ -87,7 +75,7 @@ CRASH = """
 @pytest.mark.parametrize("when", ["during", "after"])
 def test_a_true_fault_reaches_faulthandler(when):
     call = "engine.dedup(progress=crash)" if when == "during" else "engine.dedup(); crash(1, 1)"
-    done = run(textwrap.dedent(CRASH) + call, "-X", "faulthandler")
+    done = run_python(CRASH, call, flags=FAULTHANDLER)
     assert done.returncode == -11
     assert "Segmentation fault" in done.stderr
     assert "in crash" in done.stderr
@@ -96,12 +84,12 @@ def test_a_true_fault_reaches_faulthandler(when):
 @pytest.mark.parametrize("when", ["during", "after"])
 def test_a_true_fault_ends_the_process_without_a_handler(when):
     call = "engine.dedup(progress=crash)" if when == "during" else "engine.dedup(); crash(1, 1)"
-    done = run(textwrap.dedent(CRASH) + call)
+    done = run_python(CRASH, call, flags=())
     assert done.returncode == -11
 
 
 def test_a_fault_in_registered_memory_that_the_program_protected_is_a_true_one():
-    done = run(
+    done = run_python(
         """
         import ctypes, numpy as np, ksmcore
         engine = ksmcore.Engine(guard="mprotect")
@@ -115,15 +103,14 @@ def test_a_fault_in_registered_memory_that_the_program_protected_is_a_true_one()
                 a[0] = 1
         engine.dedup(progress=crash)
         """,
-        "-X",
-        "faulthandler",
+        flags=FAULTHANDLER,
     )
     assert done.returncode == -11
     assert "in crash" in done.stderr
 
 
 def test_faulthandler_enabled_in_the_middle_of_a_scan_works_in_later_scans():
-    done = run(
+    done = run_python(
         """
         import ctypes, faulthandler, numpy as np, ksmcore
         engine = ksmcore.Engine(guard="mprotect")
@@ -134,7 +121,8 @@ def test_faulthandler_enabled_in_the_middle_of_a_scan_works_in_later_scans():
             if done > 0:
                 ctypes.memset(8, 1, 1)
         engine.dedup(progress=crash)
-        """
+        """,
+        flags=(),
     )
     assert done.returncode == -11
     assert "in crash" in done.stderr
@@ -142,7 +130,7 @@ def test_faulthandler_enabled_in_the_middle_of_a_scan_works_in_later_scans():
 
 def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():
     """A C handler with SA_SIGINFO that mprotects the page and returns, as garbage collectors do."""
-    done = run(
+    done = run_python(
         """
         import ctypes, mmap, numpy as np, ksmcore
         libc = ctypes.CDLL(None, use_errno=True)
@@ -170,7 +158,8 @@ def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():
         during = len(mended)
         fault(0, 0)
         print(during > 0, len(mended) == during + 1, memory[0])
-        """
+        """,
+        flags=(),
     )
     assert done.stderr == ""
     assert done.stdout.split() == ["True", "True", "1"]

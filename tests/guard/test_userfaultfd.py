@@ -7,22 +7,24 @@ import os
 import signal
 import struct
 import threading
-import time
 
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.forks import THREADS_RUN, in_child
+from helpers.kernels_view import descriptors
+from helpers.libc import libc, why_failed
+from helpers.memory import PAGE, extent, private_memory, random_pages
+from helpers.waiting import wait_until
 from ksmcore._kernel import smaps
 from ksmcore._testing import faults, hooks
 
-PAGE = ksmcore.Engine.page_bytes
-libc = ctypes.CDLL(None, use_errno=True)
 UFFD = [g for g in ("userfaultfd", "userfaultfd-user") if ksmcore.features()[g] is None]
 
 pytestmark = [
     pytest.mark.skipif(not UFFD, reason="no userfaultfd to be had here"),
-    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings(THREADS_RUN),
 ]
 
 
@@ -47,19 +49,12 @@ _of_others = 0
 def _others():
     """The default engine, if other tests have left memory with it, has a descriptor of its own."""
     global _of_others
-    _of_others = 0
-    _of_others = len(descriptors())
+    _of_others = len(descriptors("userfaultfd"))
 
 
-def descriptors() -> list[str]:
-    """Those that tests of this module have opened."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            continue
-    return [name for name in found if "userfaultfd" in name][_of_others:]
+def n_opened() -> int:
+    """Descriptors that tests of this module have opened. (A child has none of the others.)"""
+    return max(len(descriptors("userfaultfd")) - _of_others, 0)
 
 
 # ---- which guard ----------------------------------------------------
@@ -85,7 +80,7 @@ def test_by_name_what_is_not_there_names_what_is(asked):
 
 
 def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng):
-    source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
+    source = random_pages(rng, 64)
     with ksmcore.Engine() as engine, ksmcore.Engine(guard=UFFD[0]) as strict:
         a, b = engine.array(source), engine.array(source)
         faults.inject("userfaultfd", errno.EPERM, count=len(UFFD))
@@ -100,22 +95,22 @@ def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng)
 
 
 def test_nothing_stays_behind(engine, rng):
-    source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
+    source = random_pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     during = []
 
     def look(done, total):
-        during.append((len(descriptors()), hooks.handler_installed()))
+        during.append((n_opened(), hooks.handler_installed()))
 
     before = smaps.count_maps()
     engine.scan(progress=look)
     assert set(during) == {(1, True)}  # the handler rescues the scanner's own reads
-    assert descriptors() == []
+    assert n_opened() == 0
     assert not hooks.handler_installed()
     # One more or fewer where an allocator's own mappings fused meanwhile, or it made one.
     assert smaps.count_maps() <= before + 1
     engine.dedup()
-    for vma in smaps.Snapshot().vmas_in(a.ctypes.data, a.ctypes.data + a.nbytes):
+    for vma in smaps.vmas_in(*extent(a)):
         assert not {"um", "uw"} & set(vma.flags)
     assert np.array_equal(a, b)
 
@@ -153,15 +148,14 @@ def test_a_writer_with_sigsegv_blocked_only_waits(engine):
 def test_a_region_of_many_mappings(engine, rng):
     """Pages are moved with one call per mapping at most: here each has one or two pages."""
     source = rng.integers(0, 256, (300, PAGE), dtype=np.uint8)
-    memory = mmap.mmap(-1, 300 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = private_memory(300)
     pages = np.frombuffer(memory, np.uint8).reshape(300, PAGE)
     pages[:] = source
     # Merging every other page, and unregistering, leaves plain memory in pieces.
     partner = engine.array(source[::2])
     engine.dedup(memory, partner)
     engine.unregister(memory)
-    start = pages.ctypes.data
-    assert len(smaps.vmas_in(start, start + pages.nbytes)) > 100
+    assert len(smaps.vmas_in(*extent(pages))) > 100
     twin = engine.array(source)
     report = engine.dedup(memory, twin)
     assert report.pages_merged >= 300
@@ -174,7 +168,7 @@ def test_a_region_of_many_mappings(engine, rng):
 
 
 def test_huge_pages(engine):
-    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = private_memory((16 << 20) // PAGE)
     memory.madvise(mmap.MADV_HUGEPAGE)
     pages = np.frombuffer(memory, np.uint8).reshape(-1, PAGE)
     pages[:] = np.arange(len(pages), dtype=np.uint16).view(np.uint8).reshape(-1, 2)[:, :1] + 1
@@ -228,9 +222,7 @@ def test_a_registration_that_fails_halfway_leaves_nothing_registered(engine, rng
 
     def look(done, total):
         for array in (a, b):
-            for vma in smaps.Snapshot().vmas_in(
-                array.ctypes.data, array.ctypes.data + array.nbytes
-            ):
+            for vma in smaps.vmas_in(*extent(array)):
                 during.append({"um", "uw"} & set(vma.flags))
 
     faults.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
@@ -278,7 +270,7 @@ def test_a_window_that_stays_shut_is_an_internal_error_and_heals(guard, rng):
         assert np.array_equal(array, zero)
         array[:] = 5
         assert (array == 5).all()
-    assert descriptors() == []
+    assert n_opened() == 0
 
 
 def test_a_program_that_closes_all_descriptors(guard, rng):
@@ -288,10 +280,8 @@ def test_a_program_that_closes_all_descriptors(guard, rng):
         a, b = engine.array(source), engine.array(source)
 
         def close(done, total):
-            for fd in os.listdir("/proc/self/fd"):
-                name = f"/proc/self/fd/{fd}"
-                if os.path.islink(name) and "userfaultfd" in os.readlink(name):
-                    os.close(int(fd))
+            for fd in descriptors("userfaultfd"):
+                os.close(fd)
 
         report = engine.dedup(progress=close)
         assert report.skipped["refused"] > 0
@@ -336,20 +326,17 @@ def test_a_fork_in_the_middle_of_a_pass(engine, rng):
     a, b = engine.array(source), engine.array(source)
     statuses = []
 
+    def live():
+        own = engine.array(source[:200])
+        other = engine.array(source[:200])
+        assert engine.dedup(own, other).pages_merged == 400
+        own += 1
+        assert np.array_equal(own, source[:200] + 1)
+        assert np.array_equal(a, source)
+        assert n_opened() == 0
+
     def fork(done, total):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                own = engine.array(source[:200])
-                other = engine.array(source[:200])
-                merged = engine.dedup(own, other).pages_merged
-                own += 1
-                right = np.array_equal(own, source[:200] + 1) and np.array_equal(a, source)
-                status = 0 if right and merged == 400 and descriptors() == [] else 2
-            finally:
-                os._exit(status)
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        statuses.append(in_child(live))
 
     assert engine.dedup(progress=fork).pages_merged == 18000
     assert len(statuses) > 2
@@ -365,12 +352,12 @@ def pin(addr: int, len_bytes: int) -> int:
     """Pin memory as a registered buffer of an io_uring; closing the descriptor lets it go."""
     ring = libc.syscall(IO_URING_SETUP, 4, ctypes.create_string_buffer(120))
     if ring < 0:
-        pytest.skip(f"no io_uring here: {os.strerror(ctypes.get_errno())}")
+        pytest.skip(why_failed("io_uring_setup"))
     vector = struct.pack("PN", addr, len_bytes)
     rc = libc.syscall(IO_URING_REGISTER, ring, REGISTER_BUFFERS, ctypes.c_char_p(vector), 1)
     if rc < 0:
         os.close(ring)
-        pytest.skip(f"io_uring pins nothing here: {os.strerror(ctypes.get_errno())}")
+        pytest.skip(why_failed("io_uring_register"))
     return ring
 
 
@@ -392,9 +379,9 @@ def test_pinned_pages_are_left_alone(full, rng):
     assert np.array_equal(b, source)
     os.close(ring)
     full._core.check()
-    deadline = time.monotonic() + 60
-    full.dedup(a, b)
-    while full.stats().pages_sharing != 300 and time.monotonic() < deadline:
-        time.sleep(0.005)  # the kernel lets go a moment later
+
+    def all_are_merged():
         full.dedup(a, b)
-    assert full.stats().pages_sharing == 300
+        return full.stats().pages_sharing == 300
+
+    wait_until(all_are_merged)  # the kernel lets go a moment later

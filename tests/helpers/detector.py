@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import ksmcore
+from helpers.memory import PAGE, private_memory
 
-PAGE = ksmcore.Engine.page_bytes
 WORDS = PAGE // 8
 LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
 # The long form lasts this much longer. Either then goes on until its numbers are reached, which may
@@ -59,7 +59,7 @@ def at_least(n_long: int, n_short: int) -> int:
 
 def private_pages(n_pages: int) -> tuple[mmap.mmap, np.ndarray]:
     """Plain private memory, and its words page by page."""
-    memory = mmap.mmap(-1, n_pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = private_memory(n_pages)
     return memory, np.frombuffer(memory, np.uint64).reshape(n_pages, WORDS)
 
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 import ksmcore
+from helpers.memory import PAGE, random_pages
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PAGE = ksmcore.Engine.page_bytes
 # What Python warns of, from 3.12 on, when a process with threads forks: just what is tested.
 THREADS_RUN = "ignore:.*fork:DeprecationWarning"
 # A child that hangs is ended by a signal, and its exit status is -14. None is near it otherwise.
@@ -147,11 +147,6 @@ def _pause() -> None:
     os.write(1, b".")
     if os.read(0, 1) != b"g":
         raise EOFError("the parent is gone")
-
-
-def random_pages(seed: int, n_pages: int) -> np.ndarray:
-    """Pages without a zero page and without two equal ones; others for each seed."""
-    return np.random.default_rng(seed).integers(1, 256, n_pages * PAGE, dtype=np.uint8)
 
 
 class Memory:

@@ -4,6 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+# Where a program finds `helpers`.
+TESTS = Path(__file__).resolve().parents[1]
+STRICT = ("-X", "dev", "-W", "error")
 
 # Threads allocate while the program forks, and each child finds the arena whole. Called with the
 # threads, what ends them, and how many forks.
@@ -32,12 +38,24 @@ FORK_OFTEN = """
 """
 
 
-def run_python(*parts, **env):
-    """Run a program, of these parts, to its end, warnings as errors, and catch what it writes."""
+def run_python(
+    *parts: str,
+    flags: Sequence[str] = STRICT,
+    arguments: Sequence[str | os.PathLike] = (),
+    prefix: Sequence[str] = (),
+    cwd: str | None = None,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program, of these parts, to its end, and catch what it writes. It may import `helpers`.
+
+    `prefix` is a command that runs it; what else is given by name is added to the environment.
+    """
     code = "\n".join(map(textwrap.dedent, parts))
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS)]
     return subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code],
-        env=os.environ | env,
+        [*prefix, sys.executable, *flags, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,

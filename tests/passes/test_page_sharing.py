@@ -1,28 +1,24 @@
 """max_page_sharing: never more pages on one shared page than were asked for, and none left over."""
 
-import mmap
-
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.kernels_view import store_mappings
+from helpers.memory import PAGE, extent
 from ksmcore import Settings
-from ksmcore._kernel import smaps
-
-PAGE = mmap.PAGESIZE
 
 
 def most_on_one_slot(engine, arrays):
     """Asked of the kernel: how often the page of the store that is mapped most often is mapped."""
     counts = {}
     for array in arrays:
-        end = array.ctypes.data + array.nbytes
-        for vma in smaps.Snapshot().vmas_in(array.ctypes.data, end):
-            if vma.path.startswith("/memfd:ksmcore-store"):
-                start, stop = max(vma.start, array.ctypes.data), min(vma.end, end)
-                first = (vma.offset + start - vma.start) // PAGE
-                for slot in range(first, first + (stop - start) // PAGE):
-                    counts[slot] = counts.get(slot, 0) + 1
+        start, end = extent(array)
+        for vma in store_mappings(start, end):
+            first, stop = max(vma.start, start), min(vma.end, end)
+            slot = (vma.offset + first - vma.start) // PAGE
+            for used in range(slot, slot + (stop - first) // PAGE):
+                counts[used] = counts.get(used, 0) + 1
     assert sum(counts.values()) == engine.stats().pages_sharing + engine.stats().pages_shared
     return max(counts.values(), default=0)
 

@@ -8,18 +8,25 @@ import os
 
 import numpy as np
 import pytest
+from ksmcore._pass.quiet import watch_from
 
 import ksmcore
-from ksmcore._kernel import forks, smaps
-from ksmcore._testing import faults, pagemap
-from ksmcore._testing.hooks import watch_from
+from helpers.kernels_view import descriptors, store_bytes
+from helpers.libc import libc
+from helpers.memory import PAGE, extent, private_memory, random_pages
+from ksmcore._kernel import forks, pagemap, smaps
+from ksmcore._testing import faults
 
-PAGE = mmap.PAGESIZE
 N = 600
 
 pytestmark = pytest.mark.skipif(
     ksmcore.features()["tracking"] is not None, reason="this kernel tracks no writes"
 )
+
+
+def random_words(rng):
+    """N different pages, as words."""
+    return random_pages(rng, N).view(np.int64).reshape(N, -1)
 
 
 def unwritten(array):
@@ -37,7 +44,7 @@ def hashed_by(engine, scan=None):
 @pytest.fixture
 def quiet(engine, rng):
     """An array of N different pages, all of them quiet."""
-    array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+    array = engine.array(random_words(rng))
     for _ in range(3):
         engine.scan()
     stats = engine.stats()
@@ -69,9 +76,9 @@ def test_a_pass_costs_what_was_written(engine, quiet, rng, n_written):
 
 
 def test_a_pass_that_merges_costs_what_was_written(engine, rng):
-    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    content = random_words(rng)
     a, b = engine.array(content), engine.array(content)
-    alone = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+    alone = engine.array(random_words(rng))
     for _ in range(4):
         engine.scan()
     assert engine.stats().pages_quiet == N
@@ -102,7 +109,6 @@ def test_every_way_of_writing_is_seen(engine, quiet, tmp_path, how):
         class Iovec(ctypes.Structure):
             _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
-        libc = ctypes.CDLL(None, use_errno=True)
         here = Iovec(quiet[20].ctypes.data, PAGE)
         there = Iovec(quiet[10].ctypes.data, PAGE)
         wrote = libc.process_vm_writev(
@@ -193,21 +199,11 @@ def test_windows_that_fail(engine, quiet, call, after):
     engine._core.check()
 
 
-def in_store(array):
-    """Pages of an array that lie over the store: asked of the kernel."""
-    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
-    return sum(
-        (min(vma.end, end) - max(vma.start, start)) // PAGE
-        for vma in smaps.Snapshot().vmas_in(start, end)
-        if vma.path.startswith("/memfd:ksmcore-store")
-    )
-
-
 def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, rng):
-    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    content = random_words(rng)
     a, b = engine.array(content), engine.array(content)
     engine.dedup()
-    assert in_store(a) == in_store(b) == N
+    assert store_bytes(*extent(a)) == store_bytes(*extent(b)) == N * PAGE
     a[100:200, 0] = np.arange(100)
     a[300, 0] = 1
     content[100:200, 0] = np.arange(100)
@@ -215,7 +211,7 @@ def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, 
     for _ in range(3):
         engine.scan()
     # Found changed, found unchanged, found unchanged once more.
-    assert in_store(a) == N - 101
+    assert store_bytes(*extent(a)) == (N - 101) * PAGE
     for _ in range(3):
         engine.scan()
     assert np.array_equal(a, content)
@@ -225,12 +221,12 @@ def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, 
     a[300] = b[300]
     for _ in range(2):
         engine.scan()
-    assert in_store(a) == N - 99
+    assert store_bytes(*extent(a)) == (N - 99) * PAGE
     engine._core.check()
 
 
 def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
-    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    content = random_words(rng)
     a, b = engine.array(content), engine.array(content)
     engine.dedup()
     engine.configure(map_budget=10)
@@ -238,7 +234,7 @@ def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
     skipped = engine.stats().pages_skipped
     for _ in range(6):
         engine.scan()
-    assert in_store(a) > N - 20
+    assert store_bytes(*extent(a)) > (N - 20) * PAGE
     assert engine.stats().pages_skipped == skipped  # nothing could have been saved
     assert engine.stats().pages_unshared == N // 2
     assert np.array_equal(a[1::2], b[1::2])
@@ -249,8 +245,7 @@ def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
 
 
 def test_memory_given_up_by_the_program(engine, quiet):
-    libc = ctypes.CDLL(None)
-    assert libc.madvise(ctypes.c_void_p(quiet.ctypes.data), ctypes.c_size_t(10 * PAGE), 4) == 0
+    assert libc.madvise(quiet.ctypes.data, 10 * PAGE, mmap.MADV_DONTNEED) == 0
     engine.scan()
     assert engine.stats().pages_unshared == N - 10
     assert not quiet[:10].any()
@@ -262,10 +257,8 @@ def test_memory_given_up_by_the_program(engine, quiet):
 
 
 def test_all_descriptors_closed(engine, quiet):
-    for name in os.listdir("/proc/self/fd"):
-        path = f"/proc/self/fd/{name}"
-        if os.path.islink(path) and "userfaultfd" in os.readlink(path):
-            os.close(int(name))
+    for fd in descriptors("userfaultfd"):
+        os.close(fd)
     assert unwritten(quiet) == 0  # the kernel has let go of all of it
     quiet[1] = quiet[2]
     assert hashed_by(engine) == N
@@ -300,16 +293,12 @@ def test_a_forked_child_is_not_watched(engine, quiet):
 
 
 def test_nothing_stays_behind(rng):
-    buffer = mmap.mmap(-1, N * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    array = np.frombuffer(buffer, np.int64)
+    array = np.frombuffer(private_memory(N), np.int64)
     array[:] = rng.integers(0, 2**63, array.size, dtype=np.int64)
     inner = array[2 * PAGE // 8 : -2 * PAGE // 8]
 
     def flags():
-        end = array.ctypes.data + array.nbytes
-        return {
-            flag for vma in smaps.Snapshot().vmas_in(array.ctypes.data, end) for flag in vma.flags
-        }
+        return {flag for vma in smaps.vmas_in(*extent(array)) for flag in vma.flags}
 
     with ksmcore.Engine() as engine:
         region = engine.register(inner)
@@ -338,7 +327,7 @@ def test_what_is_registered_can_be_asked_about(engine, quiet):
 
 
 def test_unmerged_memory_is_watched_again(engine, rng):
-    content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+    content = random_words(rng)
     a = engine.array(content)
     for _ in range(3):
         engine.scan()
@@ -358,7 +347,7 @@ def test_unmerged_memory_is_watched_again(engine, rng):
 
 def test_checksum_on_request(rng):
     with ksmcore.Engine(dirty="checksum") as engine:
-        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(5)] == [N] * 5
         assert engine.stats().dirty == "checksum"
         assert engine.stats().pages_quiet == unwritten(array) == 0
@@ -366,7 +355,7 @@ def test_checksum_on_request(rng):
 
 def test_content_order_has_checksums(rng):
     with ksmcore.Engine(order="content") as engine:
-        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(5)] == [N] * 5
         assert engine.stats().dirty == "checksum"
         assert unwritten(array) == 0
@@ -381,7 +370,7 @@ def test_where_it_is_not_to_be_had(rng):
     faults.inject("tracker", errno.EPERM)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
-        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(4)] == [N] * 4
         assert unwritten(array) == 0
 
@@ -390,7 +379,7 @@ def test_a_kernel_without_pagemap_scan(rng):
     faults.inject("pagemap_scan", errno.ENOTTY)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
-        content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
+        content = random_words(rng)
         a, b = engine.array(content), engine.array(content)
         engine.dedup()
         assert engine.stats().pages_sharing == N
@@ -407,7 +396,7 @@ def test_a_kernel_without_pagemap_scan(rng):
 def test_watching_that_fails(rng, call, after):
     """Each call of the pass that first protects pages."""
     with ksmcore.Engine() as engine:
-        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        array = engine.array(random_words(rng))
         engine.scan()
         engine.scan()
         faults.inject(call, errno.EPERM, after=after)
@@ -426,7 +415,7 @@ def test_watching_that_fails(rng, call, after):
 def test_small_regions_are_not_watched(engine, rng):
     before = watch_from(N + 1)
     try:
-        array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
+        array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(4)] == [N] * 4
         assert unwritten(array) == engine.stats().pages_quiet == 0
     finally:
@@ -435,14 +424,14 @@ def test_small_regions_are_not_watched(engine, rng):
 
 def test_close_gives_the_descriptor_back(rng):
     """At once, whoever still knows the engine."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     engine = ksmcore.Engine(dirty="pagemap")
-    opened = len(os.listdir("/proc/self/fd")) - before
-    array = engine.empty((300, mmap.PAGESIZE), np.uint8)
-    array[:] = rng.integers(0, 256, array.shape, dtype=np.uint8)
+    opened = len(descriptors()) - before
+    array = engine.empty(300 * PAGE, np.uint8)
+    array[:] = random_pages(rng, 300)
     for _ in range(3):
         engine.scan()
     assert engine.stats().pages_quiet == 300
-    assert len(os.listdir("/proc/self/fd")) == before + opened + 1
+    assert len(descriptors()) == before + opened + 1
     engine.close()
-    assert len(os.listdir("/proc/self/fd")) == before + opened
+    assert len(descriptors()) == before + opened

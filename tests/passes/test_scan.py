@@ -3,21 +3,16 @@
 import mmap
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._testing import faults, pagemap
-
-PAGE = ksmcore.Engine.page_bytes
-
-
-def pages(rng: np.random.Generator, n_pages: int) -> np.ndarray:
-    return rng.integers(1, 256, n_pages * PAGE, dtype=np.uint8)
+from helpers.memory import PAGE, private_memory, random_pages
+from helpers.processes import run_python
+from ksmcore._kernel import pagemap
+from ksmcore._testing import faults
 
 
 def tracked(engine: ksmcore.Engine) -> tuple[int, int, int, int]:
@@ -26,7 +21,7 @@ def tracked(engine: ksmcore.Engine) -> tuple[int, int, int, int]:
 
 
 def test_nothing_new_is_merged_before_the_second_pass(engine, rng):
-    source = pages(rng, 32)
+    source = random_pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     assert engine.scan().pages_merged == 0
     assert tracked(engine) == (0, 0, 0, 64)
@@ -36,7 +31,7 @@ def test_nothing_new_is_merged_before_the_second_pass(engine, rng):
 
 
 def test_a_newcomer_joins_a_shared_page_in_its_first_pass(engine, rng):
-    source = pages(rng, 32)
+    source = random_pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(a, b)
     c = engine.array(source)
@@ -46,7 +41,7 @@ def test_a_newcomer_joins_a_shared_page_in_its_first_pass(engine, rng):
 
 
 def test_dedup_does_not_wait(engine, rng):
-    source = pages(rng, 32)
+    source = random_pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     report = engine.dedup(a, b)
     assert report.pages_merged == 64
@@ -55,7 +50,7 @@ def test_dedup_does_not_wait(engine, rng):
 
 
 def test_volatile_pages_wait_until_they_hold_still(engine, rng):
-    source = pages(rng, 16)
+    source = random_pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     for change in range(1, 4):
         a[::PAGE] = b[::PAGE] = change
@@ -66,7 +61,7 @@ def test_volatile_pages_wait_until_they_hold_still(engine, rng):
 
 
 def test_unique_pages_are_unshared(engine, rng):
-    a = engine.array(pages(rng, 100))
+    a = engine.array(random_pages(rng, 100))
     engine.scan()
     engine.scan()
     assert tracked(engine) == (0, 0, 100, 0)
@@ -74,7 +69,7 @@ def test_unique_pages_are_unshared(engine, rng):
 
 
 def test_a_broken_share_is_noticed_and_waits(engine, rng):
-    source = pages(rng, 8)
+    source = random_pages(rng, 8)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(a, b)
     a[0] ^= 0xFF
@@ -110,8 +105,8 @@ def test_the_kernels_zero_page_is_no_memory_to_save(engine):
 
 
 def test_pages_that_went_away_are_forgotten(engine, rng):
-    with mmap.mmap(-1, 32 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
-        buffer[:] = pages(rng, 32).tobytes()
+    with private_memory(32) as buffer:
+        buffer[:] = random_pages(rng, 32).tobytes()
         with engine.register(buffer):
             engine.scan()
             engine.scan()
@@ -134,9 +129,9 @@ def test_the_rules_hold_with_zero_pages_off(rng):
 
 
 def test_a_region_can_go_in_the_middle_of_a_pass(engine, rng):
-    source = pages(rng, 8192)
+    source = random_pages(rng, 8192)
     a, b = engine.array(source), engine.array(source)
-    extra = mmap.mmap(-1, 8192 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    extra = private_memory(8192)
     extra[:] = source.tobytes()
     region = engine.register(extra)
     calls = []
@@ -157,7 +152,7 @@ def test_a_region_can_go_in_the_middle_of_a_pass(engine, rng):
 
 
 def test_regions_come_and_go_while_another_thread_scans(engine, rng):
-    source = pages(rng, 64)
+    source = random_pages(rng, 64)
     stop = threading.Event()
     failures: list[BaseException] = []
 
@@ -188,7 +183,7 @@ def test_regions_come_and_go_while_another_thread_scans(engine, rng):
 
 
 def test_ctrl_c_ends_a_pass_between_batches(engine, rng):
-    source = pages(rng, 16384)
+    source = random_pages(rng, 16384)
     a, b = engine.array(source), engine.array(source)
 
     def interrupt(done: int, total: int) -> None:
@@ -215,7 +210,7 @@ def test_without_pagemap_residency_and_bytes_serve(rng):
     faults.inject("open", 13)
     with ksmcore.Engine() as engine:
         assert engine.stats().presence == "mincore"
-        source = pages(rng, 64)
+        source = random_pages(rng, 64)
         a, b = engine.array(source), engine.array(source)
         untouched = engine.empty(64 * PAGE, np.uint8)
         engine.scan()
@@ -231,7 +226,7 @@ def test_without_pagemap_residency_and_bytes_serve(rng):
 
 
 def test_two_engines_share_nothing(rng):
-    source = pages(rng, 16)
+    source = random_pages(rng, 16)
     with ksmcore.Engine() as one, ksmcore.Engine() as two:
         a, b = one.array(source), two.array(source)
         one.dedup()
@@ -243,7 +238,7 @@ def test_two_engines_share_nothing(rng):
 @pytest.mark.parametrize("order", ["digest", "content"])
 @pytest.mark.parametrize("checksum", ["jhash", "mmh3"])
 def test_a_random_mixture_merges_completely(rng, order, checksum):
-    contents = pages(rng, 40).reshape(40, PAGE)
+    contents = random_pages(rng, 40).reshape(40, PAGE)
     which = rng.integers(0, 40, 1000)
     with ksmcore.Engine(order=order, checksum=checksum) as engine:
         a = engine.array(contents[which])
@@ -260,7 +255,7 @@ def test_a_random_mixture_merges_completely(rng, order, checksum):
 
 
 def test_the_unstable_tree_outlives_256_passes(engine, rng):
-    source = pages(rng, 4)
+    source = random_pages(rng, 4)
     a = engine.array(source)
     for _ in range(260):
         engine.scan()
@@ -276,8 +271,8 @@ def test_the_unstable_tree_outlives_256_passes(engine, rng):
 def test_a_page_may_join_a_shared_page_whose_sharers_all_left(engine, rng, immediate):
     """One page becomes equal to a shared page while, further on in the same pass, the last
     sharers of that turn out to be broken."""
-    a = engine.array(pages(rng, 64)).reshape(64, PAGE)
-    content = pages(rng, 1)
+    a = engine.array(random_pages(rng, 64)).reshape(64, PAGE)
+    content = random_pages(rng, 1)
     a[10] = a[11] = content
     engine.dedup()
     a[0] = content
@@ -298,13 +293,13 @@ def test_a_page_may_join_a_shared_page_whose_sharers_all_left(engine, rng, immed
 
 
 def test_a_buffer_given_twice_is_looked_at_once(engine, rng):
-    a = engine.array(pages(rng, 64))
+    a = engine.array(random_pages(rng, 64))
     report = engine.dedup(a, a, a[: 32 * PAGE])
     assert report.pages_scanned == 64
 
 
 def test_a_pass_within_a_pass_is_refused(engine, rng):
-    a = engine.array(pages(rng, 8))
+    a = engine.array(random_pages(rng, 8))
     for call in (engine.scan, engine.dedup, engine.close):
         with pytest.raises(RuntimeError, match="in the middle of a pass"):
             engine.scan(progress=lambda done, total, call=call: call())
@@ -373,9 +368,7 @@ for fd, name in zip(mine, names):
     with open(name, "rb") as file:
         assert file.read() == b"mine" * 100_000
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_python(code, flags=())
     assert done.stderr == ""
     assert int(done.stdout) > 0
 

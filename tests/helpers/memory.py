@@ -1,0 +1,27 @@
+"""Memory to merge, and the bytes in it."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+PAGE = mmap.PAGESIZE
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+def private_memory(n_pages: int) -> mmap.mmap:
+    """Plain private anonymous memory, n pages of zeros: what any engine takes."""
+    return mmap.mmap(-1, n_pages * PAGE, flags=PRIVATE)
+
+
+def random_pages(seed: int | np.random.Generator, n_pages: int) -> np.ndarray:
+    """Pages without a zero page and without two equal ones; others for each seed, and each time
+    from a generator."""
+    return np.random.default_rng(seed).integers(1, 256, n_pages * PAGE, dtype=np.uint8)
+
+
+def extent(array: np.ndarray) -> tuple[int, int]:
+    """The addresses [start, end) of an array."""
+    start = array.__array_interface__["data"][0]
+    return start, start + array.nbytes
