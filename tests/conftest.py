@@ -14,7 +14,7 @@ import pytest
 import ksmcore
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard as guards
-from ksmcore._kernel import smaps, syscalls
+from ksmcore._kernel import procfs, syscalls
 from ksmcore._pass import quiet
 
 SEED = 20090331
@@ -45,7 +45,7 @@ def pytest_report_header():
         f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, "
         f"NumPy {np.__version__}",
         f"kernel {platform.release()} ({platform.machine()}), page {mmap.PAGESIZE} bytes, "
-        f"vm.max_map_count {smaps.max_map_count()}, uid {os.getuid()}",
+        f"vm.max_map_count {procfs.max_map_count()}, uid {os.getuid()}",
         f"features: {features}",
     ]
 

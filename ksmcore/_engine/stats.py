@@ -1,6 +1,6 @@
 """What an engine reports: frozen snapshots, each with a one-line repr.
 
-Called by the engine and by users. Holds numbers only; `memory_info` asks the kernel for its own.
+Holds numbers only; `memory_info` asks the kernel for its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line: `python -m ksmcore` and the script `ksmcore` (extra `cli`).
 
-Called by the interpreter. Calls click, which reads the arguments, and then the program to be run,
-where there is one: nothing of click may be between that and the interpreter.
+click reads the arguments; then the program is run, where there is one: nothing of click may be
+between that and the interpreter.
 """
 
 from __future__ import annotations

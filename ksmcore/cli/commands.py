@@ -1,7 +1,7 @@
 """The commands of `ksmcore`, their options and help; the work is done elsewhere.
 
-Called by `ksmcore.cli.main`. The commands that run a program only say how: it is run when click is
-done, so that nothing of click is between the program and the interpreter.
+The commands that run a program only say how: it is run when click is done, so that nothing of click
+is between the program and the interpreter.
 """
 
 from __future__ import annotations
@@ -136,9 +136,6 @@ def cli() -> None:
     help="Rest of the scanner between two batches, in milliseconds (default 20).",
 )
 @threshold
-@click.option(
-    "--live", is_flag=True, help="Show the numbers at the foot of the terminal meanwhile."
-)
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -149,7 +146,6 @@ def run(
     no_scan: bool,
     interval: int | None,
     threshold: int,
-    live: bool,
     quiet: bool,
 ) -> Runner:
     """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
@@ -178,7 +174,6 @@ def run(
         threshold_bytes=threshold,
         scans=not no_scan,
         interval_ms=interval,
-        live=live,
         quiet=quiet,
         report=report,
         json=json,
@@ -229,7 +224,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Names, levels and facts keep their meaning while "schema" is 1; more may be added.
     """
     from ksmcore.cli.checkup import show
-    from ksmcore.doctor.diagnosis import examine
+    from ksmcore.doctor import examine
 
     diagnosis = examine()
     if as_json:

@@ -1,7 +1,7 @@
 """What the command line itself says beside a program: on stderr, and into files.
 
-Called by `run` and `estimate`. The program may have closed stderr, or put something else there; it
-may have changed its directory. So both are looked up before it begins.
+The program may have closed stderr, or put something else there; it may have changed its directory.
+So both are looked up before it begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A process's numbers as a picture for a terminal, drawn with rich.
 
-Called by `ksmcore live` and `ksmcore run --live`. Takes the snapshots of `figures.Source`, or what
-`kernel_view` finds out about a process that serves none.
+It takes the snapshots of `figures.Source`, or what `kernel_view` finds out about a process that
+serves none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ksmcore._kernel.smaps import sum_smaps
+from ksmcore._kernel import procfs, smaps
 from ksmcore.sizes import human_bytes
 
 __all__ = ["kernel_view", "picture"]
@@ -185,7 +185,7 @@ def kernel_view(pid: int, proc: Path = Path("/proc")) -> dict[str, Any]:
     try:
         raw = (here / "cmdline").read_bytes()
         name = (here / "comm").read_text(errors="replace").strip()
-        if _fields(here / "status").get("State", "").startswith(("Z", "X")):
+        if procfs.words(here / "status").get("State", "").startswith(("Z", "X")):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {pid}") from None
@@ -205,30 +205,22 @@ def _memory_of(here: Path) -> tuple[dict[str, int | None], list[tuple[str, str]]
     memory: dict[str, int | None]
     notes = []
     try:
-        with open(here / "smaps_rollup", encoding="utf-8", errors="replace") as lines:
-            totals = sum_smaps(lines)
+        totals = smaps.smaps_rollup(here)
         memory = {"pss": totals["Pss"], "rss": totals["Rss"], "swap": totals.get("Swap")}
-    except (OSError, ValueError, KeyError) as error:
-        status = _fields(here / "status")
-        memory = {"pss": None, "rss": _kib(status, "VmRSS"), "swap": _kib(status, "VmSwap")}
+    except (OSError, KeyError) as error:
+        status = procfs.words(here / "status")
+        memory = {
+            "pss": None,
+            "rss": procfs.size_bytes(status.get("VmRSS")),
+            "swap": procfs.size_bytes(status.get("VmSwap")),
+        }
         if memory["rss"] is None:
             return memory, []
         if isinstance(error, PermissionError):
             notes.append(("PSS", "not shown: this process is another's"))
     with contextlib.suppress(OSError):
-        n_maps = (here / "maps").read_bytes().count(b"\n")
-        notes.append(("Mappings", f"{n_maps:,}"))
-    with contextlib.suppress(OSError):
-        merging = (here / "ksm_merging_pages").read_text().strip()
-        notes.append(("Kernel's KSM", f"{merging} pages merged"))
+        notes.append(("Mappings", f"{smaps.count_maps(here):,}"))
+    merging = procfs.number(here / "ksm_merging_pages")
+    if merging is not None:
+        notes.append(("Kernel's KSM", f"{merging:,} pages merged"))
     return memory, notes
-
-
-def _fields(path: Path) -> dict[str, str]:
-    lines = path.read_text(errors="replace").splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _kib(fields: Mapping[str, str], name: str) -> int | None:
-    words = fields.get(name, "").split()
-    return int(words[0]) * 1024 if words and words[0].isdigit() else None

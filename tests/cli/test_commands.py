@@ -14,8 +14,8 @@ import pytest
 from helpers.cli import KSMCORE, ksmcore, python, write
 from ksmcore import __version__
 from ksmcore.cli.checkup import show
-from ksmcore.doctor.checks import Check, map_limit
-from ksmcore.doctor.diagnosis import Diagnosis
+from ksmcore.doctor import Check, Diagnosis
+from ksmcore.doctor.checks import map_limit
 
 COMMANDS = ("run", "doctor", "estimate", "live", "demo")
 
