@@ -84,7 +84,7 @@ def html_report(
         f'<section aria-labelledby="s{number}"><h2 id="s{number}">{name}</h2>{text}</section>\n'
         for number, (name, text) in enumerate(sections)
     )
-    return (
+    page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -94,6 +94,8 @@ def html_report(
         f"<footer>ksmcore {metadata.version('ksmcore')} keeps memory pages with identical bytes "
         "once, copy-on-write, inside one process.</footer>\n</main></body></html>\n"
     )
+    # An argument of the command may be a file's name, and that no text: it is written out.
+    return page.encode(errors="backslashreplace").decode()
 
 
 def _head(

@@ -1,5 +1,6 @@
 """Numbers that one process shows another: the server, its directory, and `ksmcore live`."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -260,6 +262,66 @@ def test_sockets_of_the_dead_are_cleared(server):
     assert alive.exists()
     assert other.exists()
     again.stop()
+
+
+def test_sockets_of_the_living_stay_whatever_their_numbers(server):
+    """A container that shares the directory has numbers of its own."""
+    directory = server.path.parent
+    living = socket.socket(socket.AF_UNIX)
+    with living:
+        living.bind(str(directory / "4194999.sock"))
+        living.listen()
+        dead = directory / "4194998.0a0a0a0a.sock"
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(str(dead))
+        again = serving.Server(dict)
+        assert (directory / "4194999.sock").exists()
+        assert not dead.exists()
+        # Its own number, too.
+        assert again.path != server.path
+        assert again.path.name.split(".")[0] == str(os.getpid())
+        again.stop()
+        living.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            living.accept()  # nobody was bothered
+    assert serving.ask(os.getpid()) == {"number": 7}
+
+
+UNSHARED = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def can_unshare():
+    return subprocess.run([*UNSHARED, "true"], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def container(tmp_path):
+    """A run in a PID namespace of its own; gives its number outside."""
+    command = [*UNSHARED, sys.executable, *KSMCORE, "run", "--quiet", "program.py"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            ready(process)
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            yield int(child)
+        finally:
+            process.kill()
+
+
+def test_processes_in_other_pid_namespaces_are_found_and_left_alone(tmp_path):
+    """Inside they have other numbers, and several can have the same."""
+    if shutil.which("unshare") is None or not can_unshare():
+        pytest.skip("no PID namespace can be made here")
+    write(tmp_path, f"import sys{WAITING.replace(chr(10) + '    ', chr(10))}")
+    write(tmp_path, "", "nothing.py")
+    with container(tmp_path) as first, container(tmp_path) as second:
+        assert len(sockets(tmp_path)) == 2
+        assert ksmcore("run", "--quiet", "nothing.py", cwd=tmp_path).returncode == 0
+        assert len(sockets(tmp_path)) == 2
+        assert serving.ask(first)["pid"] == serving.ask(second)["pid"] == 1
+        assert serving.ask(first)["seconds"] > serving.ask(second)["seconds"]
+        assert "Scanner" in ksmcore("live", "--once", second).stdout
 
 
 def test_another_process_behind_a_socket_is_not_believed(server):
