@@ -7,7 +7,9 @@ is between the program and the interpreter.
 from __future__ import annotations
 
 import functools
+import io
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,6 +88,13 @@ def _accompanying(make: Callable[[], Companion], program: Program) -> Runner:
     except (ImportError, TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     return functools.partial(companion.accompany, program)
+
+
+def _print_anything() -> None:
+    """What stdout has no letters for is written out: values of variables, other processes' texts.
+    Not for commands that run a program, whose stdout it is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 threshold = click.option(
@@ -226,6 +235,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from ksmcore.cli.checkup import show
     from ksmcore.doctor import examine
 
+    _print_anything()
     diagnosis = examine()
     if as_json:
         click.echo(json.dumps(diagnosis.as_dict(), indent=1))
@@ -254,6 +264,7 @@ def live(pid: int, once: bool, interval: float) -> None:
     from ksmcore.cli.live import follow
     from ksmcore.cli.serving import NotAnsweringError
 
+    _print_anything()
     try:
         follow(pid, interval, once=once)
     except (ProcessLookupError, NotAnsweringError) as error:

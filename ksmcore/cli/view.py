@@ -7,9 +7,8 @@ serves none.
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from ksmcore.sizes import human_bytes
 __all__ = ["kernel_view", "picture"]
 
 BAR_CELLS = 20
-MARKS, ASCII_MARKS = ("█", "·"), ("#", ".")
-# Parts of a region's bar: (number, style), in this order.
+# Of a bar's parts, in their order, and of what is missing to the whole. There may be no colour.
+MARKS, ASCII_MARKS = "█▓▒░·", "#=-~."
+# Parts of a region's bar: number, name, style.
 PARTS = (
-    ("pages_merged", "green"),
-    ("ksm_zero_pages", "cyan"),
-    ("pages_unshared", "blue"),
-    ("pages_volatile", "yellow"),
+    ("pages_merged", "merged", "green"),
+    ("ksm_zero_pages", "zero", "cyan"),
+    ("pages_unshared", "unshared", "blue"),
+    ("pages_volatile", "volatile", "yellow"),
 )
 
 
@@ -38,10 +38,10 @@ def picture(
 ) -> RenderableType:
     """All of it; with few regions it is about ten lines high. `ascii_only`: for terminals that have
     no other letters."""
-    draw = functools.partial(_bar, marks=ASCII_MARKS if ascii_only else MARKS)
+    marks = ASCII_MARKS if ascii_only else MARKS
     overflow: OverflowMethod = "crop" if ascii_only else "ellipsis"
     rows = Table.grid(padding=(0, 2))
-    named = _memory_rows(figures, draw) + _engine_rows(figures)
+    named = _memory_rows(figures, marks) + _engine_rows(figures)
     # On a narrow terminal the values are cut off, not their names.
     rows.add_column(
         style="bold", overflow=overflow, no_wrap=True, min_width=max(len(name) for name, _ in named)
@@ -53,7 +53,7 @@ def picture(
     parts: list[RenderableType] = [_title(figures, overflow), rows]
     regions = figures.get("regions", [])
     if max_regions > 0 and regions:
-        parts.append(_regions(regions[:max_regions], figures, draw, overflow))
+        parts.append(_regions(regions[:max_regions], figures, marks, overflow))
     return Group(*parts)
 
 
@@ -66,9 +66,7 @@ def _title(figures: Mapping[str, Any], overflow: OverflowMethod) -> Text:
     return title.append(f"  {command}", style="not bold")
 
 
-def _memory_rows(
-    figures: Mapping[str, Any], draw: Callable[..., Text]
-) -> list[tuple[str, RenderableType]]:
+def _memory_rows(figures: Mapping[str, Any], marks: str) -> list[tuple[str, RenderableType]]:
     memory = figures["memory"]
     text = "  ".join(
         f"{label} {human_bytes(memory[name])}"
@@ -81,7 +79,7 @@ def _memory_rows(
         saved, peak = figures["bytes_saved"], figures["peak_bytes_saved"]
         stats = figures["stats"]
         tracked = (stats["pages_tracked"] + stats["ksm_zero_pages"]) * stats["page_bytes"]
-        bar = draw([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
+        bar = _bar([(saved, "green")], max(tracked, 1), marks)
         bar.append(
             f"  {human_bytes(saved)} of {human_bytes(tracked)} "
             f"({saved / max(tracked, 1):.0%}), peak {human_bytes(peak)}"
@@ -129,7 +127,7 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
 def _regions(
     regions: list[Mapping[str, Any]],
     figures: Mapping[str, Any],
-    draw: Callable[..., Text],
+    marks: str,
     overflow: OverflowMethod,
 ) -> RenderableType:
     page_bytes = figures["stats"]["page_bytes"]
@@ -137,14 +135,15 @@ def _regions(
     for _ in range(3):
         table.add_column(overflow=overflow, no_wrap=True)
     n_all = figures["stats"]["regions"]
-    table.add_row(
-        Text(f"Regions {n_all:,}", style="bold"), "size", "merged, zero, unshared, volatile"
-    )
+    legend = Text()
+    for mark, (_, name, style) in zip(marks, PARTS, strict=False):
+        legend.append(f"{mark} {name}  ", style=style)
+    table.add_row(Text(f"Regions {n_all:,}", style="bold"), "size", legend)
     for region in regions:
         n_pages = max(region["pages"], 1)
-        bar = draw([(region[name], style) for name, style in PARTS], n_pages)
+        bar = _bar([(region[number], style) for number, _, style in PARTS], n_pages, marks)
         merged = region["pages_merged"] + region["ksm_zero_pages"]
-        tracked = sum(region[name] for name, _ in PARTS)
+        tracked = sum(region[number] for number, _, _ in PARTS)
         bar.append(
             f"  {merged / max(tracked, 1):.0%} of {human_bytes(tracked * page_bytes)} "
             "merged or zero"
@@ -153,17 +152,16 @@ def _regions(
     return table
 
 
-def _bar(parts: list[tuple[float, str]], whole: float, marks: tuple[str, str]) -> Text:
-    """So much of a bar in each colour; what is missing to the whole stays empty."""
-    full, empty = marks
+def _bar(parts: list[tuple[float, str]], whole: float, marks: str) -> Text:
+    """So much of a bar with each mark and style; what is missing to the whole stays empty."""
     bar = Text(no_wrap=True)
     reached, drawn = 0.0, 0
-    for amount, style in parts:
+    for mark, (amount, style) in zip(marks, parts, strict=False):
         reached += max(amount, 0)
         n_cells = min(round(reached / whole * BAR_CELLS), BAR_CELLS) - drawn
-        bar.append(full * n_cells, style=style)
+        bar.append(mark * n_cells, style=style)
         drawn += n_cells
-    return bar.append(empty * (BAR_CELLS - drawn), style="bright_black")
+    return bar.append(marks[-1] * (BAR_CELLS - drawn), style="bright_black")
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -145,6 +146,35 @@ def test_terminals_without_other_letters():
     Console(file=written, width=60).print(view.picture(figures, ascii_only=True))
     written.flush()
     assert b"####" in written.buffer.getvalue()
+
+
+@pytest.mark.parametrize(("ascii_only", "marks"), [(False, "█▓▒░·"), (True, "#=-~.")])
+def test_bars_can_be_read_without_colour(ascii_only, marks):
+    page = library.Engine.page_bytes
+    with library.Engine() as engine:
+        array = engine.empty((40, page), np.uint8)
+        # Of 20 cells: 10 of equal pages, 5 of zeros, 4 of which no two are equal, 1 never touched.
+        array[:20] = 1
+        array[20:30] = 1
+        array[20:30] = 0
+        array[30:38] = np.arange(8)[:, None] + 2
+        engine.dedup()
+        engine.scan()
+        figures = Source(engine, ["python"], 65536).snapshot()
+    written = io.StringIO()
+    Console(file=written, width=100, color_system=None).print(
+        view.picture(figures, ascii_only=ascii_only)
+    )
+    lines = written.getvalue().splitlines()
+    merged, zero, unshared, volatile, empty = marks
+    (region,) = [line for line in lines if line.startswith("0x")]
+    assert merged * 10 + zero * 5 + unshared * 4 + empty in region
+    (legend,) = [line for line in lines if line.startswith("Regions")]
+    assert f"{merged} merged  {zero} zero  {unshared} unshared  {volatile} volatile" in legend
+    # 29 of 38 pages are saved: no full bar.
+    (saved,) = [line for line in lines if line.startswith("Saved")]
+    assert f" {merged * 15}{empty * 5} " in saved
+    assert "(76%)" in saved
 
 
 @pytest.mark.parametrize("runtime", ["missing", "relative"])
