@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from ksmcore._kernel import smaps
 from ksmcore.sizes import human_bytes
@@ -17,10 +16,33 @@ from ksmcore.sizes import human_bytes
 __all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Stats", "memory_info"]
 
 
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise TypeError("a snapshot cannot be changed: make a dict of it first")
+
+
+class FrozenCounts(dict[str, Any]):
+    """Counts by name that stay what they are; a dict, so that json, pickle and copies of
+    dataclasses know what to do with them."""
+
+    __slots__ = ()
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenCounts], tuple[dict[str, Any]]]:
+        return type(self), (dict(self),)
+
+
 class _Numbers:
     """What the frozen snapshots share."""
 
     __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name in self._own_names():
+            value = getattr(self, name)
+            if isinstance(value, Mapping) and not isinstance(value, FrozenCounts):
+                object.__setattr__(self, name, FrozenCounts(value))
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, and the derived numbers, as plain Python values (ready for json)."""
@@ -30,10 +52,14 @@ class _Numbers:
         }
 
     @classmethod
-    def _names(cls) -> list[str]:
+    def _own_names(cls) -> Iterable[str]:
         own: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        return own
+
+    @classmethod
+    def _names(cls) -> list[str]:
         derived = [name for name, value in vars(cls).items() if isinstance(value, property)]
-        return [*own, *derived]
+        return [*cls._own_names(), *derived]
 
 
 @dataclass(frozen=True, repr=False)
@@ -297,4 +323,4 @@ def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
 
 
 def frozen_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
-    return MappingProxyType(dict(counts))
+    return FrozenCounts(counts)
