@@ -10,7 +10,7 @@ import pytest
 
 import ksmcore
 from bench import corpora, measure
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs
 
 
 def _line_of(path: str, otherwise: str = "not there") -> str:
@@ -37,7 +37,7 @@ def pytest_report_header() -> list[str]:
     return [
         f"machine: {_processor()}, {os.cpu_count()} processors, {memory:.1f} GiB, load {load}",
         f"kernel: {platform.release()}, pages of {corpora.PAGE} bytes, "
-        f"max_map_count {smaps.max_map_count()}",
+        f"max_map_count {procfs.max_map_count()}",
         f"huge pages: enabled {_line_of(f'{huge}/enabled')}, defrag {_line_of(f'{huge}/defrag')}, "
         f"memory files {_line_of(f'{huge}/shmem_enabled')}",
         f"ksmcore {ksmcore.__version__}: {settings}; kernel features missing: "

@@ -9,6 +9,8 @@
 Equal pages are found, kept once, mapped copy-on-write, and the rest goes back to the operating
 system. Writes keep working and never show through. The functions of this module use a default
 engine; `Engine` makes further ones, which share nothing with each other.
+
+PYTEST_DONT_REWRITE (there is nothing to rewrite; it would warn where this is imported before it)
 """
 
 from ksmcore._platform import require_linux

@@ -1,4 +1,4 @@
-"""Numbers, of bytes and of other things, as people write and read them. Calls nothing."""
+"""Numbers, of bytes and of other things, as people write and read them."""
 
 from __future__ import annotations
 

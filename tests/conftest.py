@@ -14,7 +14,7 @@ import pytest
 import ksmcore
 from helpers.memory import private_memory
 from ksmcore._engine.settings import GUARDS
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs
 from ksmcore._testing import faults, hooks
 
 SEED = 20090331
@@ -45,7 +45,7 @@ def pytest_report_header():
         f"ksmcore {ksmcore.__version__}, Python {platform.python_version()}, "
         f"NumPy {np.__version__}",
         f"kernel {platform.release()} ({platform.machine()}), page {mmap.PAGESIZE} bytes, "
-        f"vm.max_map_count {smaps.max_map_count()}, uid {os.getuid()}",
+        f"vm.max_map_count {procfs.max_map_count()}, uid {os.getuid()}",
         f"features: {features}",
     ]
 

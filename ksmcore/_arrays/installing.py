@@ -15,8 +15,6 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
-import numpy as np
-
 from ksmcore._arrays import allocator, arena
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Estimates: how much merging some memory would save at most.
 
-Called by the engine, which holds the memory meanwhile. Calls _estimate, which looks at the pages.
+The caller holds the memory meanwhile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What of the kernel can be used here and now, and the choice of a guard among it.
 
-Called by users (`ksmcore.features`) and by the engine. Asks _sys and _guard, which try things out.
+Nothing is known beforehand: each is tried out.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """History: what an engine's passes left behind, one after the other, for pictures over time.
 
-Called by the passes, which hold the pass lock when they add to it; read by users and by what draws.
+Who adds to it holds the pass lock; anybody may read.
 
 What is kept of them:
 1. The first sample and the latest are always there.
 2. Where nothing changed only the two ends are: idle passes move the second one.
-3. No three samples lie within one gap of time. The gap is 0 until the history is full, and then
-   such that about half of the samples go, from the whole time and not from its beginning.
+3. Of the others one in each stride of passes. The stride is 1, and doubles whenever the history is
+   full: every second sample goes then, over the whole time and not from its beginning.
 """
 
 from __future__ import annotations
@@ -56,18 +56,22 @@ class History(Sequence[Sample]):
     def __init__(self, most_samples: int = MOST_SAMPLES) -> None:
         self._samples: list[Sample] = []
         self._most = most_samples
-        self._gap_seconds = 0.0
+        self._stride = 1
+        self._n_added = 0
 
     def add(self, new: Sample) -> None:
         """The latest sample. One caller at a time; readers may go on meanwhile."""
-        _put(self._samples, new, self._gap_seconds)
-        if len(self._samples) > self._most:
-            span = new.seconds - self._samples[0].seconds
-            self._gap_seconds = 4 * span / self._most
-            thinned: list[Sample] = []
-            for one in self._samples:
-                _put(thinned, one, self._gap_seconds)
-            self._samples = thinned
+        samples = self._samples
+        # The sample before this one was only kept as the latest, unless a stride ended with it.
+        in_stride = (self._n_added - 1) % self._stride
+        self._n_added += 1
+        if len(samples) > 1 and (in_stride or _rests(samples, new)):
+            samples[-1] = new
+            return
+        samples.append(new)
+        if len(samples) > self._most:
+            self._samples = [*samples[:-1:2], new]
+            self._stride *= 2
 
     def as_dict(self) -> dict[str, list[float]]:
         """Name -> the values of all samples, ready for json."""
@@ -92,10 +96,7 @@ class History(Sequence[Sample]):
         return f"<ksmcore.History: {len(samples)} samples{span}>"
 
 
-def _put(samples: list[Sample], new: Sample, gap_seconds: float) -> None:
-    if len(samples) > 1:
-        before, last = samples[-2:]
-        if new.seconds - before.seconds <= gap_seconds or before[1:] == last[1:] == new[1:]:
-            samples[-1] = new
-            return
-    samples.append(new)
+def _rests(samples: Sequence[Sample], new: Sample) -> bool:
+    """Has nothing changed since the last sample but one?"""
+    before, last = samples[-2:]
+    return before[1:] == last[1:] == new[1:]

@@ -1,6 +1,6 @@
 """How much the background scanner does at once, and how long it rests in between.
 
-Called by the scanner. Pure arithmetic over times and pages: it neither sleeps nor reads a clock.
+Pure arithmetic over times and pages: it neither sleeps nor reads a clock.
 
 Two ways, by the settings:
 

@@ -1,6 +1,6 @@
 """How far a pass is, shown to a person or told to a callback.
 
-Called by the engine. A callback gets (pages done, pages in all), first with 0 and last with all.
+A callback gets (pages done, pages in all), first with 0 and last with all.
 """
 
 from __future__ import annotations

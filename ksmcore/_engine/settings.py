@@ -1,6 +1,6 @@
 """Settings of an engine: their names, defaults, allowed values, and the texts for wrong ones.
 
-Called by the engine. A `Settings` object is valid as a whole or does not come into being.
+A `Settings` object is valid as a whole or does not come into being.
 """
 
 from __future__ import annotations

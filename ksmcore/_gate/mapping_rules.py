@@ -1,7 +1,6 @@
 """The rules for mappings: what must be true of memory so that its pages can be merged.
 
-Called by the gate. Pure functions of what smaps says, so that rare flags can be tried with
-invented text.
+Pure functions of what smaps says, so that rare flags can be tried with invented text.
 """
 
 from __future__ import annotations

@@ -1,19 +1,105 @@
-"""Headroom: how much more memory this process can get before the kernel begins to kill.
+"""The small files of the kernel: lines "Name: 12 kB", single values, and the limits on memory.
 
-Called by registration, before merged pages are given memory of their own again. Reads the kernel's
-files only; what cannot be read does not limit.
+Holds no state between calls. Everything is read as bytes: a process that has gone into a chroot
+finds no codec of the standard library any more, and has to be able to unmerge all the same.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_bytes"]
+__all__ = [
+    "available_bytes",
+    "control_groups",
+    "fields",
+    "locked_bytes",
+    "max_map_count",
+    "number",
+    "size_bytes",
+    "sizes",
+    "text_of",
+    "words",
+]
 
+# The kernel's own default, for sandboxes that hide the sysctl.
+DEFAULT_MAX_MAP_COUNT = 65_530
 # Left free for everybody else: unmerging must not be what brings the machine down.
 RESERVE_BYTES = 16 << 20
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> str:
+    """All text of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return os.fsdecode(file.read())
+
+
+def text_of(path: str | Path) -> str:
+    """All text of a file, without the white space around it; "" for what cannot be read."""
+    try:
+        return read(path).strip()
+    except OSError:
+        return ""
+
+
+def number(path: str | Path) -> int | None:
+    """The one number that a file holds; None for a word, and for what cannot be read."""
+    text = text_of(path)
+    return int(text) if text.isdecimal() else None
+
+
+def fields(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name, value) of the lines "Name: value"; others are passed over."""
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            yield name.strip(), value.strip()
+
+
+def words(path: str | Path) -> dict[str, str]:
+    """Name -> value of a file of such lines; nothing of one that cannot be read."""
+    return dict(fields(text_of(path).split("\n")))
+
+
+def size_bytes(value: str | None) -> int | None:
+    """Bytes of a value such as "132 kB"; None for anything else."""
+    amount, _, unit = (value or "").strip().partition(" ")
+    return int(amount) << 10 if unit == "kB" and amount.isdecimal() else None
+
+
+def sizes(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of the lines "Name: 12 kB"; others are passed over."""
+    for name, value in fields(lines):
+        n_bytes = size_bytes(value)
+        if n_bytes is not None:
+            yield name, n_bytes
+
+
+# ---- this process --------------------------------------------------------------------------------
+
+
+def max_map_count() -> int:
+    """How many mappings the kernel lets a process have; its default where the sysctl is hidden."""
+    found = number("/proc/sys/vm/max_map_count")
+    return DEFAULT_MAX_MAP_COUNT if found is None else found
+
+
+def locked_bytes() -> int | None:
+    """Bytes of this process under mlock(2) or mlockall(2); None if the kernel does not say.
+
+    Raises:
+        OSError: status cannot be opened or read.
+    """
+    return dict(sizes(read("/proc/self/status").split("\n"))).get("VmLck")
+
+
+# ---- headroom: how much more memory there is before the kernel begins to kill --------------------
 
 
 def available_bytes(
@@ -23,9 +109,9 @@ def available_bytes(
 ) -> int:
     """Bytes that can be allocated now, on the machine and under every control group's limit.
 
-    Less a small reserve; at least 0.
+    Less a small reserve; at least 0. What cannot be read does not limit.
     """
-    limits = [_group_room(group) for group in _groups(membership, cgroups)]
+    limits = [_group_room(group) for group in control_groups(membership, cgroups)]
     limits.append(_machine_room(meminfo))
     known = [room for room in limits if room is not None]
     return max(min(known, default=1 << 62) - RESERVE_BYTES, 0)
@@ -33,21 +119,16 @@ def available_bytes(
 
 def _machine_room(meminfo: Path) -> int | None:
     """MemAvailable, and free swap: pages may go there."""
-    fields = {}
-    for line in _read(meminfo).splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if len(words) == 2 and words[0].isdigit():
-            fields[name] = int(words[0]) * 1024
-    if "MemAvailable" not in fields:
+    there = dict(sizes(text_of(meminfo).split("\n")))
+    if "MemAvailable" not in there:
         return None
-    return fields["MemAvailable"] + fields.get("SwapFree", 0)
+    return there["MemAvailable"] + there.get("SwapFree", 0)
 
 
-def _groups(membership: Path, cgroups: Path) -> list[Path]:
+def control_groups(membership: Path, cgroups: Path) -> list[Path]:
     """The directories of this process's control groups that limit memory, parents included."""
     found = []
-    for line in _read(membership).splitlines():
+    for line in text_of(membership).split("\n"):
         hierarchy, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
         if hierarchy == "0":
@@ -68,15 +149,14 @@ def _group_room(group: Path) -> int | None:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, usage = _read(group / limit_name).strip(), _read(group / usage_name).strip()
-        if limit.isdigit() and usage.isdigit():
-            stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-            return int(limit) - int(usage) + int(stat.get(cache_name, 0))
+        limit, usage = number(group / limit_name), number(group / usage_name)
+        if limit is not None and usage is not None:
+            return limit - usage + _cache_bytes(group / "memory.stat", cache_name)
     return None
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
+def _cache_bytes(stat: Path, name: str) -> int:
+    for line in text_of(stat).split("\n"):
+        if line.startswith(f"{name} "):
+            return int(line[len(name) :])
+    return 0

@@ -1,6 +1,6 @@
 """Savings over time: the points to draw, ticks with units, and a chart as inline SVG.
 
-Called by the report and by plotting. Needs nothing but the samples.
+Needs nothing but the samples.
 """
 
 from __future__ import annotations

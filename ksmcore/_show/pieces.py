@@ -1,8 +1,7 @@
 """Pieces of HTML: sizes, bars, legends, page maps, a chart, and a table of numbers.
 
-Called by notebook and report. Styles are inline, so that a piece stands alone; text has the colour
-of its surroundings, light or dark. Whatever comes from outside is escaped. Nothing is loaded and
-nothing is run.
+Styles are inline, so that a piece stands alone; text has the colour of its surroundings, light or
+dark. Whatever comes from outside is escaped. Nothing is loaded and nothing is run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pictures with matplotlib (extra `plot`): page maps, and savings over time.
 
-Called by `ksmcore.plot`, which imports this when it is first needed. Draws on figures of its own
-and leaves matplotlib's global state alone.
+Imported when it is first needed. Draws on figures of its own and leaves matplotlib's global state
+alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The HTML report: one page about one engine, for people who were not there.
 
-Called by users and by the command line. Everything is in the page itself: no scripts, nothing to
-load. It is put together from the pieces of `html`; the look is `report_style`.
+Everything is in the page itself: no scripts, nothing to load. It is put together from `pieces`; the
+look is `report_style`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ksmcore._engine.counters import COST, NOW, NUMBERS, SKIPPED, STAGES, WORK, 
 from ksmcore._engine.features import features
 from ksmcore._engine.page_state import PageState
 from ksmcore._engine.stats import MemoryInfo
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs
 from ksmcore._show.charts import savings_points
 from ksmcore._show.page_maps import LOOKS, MIXED_NOTE, PageMap, engine_maps
 from ksmcore._show.pieces import (
@@ -82,7 +82,7 @@ def html_report(
         f'<section aria-labelledby="s{number}"><h2 id="s{number}">{name}</h2>{text}</section>\n'
         for number, (name, text) in enumerate(sections)
     )
-    return (
+    page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -92,6 +92,8 @@ def html_report(
         f"<footer>ksmcore {metadata.version('ksmcore')} keeps memory pages with identical bytes "
         "once, copy-on-write, inside one process.</footer>\n</main></body></html>\n"
     )
+    # An argument of the command may be a file's name, and that no text: it is written out.
+    return page.encode(errors="backslashreplace").decode()
 
 
 def _head(
@@ -218,7 +220,7 @@ def _environment(stats: Stats) -> dict[str, Any]:
     found = {
         "kernel": f"{platform.system()} {platform.release()}",
         "processor": f"{platform.machine()}, {len(os.sched_getaffinity(0))} usable",
-        "vm.max_map_count": smaps.max_map_count(),
+        "vm.max_map_count": procfs.max_map_count(),
         "guard": stats.guard,
         "written pages told by": stats.dirty,
         "present pages told by": stats.presence,

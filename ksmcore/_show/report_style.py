@@ -1,6 +1,6 @@
 """The look of the HTML report: one style sheet, for phones, screens and paper, light and dark.
 
-Called by report. Every colour of text has a contrast of at least 4.5 to what is behind it.
+Every colour of text has a contrast of at least 4.5 to what is behind it.
 """
 
 __all__ = ["STYLE"]

@@ -1,15 +1,21 @@
 """The command line: `python -m ksmcore` and the script `ksmcore` (extra `cli`).
 
-Called by the interpreter. Calls click, which reads the arguments, and then the program to be run,
-where there is one: nothing of click may be between that and the interpreter.
+click reads the arguments; then the program is run, where there is one: nothing of click may be
+between that and the interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
+from typing import NoReturn
 
 __all__ = ["main"]
+
+# As sysexits.h has it; 1 and 2 have a meaning of their own for `ksmcore doctor`.
+OUTPUT_FAILED = os.EX_IOERR
 
 
 def main() -> None:
@@ -26,12 +32,30 @@ def main() -> None:
 
     try:
         found = cli.main(prog_name="ksmcore", standalone_mode=False)
-        if isinstance(found, int):
-            sys.exit(found)
+        if not callable(found) and sys.stdout is not None:
+            sys.stdout.flush()  # while there is somebody to tell that it fails
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         sys.exit(error.exit_code)
+    except OSError as error:
+        # What cannot be written has no other file's name, and nobody's words but the kernel's.
+        if error.filename is not None or error.strerror != os.strerror(error.errno or 0):
+            raise
+        _give_up_output(error)
+    if isinstance(found, int):
+        sys.exit(found)
     if found is not None:
         found()
+
+
+def _give_up_output(error: OSError) -> NoReturn:
+    """Say that nothing more can be written, and end."""
+    with contextlib.suppress(OSError):
+        print(f"ksmcore: the output cannot be written: {error.strerror}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        # The interpreter would try again at its exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(OUTPUT_FAILED)

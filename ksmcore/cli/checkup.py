@@ -7,8 +7,7 @@ import textwrap
 
 import click
 
-from ksmcore.doctor.checks import Check, Level
-from ksmcore.doctor.diagnosis import Diagnosis
+from ksmcore.doctor import Check, Diagnosis, Level
 
 __all__ = ["show"]
 

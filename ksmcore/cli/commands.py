@@ -1,13 +1,15 @@
 """The commands of `ksmcore`, their options and help; the work is done elsewhere.
 
-Called by `ksmcore.cli.main`. The commands that run a program only say how: it is run when click is
-done, so that nothing of click is between the program and the interpreter.
+The commands that run a program only say how: it is run when click is done, so that nothing of click
+is between the program and the interpreter.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,6 +90,13 @@ def _accompanying(make: Callable[[], Companion], program: Program) -> Runner:
     return functools.partial(companion.accompany, program)
 
 
+def _print_anything() -> None:
+    """What stdout has no letters for is written out: values of variables, other processes' texts.
+    Not for commands that run a program, whose stdout it is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 threshold = click.option(
     "--threshold",
     type=Size(),
@@ -136,9 +145,6 @@ def cli() -> None:
     help="Rest of the scanner between two batches, in milliseconds (default 20).",
 )
 @threshold
-@click.option(
-    "--live", is_flag=True, help="Show the numbers at the foot of the terminal meanwhile."
-)
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -149,7 +155,6 @@ def run(
     no_scan: bool,
     interval: int | None,
     threshold: int,
-    live: bool,
     quiet: bool,
 ) -> Runner:
     """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
@@ -178,7 +183,6 @@ def run(
         threshold_bytes=threshold,
         scans=not no_scan,
         interval_ms=interval,
-        live=live,
         quiet=quiet,
         report=report,
         json=json,
@@ -229,8 +233,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Names, levels and facts keep their meaning while "schema" is 1; more may be added.
     """
     from ksmcore.cli.checkup import show
-    from ksmcore.doctor.diagnosis import examine
+    from ksmcore.doctor import examine
 
+    _print_anything()
     diagnosis = examine()
     if as_json:
         click.echo(json.dumps(diagnosis.as_dict(), indent=1))
@@ -259,6 +264,7 @@ def live(pid: int, once: bool, interval: float) -> None:
     from ksmcore.cli.live import follow
     from ksmcore.cli.serving import NotAnsweringError
 
+    _print_anything()
     try:
         follow(pid, interval, once=once)
     except (ProcessLookupError, NotAnsweringError) as error:

@@ -9,8 +9,6 @@ Two pieces of ordinary numerical work fill some hundred megabytes:
 
 Then equal pages are merged. Every array is checked against a digest taken before, written to, and
 checked again: a write to one array must never be seen in another.
-
-Called by `ksmcore demo`.
 """
 
 from __future__ import annotations

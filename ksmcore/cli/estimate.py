@@ -1,7 +1,7 @@
 """`ksmcore estimate`: a program with its arrays looked at while it runs, and nothing merged.
 
-Called by the commands. The allocator is there, so that arrays lie as they would under `ksmcore
-run`, and no scanner; a thread counts equal pages now and then.
+The allocator is there, so that arrays lie as they would under `ksmcore run`, and no scanner; a
+thread counts equal pages now and then.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The numbers of a process that runs under `ksmcore run`, as plain data and as a summary.
-
-Called by `run`, by the server that `ksmcore live` asks, and by the view of a process itself.
-"""
+"""The numbers of a process that runs under `ksmcore run`, as plain data and as a summary."""
 
 from __future__ import annotations
 

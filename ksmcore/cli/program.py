@@ -1,9 +1,9 @@
 """The user's program, run as Python itself would run it.
 
-Called by `run` and `estimate`. The program becomes the module `__main__` of this process, with its
-own arguments and path; how it ends is left to the interpreter, which then prints the traceback,
-ends by the right status, and runs the exit handlers as ever. Only the frames that lie above the
-program are taken off its traceback first.
+The program becomes the module `__main__` of this process, with its own arguments and path; how it
+ends is left to the interpreter, which then prints the traceback, ends by the right status, and runs
+the exit handlers as ever. Only the frames that lie above the program are taken off its traceback
+first.
 """
 
 from __future__ import annotations

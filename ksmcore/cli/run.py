@@ -1,8 +1,8 @@
 """`ksmcore run`: a program with its arrays merged while it runs.
 
-Called by the commands. The allocator and the scanner of the default engine run beside the program;
-when it ends its numbers are taken, while its arrays still live, and told at the exit of the
-interpreter, after all that the program has to say.
+The allocator and the scanner of the default engine run beside the program; when it ends its numbers
+are taken, while its arrays still live, and told at the exit of the interpreter, after all that the
+program has to say.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import ksmcore
 from ksmcore.cli.background import no_signals
@@ -21,12 +20,7 @@ from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.cli.serving import Server
 
-if TYPE_CHECKING:
-    from ksmcore.cli.live import Footer
-
 __all__ = ["RunOptions", "Session"]
-
-FOOTER_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,13 @@ class RunOptions:
     threshold_bytes: int
     scans: bool = True
     interval_ms: int | None = None
-    live: bool = False
     quiet: bool = False
     report: OutputFile | None = None
     json: OutputFile | None = None
 
 
 class Session(Companion):
-    """The allocator, the scanner and the views, and the reports at the end."""
+    """The allocator, the scanner and the server, and the reports at the end."""
 
     def __init__(self, program: Program, options: RunOptions) -> None:
         """Raises ValueError for what the engine refuses, an option or a setting of the environment,
@@ -59,7 +52,6 @@ class Session(Companion):
         self._engine = ksmcore.default_engine()
         self._source = Source(self._engine, self._command, options.threshold_bytes)
         self._server: Server | None = None
-        self._footer: Footer | None = None
         ksmcore.install_allocator(threshold_bytes=options.threshold_bytes)
         with no_signals():
             self._start()
@@ -74,21 +66,8 @@ class Session(Companion):
         except OSError as error:
             if not self._options.quiet:
                 self.messages.say(f"ksmcore: `ksmcore live` will not see this process: {error}")
-        if self._options.live:
-            self._start_footer()
-
-    def _start_footer(self) -> None:
-        from ksmcore.cli.live import Footer
-
-        why_not = Footer.why_not()
-        if why_not is None:
-            self._footer = Footer(self._source.snapshot, FOOTER_SECONDS)
-        else:
-            self.messages.say(f"ksmcore: no live view: {why_not}")
 
     def leave(self) -> None:
-        if self._footer is not None:
-            self._footer.stop()
         if self._server is not None:
             self._server.stop()
 

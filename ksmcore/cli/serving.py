@@ -1,14 +1,17 @@
 """One process tells its numbers to another: snapshots as JSON over a Unix socket.
 
 `ksmcore run` has a server for its own process; `ksmcore live` is the client. The sockets lie in a
-directory of the user's own, `PID.sock` each. Whoever connects is sent one JSON document: the user,
-or root, who has to take it for another's words.
+directory of the user's own, `PID.sock` each, by the number that the process has in its own PID
+namespace: containers that share the directory can have several of one number, and the others are
+`PID.XXXXXXXX.sock`. Whoever connects is sent one JSON document: the user, or root, who has to take
+it for another's words.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,9 +21,11 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ksmcore._kernel import procfs
 
 __all__ = ["NotAnsweringError", "Server", "ask"]
 
@@ -62,13 +67,17 @@ def _places_of(pid: int, uid: int) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _user_of(pid: int) -> int | None:
-    """The effective user of a process; None if there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc", str(pid), "status").read_text(errors="replace").splitlines():
-            if line.startswith("Uid:"):
-                return int(line.split()[2])
-    return None
+def _candidates(pid: int) -> Iterator[tuple[Path, int]]:
+    """What may be the socket of a process, and the user who must have put it there."""
+    status = procfs.words(Path("/proc", str(pid), "status"))
+    if "Uid" not in status:
+        return
+    uid = int(status["Uid"].split()[1])  # the effective one
+    own_pid = status.get("NSpid", str(pid)).split()[-1]
+    for directory in _places_of(pid, uid):
+        yield directory / f"{own_pid}.sock", uid
+        for path in sorted(directory.glob(f"{own_pid}.*.sock")):
+            yield path, uid
 
 
 def check_own(directory: Path, uid: int | None = None) -> None:
@@ -98,11 +107,42 @@ def _made_directory() -> Path:
     raise failed or FileNotFoundError("no directory for sockets")
 
 
+def _is_dead(path: Path) -> bool:
+    """Has no process this socket (any more)? The number in its name would not tell: it is one of
+    the PID namespace that the process lives in."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            # A living one is of another type, which is another error; its process notices nothing.
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def _clear(directory: Path) -> None:
     """Remove the sockets of processes that were killed before they could."""
+    own = str(os.getpid())
     for path in directory.glob("*.sock"):
-        if path.stem.isdigit() and not Path("/proc", path.stem).exists():
+        pid = path.name.split(".")[0]
+        if not pid.isdecimal() or (pid != own and Path("/proc", pid).exists()):
+            continue
+        if _is_dead(path):
             path.unlink(missing_ok=True)
+
+
+def _bind(server: socket.socket, directory: Path) -> Path:
+    """Give a socket its name. Raises OSError."""
+    path = directory / f"{os.getpid()}.sock"
+    try:
+        server.bind(str(path))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        path = path.with_suffix(f".{os.urandom(4).hex()}.sock")
+        server.bind(str(path))
+    return path
 
 
 # ---- the server ----------------------------------------------------------------------------------
@@ -120,11 +160,9 @@ class Server:
         self._pid = os.getpid()
         directory = _made_directory()
         _clear(directory)
-        self.path = directory / f"{self._pid}.sock"
-        self.path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            self._socket.bind(str(self.path))
+            self.path = _bind(self._socket, directory)
             self._socket.listen(8)
         except OSError:
             self._socket.close()
@@ -184,11 +222,9 @@ def ask(pid: int) -> dict[str, Any] | None:
     Raises:
         NotAnsweringError: it does, and does not answer now.
     """
-    uid = _user_of(pid)
-    for directory in [] if uid is None else _places_of(pid, uid):
-        path = directory / f"{pid}.sock"
+    for path, uid in _candidates(pid):
         try:
-            check_own(directory, uid)
+            check_own(path.parent, uid)
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(PATIENCE_SECONDS)
                 connection.connect(str(path))

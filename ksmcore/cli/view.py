@@ -1,15 +1,14 @@
 """A process's numbers as a picture for a terminal, drawn with rich.
 
-Called by `ksmcore live` and `ksmcore run --live`. Takes the snapshots of `figures.Source`, or what
-`kernel_view` finds out about a process that serves none.
+It takes the snapshots of `figures.Source`, or what `kernel_view` finds out about a process that
+serves none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,20 @@ from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ksmcore._kernel.smaps import sum_smaps
+from ksmcore._kernel import procfs, smaps
 from ksmcore.sizes import human_bytes
 
 __all__ = ["kernel_view", "picture"]
 
 BAR_CELLS = 20
-MARKS, ASCII_MARKS = ("█", "·"), ("#", ".")
-# Parts of a region's bar: (number, style), in this order.
+# Of a bar's parts, in their order, and of what is missing to the whole. There may be no colour.
+MARKS, ASCII_MARKS = "█▓▒░·", "#=-~."
+# Parts of a region's bar: number, name, style.
 PARTS = (
-    ("pages_merged", "green"),
-    ("ksm_zero_pages", "cyan"),
-    ("pages_unshared", "blue"),
-    ("pages_volatile", "yellow"),
+    ("pages_merged", "merged", "green"),
+    ("ksm_zero_pages", "zero", "cyan"),
+    ("pages_unshared", "unshared", "blue"),
+    ("pages_volatile", "volatile", "yellow"),
 )
 
 
@@ -38,10 +38,10 @@ def picture(
 ) -> RenderableType:
     """All of it; with few regions it is about ten lines high. `ascii_only`: for terminals that have
     no other letters."""
-    draw = functools.partial(_bar, marks=ASCII_MARKS if ascii_only else MARKS)
+    marks = ASCII_MARKS if ascii_only else MARKS
     overflow: OverflowMethod = "crop" if ascii_only else "ellipsis"
     rows = Table.grid(padding=(0, 2))
-    named = _memory_rows(figures, draw) + _engine_rows(figures)
+    named = _memory_rows(figures, marks) + _engine_rows(figures)
     # On a narrow terminal the values are cut off, not their names.
     rows.add_column(
         style="bold", overflow=overflow, no_wrap=True, min_width=max(len(name) for name, _ in named)
@@ -53,7 +53,7 @@ def picture(
     parts: list[RenderableType] = [_title(figures, overflow), rows]
     regions = figures.get("regions", [])
     if max_regions > 0 and regions:
-        parts.append(_regions(regions[:max_regions], figures, draw, overflow))
+        parts.append(_regions(regions[:max_regions], figures, marks, overflow))
     return Group(*parts)
 
 
@@ -66,9 +66,7 @@ def _title(figures: Mapping[str, Any], overflow: OverflowMethod) -> Text:
     return title.append(f"  {command}", style="not bold")
 
 
-def _memory_rows(
-    figures: Mapping[str, Any], draw: Callable[..., Text]
-) -> list[tuple[str, RenderableType]]:
+def _memory_rows(figures: Mapping[str, Any], marks: str) -> list[tuple[str, RenderableType]]:
     memory = figures["memory"]
     text = "  ".join(
         f"{label} {human_bytes(memory[name])}"
@@ -81,7 +79,7 @@ def _memory_rows(
         saved, peak = figures["bytes_saved"], figures["peak_bytes_saved"]
         stats = figures["stats"]
         tracked = (stats["pages_tracked"] + stats["ksm_zero_pages"]) * stats["page_bytes"]
-        bar = draw([(saved, "green"), (tracked - saved, "bright_black")], max(tracked, 1))
+        bar = _bar([(saved, "green")], max(tracked, 1), marks)
         bar.append(
             f"  {human_bytes(saved)} of {human_bytes(tracked)} "
             f"({saved / max(tracked, 1):.0%}), peak {human_bytes(peak)}"
@@ -129,7 +127,7 @@ def _engine_rows(figures: Mapping[str, Any]) -> list[tuple[str, RenderableType]]
 def _regions(
     regions: list[Mapping[str, Any]],
     figures: Mapping[str, Any],
-    draw: Callable[..., Text],
+    marks: str,
     overflow: OverflowMethod,
 ) -> RenderableType:
     page_bytes = figures["stats"]["page_bytes"]
@@ -137,14 +135,15 @@ def _regions(
     for _ in range(3):
         table.add_column(overflow=overflow, no_wrap=True)
     n_all = figures["stats"]["regions"]
-    table.add_row(
-        Text(f"Regions {n_all:,}", style="bold"), "size", "merged, zero, unshared, volatile"
-    )
+    legend = Text()
+    for mark, (_, name, style) in zip(marks, PARTS, strict=False):
+        legend.append(f"{mark} {name}  ", style=style)
+    table.add_row(Text(f"Regions {n_all:,}", style="bold"), "size", legend)
     for region in regions:
         n_pages = max(region["pages"], 1)
-        bar = draw([(region[name], style) for name, style in PARTS], n_pages)
+        bar = _bar([(region[number], style) for number, _, style in PARTS], n_pages, marks)
         merged = region["pages_merged"] + region["ksm_zero_pages"]
-        tracked = sum(region[name] for name, _ in PARTS)
+        tracked = sum(region[number] for number, _, _ in PARTS)
         bar.append(
             f"  {merged / max(tracked, 1):.0%} of {human_bytes(tracked * page_bytes)} "
             "merged or zero"
@@ -153,17 +152,16 @@ def _regions(
     return table
 
 
-def _bar(parts: list[tuple[float, str]], whole: float, marks: tuple[str, str]) -> Text:
-    """So much of a bar in each colour; what is missing to the whole stays empty."""
-    full, empty = marks
+def _bar(parts: list[tuple[float, str]], whole: float, marks: str) -> Text:
+    """So much of a bar with each mark and style; what is missing to the whole stays empty."""
     bar = Text(no_wrap=True)
     reached, drawn = 0.0, 0
-    for amount, style in parts:
+    for mark, (amount, style) in zip(marks, parts, strict=False):
         reached += max(amount, 0)
         n_cells = min(round(reached / whole * BAR_CELLS), BAR_CELLS) - drawn
-        bar.append(full * n_cells, style=style)
+        bar.append(mark * n_cells, style=style)
         drawn += n_cells
-    return bar.append(empty * (BAR_CELLS - drawn), style="bright_black")
+    return bar.append(marks[-1] * (BAR_CELLS - drawn), style="bright_black")
 
 
 def _duration(seconds: float) -> str:
@@ -185,7 +183,7 @@ def kernel_view(pid: int, proc: Path = Path("/proc")) -> dict[str, Any]:
     try:
         raw = (here / "cmdline").read_bytes()
         name = (here / "comm").read_text(errors="replace").strip()
-        if _fields(here / "status").get("State", "").startswith(("Z", "X")):
+        if procfs.words(here / "status").get("State", "").startswith(("Z", "X")):
             raise ProcessLookupError
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {pid}") from None
@@ -205,30 +203,22 @@ def _memory_of(here: Path) -> tuple[dict[str, int | None], list[tuple[str, str]]
     memory: dict[str, int | None]
     notes = []
     try:
-        with open(here / "smaps_rollup", encoding="utf-8", errors="replace") as lines:
-            totals = sum_smaps(lines)
+        totals = smaps.smaps_rollup(here)
         memory = {"pss": totals["Pss"], "rss": totals["Rss"], "swap": totals.get("Swap")}
-    except (OSError, ValueError, KeyError) as error:
-        status = _fields(here / "status")
-        memory = {"pss": None, "rss": _kib(status, "VmRSS"), "swap": _kib(status, "VmSwap")}
+    except (OSError, KeyError) as error:
+        status = procfs.words(here / "status")
+        memory = {
+            "pss": None,
+            "rss": procfs.size_bytes(status.get("VmRSS")),
+            "swap": procfs.size_bytes(status.get("VmSwap")),
+        }
         if memory["rss"] is None:
             return memory, []
         if isinstance(error, PermissionError):
             notes.append(("PSS", "not shown: this process is another's"))
     with contextlib.suppress(OSError):
-        n_maps = (here / "maps").read_bytes().count(b"\n")
-        notes.append(("Mappings", f"{n_maps:,}"))
-    with contextlib.suppress(OSError):
-        merging = (here / "ksm_merging_pages").read_text().strip()
-        notes.append(("Kernel's KSM", f"{merging} pages merged"))
+        notes.append(("Mappings", f"{smaps.count_maps(here):,}"))
+    merging = procfs.number(here / "ksm_merging_pages")
+    if merging is not None:
+        notes.append(("Kernel's KSM", f"{merging:,} pages merged"))
     return memory, notes
-
-
-def _fields(path: Path) -> dict[str, str]:
-    lines = path.read_text(errors="replace").splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _kib(fields: Mapping[str, str], name: str) -> int | None:
-    words = fields.get(name, "").split()
-    return int(words[0]) * 1024 if words and words[0].isdigit() else None

@@ -1,7 +1,6 @@
 """What the kernel, the limits and the settings around this process mean for ksmcore.
 
-Called by `ksmcore.doctor`. Each function looks at one thing and judges it; the files of the kernel
-are found under `root`.
+Each function looks at one thing and judges it; the files of the kernel are found under `root`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 from ksmcore._engine.settings import GUARDS, Settings
-from ksmcore._kernel import procfs
+from ksmcore._kernel.procfs import (
+    available_bytes,
+    control_groups,
+    number,
+    size_bytes,
+    text_of,
+    words,
+)
 from ksmcore.sizes import human_bytes
 
 __all__ = ["Check", "Level"]
@@ -36,7 +42,6 @@ LITTLE_MEMORY_BYTES = 64 << 20
 # Some chunks of the allocator.
 FEW_ADDRESSES_BYTES = 1 << 30
 NO_LIMIT_BYTES = 1 << 60
-CAP_SYS_PTRACE = 19
 # Variables of this project that are no settings.
 OTHER_VARIABLES = {"KSMCORE_DISABLE", "KSMCORE_STRESS", "KSMCORE_SANITIZE", "KSMCORE_CI_CHILD"}
 
@@ -57,32 +62,14 @@ class Check:
     """The same for programs: numbers, words, None for what is not known."""
 
 
-def _read(path: Path) -> str:
-    """ "" for what cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _fields(path: Path) -> dict[str, str]:
-    parts = (line.partition(":") for line in _read(path).splitlines())
-    return {name.strip(): value.strip() for name, _, value in parts}
-
-
-def _kib(sizes: Mapping[str, str], name: str) -> int | None:
-    words = sizes.get(name, "").split()
-    return int(words[0]) * 1024 if words and words[0].isdigit() else None
-
-
 def _chosen(path: Path) -> str | None:
     """Of a file such as "always [madvise] never" the word in brackets."""
-    _, _, rest = _read(path).partition("[")
+    _, _, rest = text_of(path).partition("[")
     return rest.partition("]")[0] or None
 
 
 def _is_filtered(root: Path) -> bool:
-    return _fields(root / "proc/self/status").get("Seccomp") == "2"
+    return words(root / "proc/self/status").get("Seccomp") == "2"
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
@@ -206,17 +193,13 @@ def huge_pages(root: Path = ROOT) -> Check:
 
 def kernel_ksm(root: Path = ROOT) -> Check:
     """The kernel's own KSM, which ksmcore needs not, and which may work beside it."""
-    run = _read(root / "sys/kernel/mm/ksm/run")
-    own = dict(
-        line.split(None, 1)
-        for line in _read(root / "proc/self/ksm_stat").splitlines()
-        if len(line.split()) == 2
-    )
-    joined = own.get("ksm_merge_any:", own.get("ksm_merge_any")) == "yes"
-    facts = {"run": int(run) if run.isdigit() else None, "whole_process": joined}
-    state = {"0": "off", "1": "on", "2": "off, and told to unmerge"}.get(run, "not there")
+    run = number(root / "sys/kernel/mm/ksm/run")
+    joined = words(root / "proc/self/ksm_stat").get("ksm_merge_any") == "yes"
+    facts = {"run": run, "whole_process": joined}
+    states: dict[int | None, str] = {0: "off", 1: "on", 2: "off, and told to unmerge"}
+    state = states.get(run, "not there")
     text = f"{state}; ksmcore does not need it"
-    if joined and run == "1":
+    if joined and run == 1:
         text = "on, for the whole of this process too: both look for the same pages"
         remedy = "switch one of them off (MemoryKSM= of systemd, PR_SET_MEMORY_MERGE)"
         return Check("kernel's KSM", "advice", text, remedy, facts)
@@ -230,9 +213,9 @@ def memory_limit(root: Path = ROOT) -> Check:
     """The memory that may still be taken: to unmerge takes some."""
     meminfo, membership = root / "proc/meminfo", root / "proc/self/cgroup"
     cgroups = root / "sys/fs/cgroup"
-    available = procfs.available_bytes(meminfo, membership, cgroups)
+    available = available_bytes(meminfo, membership, cgroups)
     limit, whose = _smallest_limit(membership, cgroups)
-    total = _kib(_fields(meminfo), "MemTotal")
+    total = size_bytes(words(meminfo).get("MemTotal"))
     facts = {
         "available_bytes": available,
         "limit_bytes": limit,
@@ -257,7 +240,7 @@ def memory_limit(root: Path = ROOT) -> Check:
 def address_space(root: Path = ROOT) -> Check:
     """RLIMIT_AS (`ulimit -v`): the allocator takes addresses in chunks."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = _kib(_fields(root / "proc/self/status"), "VmSize")
+    used = size_bytes(words(root / "proc/self/status").get("VmSize"))
     if limit == resource.RLIM_INFINITY or used is None:
         facts = {"limit_bytes": None, "used_bytes": used}
         return Check("addresses", "good", "no limit (ulimit -v)", None, facts)
@@ -276,77 +259,30 @@ def address_space(root: Path = ROOT) -> Check:
 def _smallest_limit(membership: Path, cgroups: Path) -> tuple[int | None, str | None]:
     """(bytes, directory) of the control group with the least limit; version 2 or 1."""
     found: list[tuple[int, str]] = []
-    for group in procfs._groups(membership, cgroups):
+    for group in control_groups(membership, cgroups):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            text = _read(group / name)
-            if text.isdigit() and int(text) < NO_LIMIT_BYTES:
-                found.append((int(text), str(group)))
+            limit = number(group / name)
+            if limit is not None and limit < NO_LIMIT_BYTES:
+                found.append((limit, str(group)))
     return min(found, default=(None, None))
 
 
 def overcommit(root: Path = ROOT) -> Check:
     """Whether the kernel promises more memory than there is."""
-    mode = _read(root / "proc/sys/vm/overcommit_memory")
-    sizes = _fields(root / "proc/meminfo")
-    limit, promised = _kib(sizes, "CommitLimit"), _kib(sizes, "Committed_AS")
-    facts = {
-        "mode": int(mode) if mode.isdigit() else None,
-        "limit_bytes": limit,
-        "committed_bytes": promised,
-    }
-    if mode != "2":
-        words = {"0": "memory is promised as far as it seems sensible", "1": "always promised"}
-        return Check("overcommit", "good", words.get(mode, "not known"), None, facts)
+    mode = number(root / "proc/sys/vm/overcommit_memory")
+    sizes = words(root / "proc/meminfo")
+    limit, promised = size_bytes(sizes.get("CommitLimit")), size_bytes(sizes.get("Committed_AS"))
+    facts = {"mode": mode, "limit_bytes": limit, "committed_bytes": promised}
+    if mode != 2:
+        texts: dict[int | None, str] = {0: "as far as it seems sensible", 1: "always"}
+        text = f"memory is promised: {texts.get(mode, 'not known')}"
+        return Check("overcommit", "good", text, None, facts)
     remedy = "sudo sysctl vm.overcommit_memory=0, or a larger vm.overcommit_ratio"
     if limit is None or promised is None:
         return Check("overcommit", "advice", "never (mode 2)", remedy, facts)
     left = max(limit - promised, 0)
     text = f"never (mode 2): {human_bytes(left)} of {human_bytes(limit)} not yet promised"
     return Check("overcommit", "weak" if left < limit // 10 else "advice", text, remedy, facts)
-
-
-def swap(root: Path = ROOT) -> Check:
-    """Pages that were swapped out are not looked at."""
-    sizes = _fields(root / "proc/meminfo")
-    total, free = _kib(sizes, "SwapTotal"), _kib(sizes, "SwapFree")
-    facts = {"total_bytes": total, "free_bytes": free}
-    if not total:
-        return Check("swap", "good", "none", None, facts)
-    text = f"{human_bytes(free or 0)} of {human_bytes(total)} free; pages there are not looked at"
-    return Check("swap", "good", text, None, facts)
-
-
-def container(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> Check:
-    """Whose container this seems to be; settings of the kernel are then the host's."""
-    kinds = _read(root / "proc/1/cgroup") + _read(root / "proc/self/cgroup")
-    kind = None
-    if "KUBERNETES_SERVICE_HOST" in environ or "kubepods" in kinds:
-        kind = "kubernetes"
-    elif (root / ".dockerenv").exists() or "/docker" in kinds:
-        kind = "docker"
-    elif (root / "run/.containerenv").exists() or environ.get("container") == "podman":
-        kind = "podman"
-    elif environ.get("container") or "/lxc" in kinds:
-        kind = environ.get("container", "lxc")
-    text = f"{kind}: settings of the kernel (sysctl) are the host's" if kind else "none seen"
-    return Check("container", "good", text, None, {"kind": kind})
-
-
-def privileges(root: Path = ROOT) -> Check:
-    """Who runs it, and which filters there are; what they take away shows elsewhere."""
-    status = _fields(root / "proc/self/status")
-    capabilities = int(status.get("CapEff", "0") or "0", 16)
-    mode = {"0": "none", "1": "strict", "2": "filter"}.get(status.get("Seccomp", ""))
-    facts = {
-        "uid": os.geteuid(),
-        "cap_sys_ptrace": bool(capabilities >> CAP_SYS_PTRACE & 1),
-        "seccomp": mode,
-        "no_new_privileges": status.get("NoNewPrivs") == "1",
-    }
-    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
-    with_ptrace = "with" if facts["cap_sys_ptrace"] else "without"
-    text = f"{who}, {with_ptrace} CAP_SYS_PTRACE, which is not needed; seccomp: {mode or 'unknown'}"
-    return Check("privileges", "good", text, None, facts)
 
 
 # ---- Python --------------------------------------------------------------------------------------

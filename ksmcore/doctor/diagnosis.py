@@ -4,9 +4,9 @@
     diagnosis = ksmcore.doctor.examine()
     print(diagnosis.health, [check.remedy for check in diagnosis.checks if check.remedy])
 
-Called by users and by `ksmcore doctor`. It looks at the kernel, at this process and at what limits
-it, and then really merges a few pages (in an engine of its own). Data only; `str(diagnosis)` is a
-plain text. The single checks are functions of what was read, see `ksmcore.doctor.checks`.
+It looks at the kernel, at this process and at what limits it, and then really merges a few pages
+(in an engine of its own). Data only; `str(diagnosis)` is a plain text. The single checks are
+functions of what was read, see `checks`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import ksmcore
 from ksmcore._engine.features import features
 from ksmcore._engine.settings import GUARDS
 from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 from ksmcore.doctor import checks
 from ksmcore.doctor.checks import Check
 from ksmcore.sizes import human_bytes
@@ -91,15 +91,12 @@ def examine() -> Diagnosis:
             checks.page_map(found["pagemap"]),
             checks.guard({name: found[name] for name in GUARDS}, in_use.guard),
             checks.tracking(found["tracking"], in_use.dirty),
-            checks.map_limit(smaps.count_maps(), smaps.max_map_count()),
+            checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
             checks.address_space(),
             checks.memory_limit(),
             checks.overcommit(),
-            checks.swap(),
             checks.huge_pages(),
             checks.kernel_ksm(),
-            checks.container(),
-            checks.privileges(),
             checks.numpy_allocator(),
             checks.environment(),
         )

@@ -14,8 +14,8 @@ import pytest
 from helpers.cli import KSMCORE, ksmcore, python, write
 from ksmcore import __version__
 from ksmcore.cli.checkup import show
-from ksmcore.doctor.checks import Check, map_limit
-from ksmcore.doctor.diagnosis import Diagnosis
+from ksmcore.doctor import Check, Diagnosis
+from ksmcore.doctor.checks import map_limit
 
 COMMANDS = ("run", "doctor", "estimate", "live", "demo")
 
@@ -124,3 +124,63 @@ def test_broken_pipe():
     ) as process:
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("doctor",),
+        ("doctor", "--json"),
+        ("live", "--once", os.getpid()),
+        ("demo", "--scale", "0.02", "--no-progress"),
+        ("--help",),
+        ("run", "--help"),
+        ("--version",),
+    ],
+    ids=lambda words: "-".join(map(str, words[:2])),
+)
+def test_output_that_cannot_be_written(command, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *KSMCORE, *map(str, command)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            timeout=120,
+            check=False,
+        )
+    assert done.stderr == "ksmcore: the output cannot be written: No space left on device\n"
+    assert done.returncode == os.EX_IOERR
+
+
+def test_output_of_a_program_that_cannot_be_written_is_the_programs(tmp_path):
+    write(tmp_path, "print(1, flush=True)")
+    with open("/dev/full", "w") as full:
+        plain, ours = (
+            subprocess.run(
+                [sys.executable, *before, "program.py"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                cwd=tmp_path,
+                timeout=120,
+                check=False,
+            )
+            for before in ((), (*KSMCORE, "run", "--quiet"))
+        )
+    assert (ours.returncode, ours.stderr) == (plain.returncode, plain.stderr)
+
+
+def test_an_error_that_cannot_be_told():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *KSMCORE, "unknown"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False, timeout=60)
+    assert (done.returncode != 0, done.stdout) == (True, b"")
+
+
+def test_a_setting_that_is_no_text_is_shown():
+    environ = {**os.environb, b"KSMCORE_GUARD": b"\xff", b"PYTHONIOENCODING": b"utf-8:strict"}
+    done = ksmcore("doctor", env=environ)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "KSMCORE_GUARD=\\udcff" in done.stdout

@@ -1,5 +1,6 @@
 """Numbers that one process shows another: the server, its directory, and `ksmcore live`."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,11 +9,13 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -145,6 +148,35 @@ def test_terminals_without_other_letters():
     assert b"####" in written.buffer.getvalue()
 
 
+@pytest.mark.parametrize(("ascii_only", "marks"), [(False, "█▓▒░·"), (True, "#=-~.")])
+def test_bars_can_be_read_without_colour(ascii_only, marks):
+    page = library.Engine.page_bytes
+    with library.Engine() as engine:
+        array = engine.empty((40, page), np.uint8)
+        # Of 20 cells: 10 of equal pages, 5 of zeros, 4 of which no two are equal, 1 never touched.
+        array[:20] = 1
+        array[20:30] = 1
+        array[20:30] = 0
+        array[30:38] = np.arange(8)[:, None] + 2
+        engine.dedup()
+        engine.scan()
+        figures = Source(engine, ["python"], 65536).snapshot()
+    written = io.StringIO()
+    Console(file=written, width=100, color_system=None).print(
+        view.picture(figures, ascii_only=ascii_only)
+    )
+    lines = written.getvalue().splitlines()
+    merged, zero, unshared, volatile, empty = marks
+    (region,) = [line for line in lines if line.startswith("0x")]
+    assert merged * 10 + zero * 5 + unshared * 4 + empty in region
+    (legend,) = [line for line in lines if line.startswith("Regions")]
+    assert f"{merged} merged  {zero} zero  {unshared} unshared  {volatile} volatile" in legend
+    # 29 of 38 pages are saved: no full bar.
+    (saved,) = [line for line in lines if line.startswith("Saved")]
+    assert f" {merged * 15}{empty * 5} " in saved
+    assert "(76%)" in saved
+
+
 @pytest.mark.parametrize("runtime", ["missing", "relative"])
 def test_an_unusable_runtime_directory(tmp_path, monkeypatch, runtime):
     monkeypatch.setenv(
@@ -260,6 +292,66 @@ def test_sockets_of_the_dead_are_cleared(server):
     assert alive.exists()
     assert other.exists()
     again.stop()
+
+
+def test_sockets_of_the_living_stay_whatever_their_numbers(server):
+    """A container that shares the directory has numbers of its own."""
+    directory = server.path.parent
+    living = socket.socket(socket.AF_UNIX)
+    with living:
+        living.bind(str(directory / "4194999.sock"))
+        living.listen()
+        dead = directory / "4194998.0a0a0a0a.sock"
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(str(dead))
+        again = serving.Server(dict)
+        assert (directory / "4194999.sock").exists()
+        assert not dead.exists()
+        # Its own number, too.
+        assert again.path != server.path
+        assert again.path.name.split(".")[0] == str(os.getpid())
+        again.stop()
+        living.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            living.accept()  # nobody was bothered
+    assert serving.ask(os.getpid()) == {"number": 7}
+
+
+UNSHARED = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def can_unshare():
+    return subprocess.run([*UNSHARED, "true"], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def container(tmp_path):
+    """A run in a PID namespace of its own; gives its number outside."""
+    command = [*UNSHARED, sys.executable, *KSMCORE, "run", "--quiet", "program.py"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            ready(process)
+            (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            yield int(child)
+        finally:
+            process.kill()
+
+
+def test_processes_in_other_pid_namespaces_are_found_and_left_alone(tmp_path):
+    """Inside they have other numbers, and several can have the same."""
+    if shutil.which("unshare") is None or not can_unshare():
+        pytest.skip("no PID namespace can be made here")
+    write(tmp_path, f"import sys{WAITING.replace(chr(10) + '    ', chr(10))}")
+    write(tmp_path, "", "nothing.py")
+    with container(tmp_path) as first, container(tmp_path) as second:
+        assert len(sockets(tmp_path)) == 2
+        assert ksmcore("run", "--quiet", "nothing.py", cwd=tmp_path).returncode == 0
+        assert len(sockets(tmp_path)) == 2
+        assert serving.ask(first)["pid"] == serving.ask(second)["pid"] == 1
+        assert serving.ask(first)["seconds"] > serving.ask(second)["seconds"]
+        assert "Scanner" in ksmcore("live", "--once", second).stdout
 
 
 def test_another_process_behind_a_socket_is_not_believed(server):

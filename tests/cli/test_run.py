@@ -202,6 +202,15 @@ def test_numbers_where_the_output_goes(tmp_path):
     assert json.loads(rest.removesuffix("later"))["schema"] == 1
 
 
+def test_an_argument_that_is_no_text_loses_no_report(tmp_path):
+    write(tmp_path, "import sys; assert sys.argv[1] == 'caf\\udce9.npy'")
+    both = ("--report", "out.html", "--json", "out.json")
+    done = ksmcore("run", *both, "program.py", "caf\udce9.npy", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("Written")) == (0, 2)
+    assert json.loads((tmp_path / "out.json").read_text())["command"][-1] == "caf\udce9.npy"
+    assert "caf\\udce9.npy" in (tmp_path / "out.html").read_text()
+
+
 def test_one_file_for_two_reports_is_refused(tmp_path):
     write(tmp_path, "print('output')")
     (tmp_path / "link").symlink_to("out")

@@ -12,8 +12,8 @@ import textwrap
 
 import pytest
 
-from ksmcore._kernel import smaps
-from ksmcore.doctor.checks import Check
+from ksmcore._kernel import procfs
+from ksmcore.doctor import Check
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ USERFAULTFD = {"x86_64": 323, "aarch64": 282}[platform.machine()]
 
 EXAMINE = """
     import json
-    from ksmcore.doctor.diagnosis import examine
+    from ksmcore.doctor import examine
     diagnosis = examine()
     print(json.dumps(diagnosis.as_dict()))
     raise SystemExit(diagnosis.exit_status)
@@ -63,8 +63,6 @@ def can_run(*prefix):
 def test_an_unprivileged_user_is_healthy():
     checks, status = examined(prefix=UNPRIVILEGED)
     assert checks["self-test"].level == "good"
-    assert checks["privileges"].facts["uid"] == 65534
-    assert not checks["privileges"].facts["cap_sys_ptrace"]
     assert checks["guard"].facts["in_use"] != "userfaultfd"
     assert checks["guard"].level == "advice"
     assert "vm.unprivileged_userfaultfd=1" in checks["guard"].remedy
@@ -102,7 +100,6 @@ def test_a_container_that_refuses_userfaultfd_is_healthy():
     if not prefix and os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
         pytest.skip("the device is a way around the filter")
     checks, status = examined(before=REFUSE, prefix=prefix)
-    assert checks["privileges"].facts["seccomp"] == "filter"
     assert checks["guard"].facts["in_use"] == "mprotect"
     assert checks["guard"].level == checks["tracking"].level == "advice"
     assert "/dev/userfaultfd" in checks["guard"].remedy
@@ -114,12 +111,12 @@ def test_a_container_that_refuses_userfaultfd_is_healthy():
 
 TAKE_MAPPINGS = """
     import ctypes, mmap
-    from ksmcore._kernel import smaps
+    from ksmcore._kernel import procfs, smaps
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, n = mmap.PAGESIZE, smaps.max_map_count() - smaps.count_maps() - {room}
+    page, n = mmap.PAGESIZE, procfs.max_map_count() - smaps.count_maps() - {room}
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     addr = libc.mmap(None, (n + 1) * page, 0, flags, -1, 0)
     for number in range(1, n - 1, 2):
@@ -127,7 +124,7 @@ TAKE_MAPPINGS = """
 """
 
 
-@pytest.mark.skipif(smaps.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(procfs.max_map_count() > 200_000, reason="too many mappings to use up")
 def test_few_mappings_left_are_a_weakness():
     checks, status = examined(before=TAKE_MAPPINGS.format(room=2000))
     assert checks["mappings"].level == "weak"
@@ -137,7 +134,7 @@ def test_few_mappings_left_are_a_weakness():
     assert status == 1
 
 
-@pytest.mark.skipif(smaps.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(procfs.max_map_count() > 200_000, reason="too many mappings to use up")
 def test_no_mappings_left_to_speak_of():
     """Whatever comes of it, it is told, and not raised."""
     checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")

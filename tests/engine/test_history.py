@@ -98,6 +98,19 @@ def test_a_full_one_is_thinned_out_over_all_of_its_time():
     assert max(gaps) <= 4 * 10_000 / 64
 
 
+def test_the_stride_doubles_each_time_it_is_full():
+    history = History(most_samples=4)
+    for n in range(5):
+        history.add(made(float(n), n))
+    assert [one.seconds for one in history] == [0, 2, 4]
+    for n in range(5, 9):
+        history.add(made(float(n), n))
+    assert [one.seconds for one in history] == [0, 4, 8]
+    for n in range(9, 13):
+        history.add(made(float(n), n))
+    assert [one.seconds for one in history] == [0, 4, 8, 12]
+
+
 def test_a_long_rest_keeps_both_its_ends():
     history = History(most_samples=8)
     history.add(made(0, 1))
@@ -105,13 +118,6 @@ def test_a_long_rest_keeps_both_its_ends():
         history.add(made(1.0 + n, 2))
     history.add(made(2000, 3))
     assert list(history) == [made(0, 1), made(1.0, 2), made(1000.0, 2), made(2000, 3)]
-
-
-def test_samples_at_one_instant_do_not_pile_up():
-    history = History(most_samples=8)
-    for n in range(100):
-        history.add(made(5.0, n))
-    assert list(history) == [made(5.0, 0), made(5.0, 99)]
 
 
 def test_as_a_sequence(engine):

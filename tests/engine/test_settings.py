@@ -9,7 +9,7 @@ import pytest
 import ksmcore
 from ksmcore._engine.settings import FIXED, GUARDS, Settings
 from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 
 PAGE = mmap.PAGESIZE
 NAMES = [field.name for field in fields(Settings)]
@@ -334,7 +334,7 @@ class TestMapBudget:
 
     def test_auto_is_at_most_half_of_what_is_free(self, engine):
         engine.scan()
-        assert 0 < engine.stats().maps_allowed <= smaps.max_map_count() // 2
+        assert 0 < engine.stats().maps_allowed <= procfs.max_map_count() // 2
 
 
 class TestSameResult:

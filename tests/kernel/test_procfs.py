@@ -1,4 +1,10 @@
-"""Headroom, read from invented files; and what unregister does when there is none."""
+"""The kernel's small files, read here and from invented text: names and sizes, single values, and
+how much more memory there is."""
+
+import builtins
+import ctypes
+import io
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +14,80 @@ from ksmcore._kernel import procfs
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
+
+
+STATUS = b"Name:\tpython: a b\nVmSize:\t  132 kB\nThreads:\t1\nno colon\nVmLck:\t 8 kB\nOdd: 7 qB\n"
+
+
+# ---- names and values ----------------------------------------------------------------------------
+
+
+def test_names_and_values_of_lines(tmp_path):
+    (tmp_path / "status").write_bytes(STATUS)
+    found = procfs.words(tmp_path / "status")
+    assert list(found) == ["Name", "VmSize", "Threads", "VmLck", "Odd"]
+    assert (found["Name"], found["Threads"]) == ("python: a b", "1")
+    assert list(procfs.sizes(STATUS.decode().split("\n"))) == [
+        ("VmSize", 132 << 10),
+        ("VmLck", 8 << 10),
+    ]
+    assert procfs.words(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("value", [None, "", "12", "kB", "-1 kB", "0x10 kB", "1 2 kB"])
+def test_what_is_no_size(value):
+    assert procfs.size_bytes(value) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(b"42\n", 42), (b"max\n", None), (b"", None), (b"\xb2\xff\n", None)]
+)
+def test_a_file_of_one_number(tmp_path, text, expected):
+    (tmp_path / "value").write_bytes(text)
+    assert procfs.number(tmp_path / "value") == expected
+    assert procfs.number(tmp_path / "none") is None
+
+
+def test_max_map_count_is_the_sysctl():
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as sysctl:
+            expected = int(sysctl.read())
+    except OSError as error:
+        pytest.skip(f"the sysctl is hidden here: {error}")
+    assert procfs.max_map_count() == expected
+
+
+@pytest.mark.parametrize("problem", ["missing", "nonsense"])
+def test_max_map_count_has_a_default(monkeypatch, problem):
+    def broken(*args, **kwargs):
+        if problem == "missing":
+            raise PermissionError(13, "Permission denied")
+        return io.BytesIO(b"many\n")
+
+    monkeypatch.setattr(builtins, "open", broken)
+    assert procfs.max_map_count() == 65_530
+
+
+def test_locked_bytes_follows_mlock(three_mappings):
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = procfs.locked_bytes()
+    if before is None:
+        pytest.skip("this kernel does not print VmLck")
+    page = ctypes.c_void_p(three_mappings), ctypes.c_size_t(PAGE)
+    if libc.mlock(*page) != 0:
+        pytest.skip(f"mlock: {os.strerror(ctypes.get_errno())}")
+    during = procfs.locked_bytes()
+    assert libc.munlock(*page) == 0
+    assert during == before + PAGE
+    assert procfs.locked_bytes() == before
+
+
+def test_locked_bytes_of_a_status_without_that_line(monkeypatch):
+    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name:\tpython\n"))
+    assert procfs.locked_bytes() is None
+
+
+# ---- headroom ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 import builtins
 import ctypes
-import io
 import mmap
 import os
-from dataclasses import replace
 
 import pytest
 
@@ -45,21 +43,6 @@ Rss:                  16 kB
 
 def lines_of(text: str) -> list[str]:
     return text.splitlines(keepends=True)
-
-
-@pytest.fixture
-def three_mappings():
-    """Address of 12 pages: 4 that can be written, 4 that cannot, 4 that can."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    area = mmap.mmap(-1, 14 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    export = ctypes.c_char.from_buffer(area)
-    addr = ctypes.addressof(export) + PAGE
-    middle = ctypes.c_void_p(addr + 4 * PAGE), ctypes.c_size_t(4 * PAGE)
-    assert libc.mprotect(*middle, mmap.PROT_READ) == 0
-    yield addr
-    assert libc.mprotect(*middle, mmap.PROT_READ | mmap.PROT_WRITE) == 0
-    del export
-    area.close()
 
 
 # --- the text of smaps ----------------------------------------------------------------------------
@@ -233,85 +216,6 @@ def test_a_missing_smaps_raises_oserror(monkeypatch):
         smaps.vmas_in(0, PAGE)
 
 
-# --- NUMA policy ----------------------------------------------------------------------------------
-
-NUMA_MAPS = """\
-00400000 default file=/usr/bin/python3 mapped=3 N0=3
-7f0000000000 default anon=4 dirty=4 N0=4 kernelpagesize_kB=4
-7f0000010000 bind:0 anon=4 dirty=4 N0=4 kernelpagesize_kB=4
-7f0000020000 prefer (many):0 anon=4 dirty=4 N0=4 kernelpagesize_kB=4
-"""
-
-
-@pytest.mark.parametrize(
-    ("starts", "expected"),
-    [
-        ([], None),
-        ([0x7F0000000000], None),
-        ([0x7F0000010000], (0x7F0000010000, "bind:0")),
-        ([0x7F0000020000], (0x7F0000020000, "prefer")),
-        ([0x7F0000020000, 0x7F0000000000, 0x7F0000010000], (0x7F0000010000, "bind:0")),
-        ([0x1000], None),
-    ],
-)
-def test_policy_in_the_text_of_numa_maps(starts, expected):
-    assert smaps.parse_numa_maps(lines_of(NUMA_MAPS), starts) == expected
-
-
-def test_the_policy_of_the_process_is_not_one_of_a_mapping():
-    text = NUMA_MAPS.replace(" default ", " interleave:0-1 ")
-    assert smaps.parse_numa_maps(lines_of(text), [0x7F0000000000]) is None
-    assert smaps.parse_numa_maps(lines_of(text), [0x7F0000010000]) == (0x7F0000010000, "bind:0")
-
-
-def test_plain_memory_has_no_policy(three_mappings):
-    assert smaps.numa_policy_of(three_mappings, three_mappings + 12 * PAGE) is None
-
-
-def test_numa_maps_answers_where_the_call_is_forbidden(three_mappings, monkeypatch):
-    def forbidden(addr):
-        raise PermissionError(1, "get_mempolicy: Operation not permitted")
-
-    addr = three_mappings
-    (middle,) = smaps.vmas_in(addr + 4 * PAGE, addr + 8 * PAGE)
-    monkeypatch.setattr(smaps, "_policy_at", forbidden)
-    if os.path.exists("/proc/self/numa_maps"):
-        assert smaps.own_numa_policy([middle]) is None
-    text = f"00400000 default\n{middle.start:x} interleave:0 anon=1\n"
-    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.StringIO(text))
-    assert smaps.own_numa_policy([middle]) == (middle, "interleave:0")
-
-
-def test_a_kernel_without_numa_has_no_policy(three_mappings, monkeypatch):
-    (middle,) = smaps.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
-
-    def unknown(addr):
-        raise OSError(38, "get_mempolicy: Function not implemented")
-
-    def missing(*args, **kwargs):
-        raise FileNotFoundError(2, "No such file or directory")
-
-    monkeypatch.setattr(smaps, "_policy_at", unknown)
-    monkeypatch.setattr(builtins, "open", missing)
-    assert smaps.own_numa_policy([middle]) is None
-
-
-def test_any_other_failure_of_the_call_is_told(three_mappings, monkeypatch):
-    (middle,) = smaps.vmas_in(three_mappings + 4 * PAGE, three_mappings + 8 * PAGE)
-
-    def broken(addr):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(smaps, "_policy_at", broken)
-    with pytest.raises(OSError, match="Input/output"):
-        smaps.own_numa_policy([middle])
-
-
-def test_an_address_without_mapping_has_no_policy():
-    (vma,) = smaps.parse_smaps(lines_of(OLD_KERNEL))
-    assert smaps.own_numa_policy([replace(vma, start=0, end=PAGE)]) is None
-
-
 # --- counts and sums ------------------------------------------------------------------------------
 
 
@@ -329,47 +233,9 @@ def test_count_maps_follows_the_mappings(three_mappings):
     assert smaps.count_maps() < during
 
 
-def test_max_map_count_is_the_sysctl():
-    try:
-        with open("/proc/sys/vm/max_map_count", encoding="ascii") as sysctl:
-            expected = int(sysctl.read())
-    except OSError as error:
-        pytest.skip(f"the sysctl is hidden here: {error}")
-    assert smaps.max_map_count() == expected
-
-
-@pytest.mark.parametrize("problem", ["missing", "nonsense"])
-def test_max_map_count_has_a_default(monkeypatch, problem):
-    def broken(*args, **kwargs):
-        if problem == "missing":
-            raise PermissionError(13, "Permission denied")
-        return io.BytesIO(b"many\n")
-
-    monkeypatch.setattr(builtins, "open", broken)
-    assert smaps.max_map_count() == 65_530
-
-
-def test_locked_bytes_follows_mlock(three_mappings):
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = smaps.locked_bytes()
-    if before is None:
-        pytest.skip("this kernel does not print VmLck")
-    page = ctypes.c_void_p(three_mappings), ctypes.c_size_t(PAGE)
-    if libc.mlock(*page) != 0:
-        pytest.skip(f"mlock: {os.strerror(ctypes.get_errno())}")
-    during = smaps.locked_bytes()
-    assert libc.munlock(*page) == 0
-    assert during == before + PAGE
-    assert smaps.locked_bytes() == before
-
-
-def test_locked_bytes_of_a_status_without_that_line(monkeypatch):
-    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name:\tpython\n"))
-    assert smaps.locked_bytes() is None
-
-
-def test_sums_leave_out_what_is_no_sum():
-    assert smaps.sum_smaps(lines_of(NEW_KERNEL * 2)) == {
+def test_sums_leave_out_what_is_no_sum(tmp_path):
+    (tmp_path / "smaps_rollup").write_text(NEW_KERNEL * 2)
+    assert smaps.smaps_rollup(tmp_path) == {
         "Rss": 1024 << 10,
         "Pss": 512 << 10,
         "Pss_Dirty": 0,

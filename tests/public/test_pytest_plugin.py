@@ -1,5 +1,6 @@
 """The pytest plugin, in runs of pytest of its own."""
 
+import os
 import subprocess
 import sys
 
@@ -138,3 +139,32 @@ def test_it(ksm):
     assert code == 1
     assert "KeyError: 'mine'" in output
     assert "asked for" not in output
+
+
+@pytest.mark.parametrize("before", [["-m", "ksmcore", "run", "--quiet"], []])
+def test_pytest_does_not_warn_of_what_was_imported_before_it(tmp_path, before):
+    """The modules of an installed distribution with a plugin are marked for rewriting, which comes
+    too late for what `ksmcore run` has imported."""
+    pytest.importorskip("click")
+    pytest.importorskip("rich")
+    installed = tmp_path / "site/installed_ksmcore-1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: installed-ksmcore\nVersion: 1\n"
+    )
+    (installed / "entry_points.txt").write_text("[pytest11]\nksmcore = ksmcore_pytest\n")
+    (installed / "RECORD").write_text("ksmcore/__init__.py,,\nksmcore_pytest.py,,\n")
+    (tmp_path / "test_it.py").write_text("import sys, ksmcore\ndef test(): assert 1 < 2 < 3\n")
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-W", "error", "test_it.py"]
+    done = subprocess.run(
+        [sys.executable, *before, *command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 passed" in done.stdout
+    assert "warning" not in done.stdout.lower()

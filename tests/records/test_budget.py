@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 
 PAGE = mmap.PAGESIZE
 SEED = 20090331
-LIMIT = smaps.max_map_count()
+LIMIT = procfs.max_map_count()
 # What the engine maps for itself: views of its store, its tables. And what the interpreter maps
 # between two counts.
 FEW = 16

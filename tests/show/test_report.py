@@ -157,3 +157,8 @@ def test_which_engine():
     assert "Page maps" in read(ksmcore.html_report()).texts  # of the default engine
     with pytest.raises(TypeError, match="not int"):
         ksmcore.html_report(5)
+
+
+def test_a_command_that_is_no_text_is_written_out(engine):
+    page = ksmcore.html_report(engine, title="caf\udce9", command=["python", "caf\udce9.npy"])
+    assert "caf\\udce9.npy" in page.encode().decode()
