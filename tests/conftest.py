@@ -13,6 +13,7 @@ import pytest
 
 import ksmcore
 from helpers.memory import private_memory
+from helpers.stress import LONG
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel import procfs
 from ksmcore._testing import faults, hooks
@@ -51,7 +52,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    if os.environ.get("KSMCORE_STRESS", "0") not in ("", "0"):
+    if LONG:
         return
     skip = pytest.mark.skip(reason="long; set KSMCORE_STRESS=1")
     for item in items:

@@ -13,11 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import ksmcore
 from helpers.kernels_view import pss_bytes
+from helpers.memory import PAGE, address
 from helpers.processes import FORK_OFTEN, run_python
 from ksmcore._arrays import arena, installing
 from ksmcore._testing.arena import check_arena, is_here
 
-PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
 
 
@@ -37,10 +37,6 @@ def handler_name(array=None):
     except ImportError:
         from numpy.core.multiarray import get_handler_name
     return get_handler_name() if array is None else get_handler_name(array)
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
 
 
 # ---- which arrays -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import io
 import math
-import mmap
 import pickle
 import threading
 import warnings
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.kernels_view import store_mappings
+from helpers.memory import PAGE, address, extent, random_pages
 from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import smaps
 from ksmcore._testing import pagemap
 
-PAGE = mmap.PAGESIZE
 MAKERS = ["empty", "zeros", "full", "array", "copy"]
 
 DTYPES = [
@@ -46,10 +46,6 @@ def make(engine, maker, shape, dtype=float, order="C"):
     if maker == "full":
         return engine.full(shape, np.ones((), dtype)[()], dtype, order)
     return getattr(engine, maker)(np.ones(shape, dtype, order))
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
 
 
 def mapped(start, end):
@@ -258,7 +254,7 @@ class TestContents:
         assert made.tolist() == [[1, 2, 3, 4]] * 3
 
     def test_equal_arrays_share(self, engine, rng):
-        source = rng.integers(0, 256, 20 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 20)
         arrays = [engine.array(source) for _ in range(4)]
         assert engine.dedup().pages_merged == 80
         assert engine.stats().pages_shared == 20
@@ -267,7 +263,7 @@ class TestContents:
 
 class TestLife:
     def test_a_slice_outlives_the_name(self, engine, rng):
-        source = rng.integers(0, 256, 20 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 20)
         base = engine.array(source)
         tail = base[10 * PAGE :][::2]
         del base
@@ -302,7 +298,7 @@ class TestLife:
     @pytest.mark.parametrize("merged", [False, True])
     def test_collected_means_unmapped(self, engine, merged):
         made = engine.full(1000 * PAGE, 7, np.uint8)
-        start, end = address(made), address(made) + made.nbytes
+        start, end = extent(made)
         if merged:
             assert engine.dedup().pages_merged == 1000
         del made
@@ -315,7 +311,7 @@ class TestLife:
         )
 
     def test_a_sharer_survives_the_other(self, engine, rng):
-        source = rng.integers(0, 256, 20 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 20)
         a, b = engine.array(source), engine.array(source)
         engine.dedup()
         del a
@@ -346,20 +342,19 @@ class TestLife:
         engine.dedup()
         cycle = [engine, made]
         cycle.append(cycle)
-        start = address(made)
+        start, end = extent(made)
         del engine, made, cycle
         gc.collect()
-        assert not any(vma.path.startswith(STORE_PATH) for vma in mapped(start, start + 10 * PAGE))
+        assert store_mappings(start, end) == []
 
     def test_after_closing_the_engine(self, rng):
-        source = rng.integers(0, 256, 20 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 20)
         with ksmcore.Engine() as engine:
             a, b = engine.array(source), engine.array(source)
             c = engine.full(20 * PAGE, 6, np.uint8)
             engine.dedup()
         for array, expected in ((a, source), (b, source), (c, 6)):
-            start, end = address(array), address(array) + array.nbytes
-            assert not any(vma.path.startswith(STORE_PATH) for vma in mapped(start, end))
+            assert store_mappings(*extent(array)) == []
             assert (array == expected).all()
             array[:] = 1
             assert (array == 1).all()
@@ -367,7 +362,7 @@ class TestLife:
         gc.collect()
 
     def test_after_the_engine_is_gone(self, rng):
-        source = rng.integers(0, 256, 20 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 20)
         engine = ksmcore.Engine()
         a, b = engine.array(source), engine.array(source)
         engine.dedup()

@@ -5,9 +5,7 @@ import os
 
 import pytest
 
-from helpers.cli import ksmcore, own_directories, write
-
-__all__ = ["own_directories"]
+from helpers.cli import ksmcore, write
 
 PROGRAM = """
     import sys, time

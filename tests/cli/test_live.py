@@ -25,16 +25,14 @@ from helpers.cli import (
     MERGED,
     is_alive,
     ksmcore,
-    own_directories,
     running,
-    wait_until,
     write,
 )
 from helpers.forks import THREADS_RUN
+from helpers.kernels_view import descriptors
+from helpers.waiting import wait_until
 from ksmcore.cli import live, serving, view
 from ksmcore.cli.figures import Source
-
-__all__ = ["own_directories"]
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
@@ -272,12 +270,12 @@ def test_a_snapshot_that_fails_is_no_end():
 
 
 def test_nothing_is_left(server):
-    fds = set(os.listdir("/proc/self/fd"))
+    fds = descriptors()
     another_path = server.path
     server.stop()
     server.stop()
     assert not another_path.exists()
-    assert len(set(os.listdir("/proc/self/fd"))) == len(fds) - 1
+    assert len(descriptors()) == len(fds) - 1
     assert serving.ask(os.getpid()) is None
 
 

@@ -11,10 +11,7 @@ import zipfile
 
 import pytest
 
-from helpers.cli import QUIETLY, interruptible, ksmcore, own_directories, python, write
-
-__all__ = ["interruptible", "own_directories"]
-
+from helpers.cli import QUIETLY, ksmcore, python, write
 
 # Python warns of forks where there are threads; there are more of those under ksmcore.
 FORKS_AMONG_THREADS = ("-W", "ignore::DeprecationWarning")

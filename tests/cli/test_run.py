@@ -9,10 +9,8 @@ import sys
 import pytest
 
 import ksmcore as library
-from helpers.cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, own_directories, python, write
+from helpers.cli import KSMCORE, MERGED, SAVED_BYTES, ksmcore, python, write
 from ksmcore.cli.figures import Source, summary
-
-__all__ = ["own_directories"]
 
 # Stands in for the HTML report, and sees whether the arrays are there when it is made.
 REPORT = """

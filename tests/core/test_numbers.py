@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 
+from helpers.memory import PAGE
+from helpers.waiting import wait_until
 import ksmcore
 from ksmcore._engine.counters import NUMBERS
 
-PAGE = mmap.PAGESIZE
 # Of each buffer: the same in all, its own, zero, and written all the time.
 COMMON, OWN, ZERO, BUSY = 600, 200, 100, 50
 SIZE = COMMON + OWN + ZERO + BUSY
@@ -37,7 +38,6 @@ def settle(engine, arrays, n_known):
     with its last pass: in a further one pages that nobody writes any more would be quiet."""
     reports, broken = [], []
     last = [engine.stats()]
-    deadline = time.monotonic() + 60
 
     def after_pass(report):
         before, stats = last[-1], engine.stats()
@@ -54,9 +54,7 @@ def settle(engine, arrays, n_known):
 
     engine.on_pass = after_pass
     engine.start()
-    while engine.scanning:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: not engine.scanning)
     engine.stop()
     engine.on_pass = None
     assert len(reports) >= 5

@@ -2,11 +2,12 @@
 
 import errno
 import json
-import os
 
 import pytest
 
 import ksmcore
+from helpers.files import write_files
+from helpers.kernels_view import descriptors
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
 from ksmcore._kernel import procfs, smaps, syscalls
@@ -32,22 +33,12 @@ NAMES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_settings(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("KSMCORE_"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture
 def root(tmp_path):
     """Files of a kernel: `root({"proc/sys/vm/overcommit_memory": "2"})`."""
 
     def make(files):
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        write_files(tmp_path, files)
         return tmp_path
 
     return make
@@ -83,9 +74,9 @@ def test_a_machine_where_these_tests_run():
 
 
 def test_nothing_is_left():
-    before = smaps.count_maps(), len(os.listdir("/proc/self/fd"))
+    before = smaps.count_maps(), len(descriptors())
     examining.examine()
-    after = smaps.count_maps(), len(os.listdir("/proc/self/fd"))
+    after = smaps.count_maps(), len(descriptors())
     assert after[1] == before[1]
     assert after[0] <= before[0] + 8
 

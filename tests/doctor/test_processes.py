@@ -8,20 +8,12 @@ import shutil
 import struct
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
-from ksmcore._kernel import procfs
+from helpers.mappings import LIMIT
+from helpers.processes import run_python
 from ksmcore.doctor import Check
-
-
-@pytest.fixture(autouse=True)
-def _no_settings(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("KSMCORE_"):
-            monkeypatch.delenv(name)
-
 
 UNPRIVILEGED = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 USERFAULTFD = {"x86_64": 323, "aarch64": 282}[platform.machine()]
@@ -37,15 +29,7 @@ EXAMINE = """
 
 def examined(*, before="", prefix=()):
     """The checks, by name, of a process that did something first; and its exit status."""
-    program = textwrap.dedent(before) + textwrap.dedent(EXAMINE)
-    done = subprocess.run(
-        [*prefix, sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd="/",
-    )
+    done = run_python(before, EXAMINE, flags=("-W", "error"), prefix=prefix, cwd="/")
     assert done.stderr == ""
     found = json.loads(done.stdout)
     assert found["exit_status"] == done.returncode
@@ -110,21 +94,12 @@ def test_a_container_that_refuses_userfaultfd_is_healthy():
 
 
 TAKE_MAPPINGS = """
-    import ctypes, mmap
-    from ksmcore._kernel import procfs, smaps
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, n = mmap.PAGESIZE, procfs.max_map_count() - smaps.count_maps() - {room}
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    addr = libc.mmap(None, (n + 1) * page, 0, flags, -1, 0)
-    for number in range(1, n - 1, 2):
-        assert libc.mprotect(addr + number * page, page, mmap.PROT_READ) == 0
+    from helpers.mappings import take_all_but
+    taken = take_all_but({room})
 """
 
 
-@pytest.mark.skipif(procfs.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(LIMIT > 200_000, reason="too many mappings to use up")
 def test_few_mappings_left_are_a_weakness():
     checks, status = examined(before=TAKE_MAPPINGS.format(room=2000))
     assert checks["mappings"].level == "weak"
@@ -134,7 +109,7 @@ def test_few_mappings_left_are_a_weakness():
     assert status == 1
 
 
-@pytest.mark.skipif(procfs.max_map_count() > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(LIMIT > 200_000, reason="too many mappings to use up")
 def test_no_mappings_left_to_speak_of():
     """Whatever comes of it, it is told, and not raised."""
     checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")

@@ -2,16 +2,14 @@
 
 import itertools
 import json
-import os
-import time
 
 import numpy as np
 import pytest
 
 from helpers.forks import THREADS_RUN, in_child
+from helpers.memory import PAGE
+from helpers.waiting import wait_until
 from ksmcore._engine.history import History, Sample, sample
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def made(seconds, n_sharing):
@@ -60,10 +58,7 @@ def test_passes_of_the_scanner_are_in_it(engine):
     a = engine.empty((100, PAGE), np.uint8)
     a[:] = np.arange(100, dtype=np.uint8)[:, None] // 2 + 1
     with engine.start(sleep_millisecs=0):
-        deadline = time.monotonic() + 60
-        while not (engine.history and engine.history[-1].bytes_saved == 50 * PAGE):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: engine.history and engine.history[-1].bytes_saved == 50 * PAGE)
     assert engine.history[0].pages_volatile == 100
 
 

@@ -3,8 +3,6 @@
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -13,19 +11,11 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE
+from helpers.processes import run_python
+from helpers.waiting import WAIT_SECONDS, wait_until
 from ksmcore._engine.scanner import LOOK_SECONDS
 from ksmcore._testing import hooks
-
-PAGE = ksmcore.default_engine().page_bytes
-WAIT_SECONDS = 120
-
-
-def wait_until(condition, what="it"):
-    """Wait for the scanner; how long that takes is nobody's business here."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} has not happened"
-        time.sleep(0.002)
 
 
 def pass_over(engine, n=1):
@@ -162,9 +152,7 @@ class TestLife:
             "ksmcore.start(sleep_millisecs=0)\n"
             "while ksmcore.stats().full_scans < 2: pass\n" + ending
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
-        )
+        done = run_python(script, flags=())
         assert done.returncode == {"": 0, "import sys; sys.exit(3)": 3}.get(ending, 1)
         assert (done.stderr == "") == (not ending.startswith("raise"))
         assert "KeyError: 1" in done.stderr or not ending.startswith("raise")

@@ -1,17 +1,16 @@
 """Settings: what is refused and with which text, and that each one does what it says."""
 
-import mmap
 from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.kernels_view import store_mappings
+from helpers.memory import PAGE, random_pages
 from ksmcore._engine.settings import FIXED, GUARDS, Settings
-from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import procfs, smaps
+from ksmcore._kernel import procfs
 
-PAGE = mmap.PAGESIZE
 NAMES = [field.name for field in fields(Settings)]
 
 
@@ -218,7 +217,7 @@ class TestZeroPages:
 class TestMaxSharedPages:
     def distinct(self, engine, rng, n):
         """Two equal arrays of n pages that are all different."""
-        source = rng.integers(0, 256, n * PAGE, dtype=np.uint8)
+        source = random_pages(rng, n)
         return source, [engine.array(source) for _ in range(2)]
 
     @pytest.mark.parametrize("limit", [0, 1, 10, 39])
@@ -265,15 +264,11 @@ class TestMaxSharedPages:
 @pytest.mark.usefixtures("collected")
 class TestMapBudget:
     def store_maps(self):
-        return [
-            vma
-            for vma in smaps.Snapshot().vmas_in(0, 1 << 64)
-            if vma.path.startswith(STORE_PATH) and vma.writable
-        ]
+        return [vma for vma in store_mappings() if vma.writable]
 
     def isolated(self, engine, rng, n):
         """n equal pages, each between two pages that equal nothing."""
-        array = engine.array(rng.integers(0, 256, 2 * n * PAGE, dtype=np.uint8))
+        array = engine.array(random_pages(rng, 2 * n))
         array.reshape(-1, PAGE)[::2] = 7
         return array
 

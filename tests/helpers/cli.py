@@ -1,12 +1,9 @@
 """What the tests of the command line share: running programs, with `ksmcore run` and without."""
 
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 from contextlib import contextmanager
 
 import pytest
@@ -16,23 +13,6 @@ pytest.importorskip("rich")
 
 KSMCORE = ("-m", "ksmcore")
 QUIETLY = (*KSMCORE, "run", "--quiet")
-
-
-@pytest.fixture(autouse=True)
-def own_directories(tmp_path, monkeypatch):
-    """Sockets of these tests are beside nobody else's."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Programs begin as from a terminal, also where the tests run in the background of a shell,
-    which has Ctrl-C ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def python(*arguments, cwd=None, **options):
@@ -73,15 +53,6 @@ def running(*arguments, **options):
             yield process
         finally:
             process.kill()
-
-
-def wait_until(holds, seconds=60):
-    """Whatever `holds` returns, once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it does not come to hold"
-        time.sleep(0.02)
-    return found
 
 
 def is_alive(pid):

@@ -6,15 +6,15 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 import ksmcore
 from helpers.memory import PAGE, private_memory
+from helpers.stress import LONG
 
 WORDS = PAGE // 8
-LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
 # The long form lasts this much longer. Either then goes on until its numbers are reached, which may
 # take a while on a busy machine; not for ever.
 LONG_FACTOR = 10
@@ -77,6 +77,20 @@ def running(library: ctypes.CDLL, threads: list[threading.Thread]) -> Iterator[N
         yield
     finally:
         library.writers_stop(1)
+        for thread in threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def working(threads: Sequence[threading.Thread]) -> Iterator[None]:
+    """These threads work until the block is left, when each is told by its `stopped`."""
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.stopped = True
         for thread in threads:
             thread.join()
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 THREADS_RUN = "ignore:.*fork:DeprecationWarning"
 # A child that hangs is ended by a signal, and its exit status is -14. None is near it otherwise.
 WATCHDOG_SECONDS = 120
+# Of an array of `Memory`, if nothing else is said.
+N_PAGES = 32
 
 
 def fork() -> int:
@@ -152,14 +154,14 @@ def _pause() -> None:
 class Memory:
     """Arrays of one engine, and in plain memory the bytes that each of them must show."""
 
-    def __init__(self, engine: ksmcore.Engine, seed: int, n_pages: int = 32) -> None:
+    def __init__(self, engine: ksmcore.Engine, seed: int, n_pages: int = N_PAGES) -> None:
         self.engine = engine
         source = random_pages(seed, n_pages)
         self.arrays = [engine.array(source), engine.array(source)]
         self.expected = [source.copy(), source.copy()]
 
     @classmethod
-    def merged(cls, engine: ksmcore.Engine, seed: int, n_pages: int = 32) -> Memory:
+    def merged(cls, engine: ksmcore.Engine, seed: int, n_pages: int = N_PAGES) -> Memory:
         memory = cls(engine, seed, n_pages)
         assert engine.dedup(*memory.arrays).bytes_saved == n_pages * PAGE
         return memory

@@ -20,3 +20,17 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 def why_failed(call: str) -> str:
     """The name of the call that just failed, and its error."""
     return f"{call}: {os.strerror(ctypes.get_errno())}"
+
+
+class _Stretch(ctypes.Structure):
+    """struct iovec"""
+
+    _fields_ = [("addr", ctypes.c_void_p), ("len_bytes", ctypes.c_size_t)]
+
+
+def process_vm_writev(source: int, target: int, len_bytes: int) -> int:
+    """Have the kernel copy bytes between two addresses; how many it copied, -1 if it failed."""
+    here, there = _Stretch(source, len_bytes), _Stretch(target, len_bytes)
+    return libc.process_vm_writev(
+        os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, ctypes.c_ulong(0)
+    )

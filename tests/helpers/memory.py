@@ -21,7 +21,11 @@ def random_pages(seed: int | np.random.Generator, n_pages: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 256, n_pages * PAGE, dtype=np.uint8)
 
 
+def address(array: np.ndarray) -> int:
+    """Where an array begins."""
+    return array.__array_interface__["data"][0]
+
+
 def extent(array: np.ndarray) -> tuple[int, int]:
     """The addresses [start, end) of an array."""
-    start = array.__array_interface__["data"][0]
-    return start, start + array.nbytes
+    return address(array), address(array) + array.nbytes

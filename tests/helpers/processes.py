@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-# Where a program finds `helpers`.
 TESTS = Path(__file__).resolve().parents[1]
 STRICT = ("-X", "dev", "-W", "error")
 
@@ -38,6 +37,12 @@ FORK_OFTEN = """
 """
 
 
+def with_helpers(**env: str) -> dict[str, str]:
+    """The environment in which a program finds `helpers`."""
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env}
+
+
 def run_python(
     *parts: str,
     flags: Sequence[str] = STRICT,
@@ -51,10 +56,9 @@ def run_python(
     `prefix` is a command that runs it; what else is given by name is added to the environment.
     """
     code = "\n".join(map(textwrap.dedent, parts))
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS)]
     return subprocess.run(
         [*prefix, sys.executable, *flags, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        env=with_helpers(**env),
         cwd=cwd,
         capture_output=True,
         text=True,

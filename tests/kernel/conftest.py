@@ -5,14 +5,14 @@ import mmap
 
 import pytest
 
-PAGE = mmap.PAGESIZE
+from helpers.libc import libc
+from helpers.memory import PAGE, private_memory
 
 
 @pytest.fixture
 def three_mappings():
     """Address of 12 pages: 4 that can be written, 4 that cannot, 4 that can."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    area = mmap.mmap(-1, 14 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area = private_memory(14)
     export = ctypes.c_char.from_buffer(area)
     addr = ctypes.addressof(export) + PAGE
     middle = ctypes.c_void_p(addr + 4 * PAGE), ctypes.c_size_t(4 * PAGE)

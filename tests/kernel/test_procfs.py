@@ -9,10 +9,10 @@ import os
 import numpy as np
 import pytest
 
-import ksmcore
+from helpers.files import write_files
+from helpers.memory import PAGE, random_pages
 from ksmcore._kernel import procfs
 
-PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
 
 
@@ -95,10 +95,7 @@ def machine(tmp_path):
     """Writes files below a directory, and asks for the headroom that they tell of."""
 
     def ask(files: dict[str, str]) -> int:
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        write_files(tmp_path, files)
         return procfs.available_bytes(
             tmp_path / "meminfo", tmp_path / "membership", tmp_path / "cgroup"
         )
@@ -146,7 +143,7 @@ def test_here_it_is_something():
 
 
 def test_unregister_is_refused_when_there_is_not_enough(engine, rng, monkeypatch):
-    source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
+    source = random_pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     buffer = bytearray(source.tobytes() + bytes(PAGE))
     region = engine.register(buffer)

@@ -7,9 +7,10 @@ import os
 
 import pytest
 
+from helpers.libc import libc
+from helpers.memory import PAGE, private_memory
 from ksmcore._kernel import smaps
 
-PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 
 NEW_KERNEL = """\
@@ -138,7 +139,7 @@ def test_an_empty_range_has_no_mapping(three_mappings):
 
 
 def test_sizes_follow_what_is_touched():
-    with mmap.mmap(-1, 16 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+    with private_memory(16) as area:
         addr = ctypes.addressof(ctypes.c_char.from_buffer(area))
         before = sum(vma.anonymous for vma in smaps.vmas_in(addr, addr + 16 * PAGE))
         area.madvise(mmap.MADV_NOHUGEPAGE)
@@ -220,7 +221,6 @@ def test_a_missing_smaps_raises_oserror(monkeypatch):
 
 
 def test_count_maps_follows_the_mappings(three_mappings):
-    libc = ctypes.CDLL(None, use_errno=True)
     before = smaps.count_maps()
     for n in (0, 2, 9):
         addr = ctypes.c_void_p(three_mappings + n * PAGE)
@@ -248,7 +248,7 @@ def test_sums_leave_out_what_is_no_sum(tmp_path):
 
 def test_rollup_follows_what_is_touched():
     n = 4096
-    with mmap.mmap(-1, n * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+    with private_memory(n) as area:
         before = smaps.smaps_rollup()
         for offset in range(0, n * PAGE, PAGE):
             area[offset] = 1

@@ -1,7 +1,6 @@
 """Written-page tracking: quiet pages are not read again, and no write to them goes unseen."""
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -11,8 +10,9 @@ import pytest
 from ksmcore._pass.quiet import watch_from
 
 import ksmcore
+from helpers.forks import THREADS_RUN, in_child
 from helpers.kernels_view import descriptors, store_bytes
-from helpers.libc import libc
+from helpers.libc import libc, process_vm_writev
 from helpers.memory import PAGE, extent, private_memory, random_pages
 from ksmcore._kernel import forks, pagemap, smaps
 from ksmcore._testing import faults
@@ -105,16 +105,7 @@ def test_every_way_of_writing_is_seen(engine, quiet, tmp_path, how):
             else:
                 assert file.readinto(quiet[10]) == PAGE
     elif how == "writev":
-
-        class Iovec(ctypes.Structure):
-            _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
-
-        here = Iovec(quiet[20].ctypes.data, PAGE)
-        there = Iovec(quiet[10].ctypes.data, PAGE)
-        wrote = libc.process_vm_writev(
-            os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, ctypes.c_ulong(0)
-        )
-        assert wrote == PAGE
+        assert process_vm_writev(quiet[20].ctypes.data, quiet[10].ctypes.data, PAGE) == PAGE
     else:
         with open("/proc/self/mem", "r+b", buffering=0) as memory:
             memory.seek(quiet[10].ctypes.data)
@@ -270,23 +261,22 @@ def test_all_descriptors_closed(engine, quiet):
     engine._core.check()
 
 
+@pytest.mark.filterwarnings(THREADS_RUN)
 def test_a_forked_child_is_not_watched(engine, quiet):
     before = quiet.copy()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            seen = unwritten(quiet)
-            quiet[0] += 1
-            with ksmcore.Engine() as own:
-                array = own.array(quiet)
-                for _ in range(4):
-                    own.scan()
-                right = own.stats().pages_quiet == N and np.array_equal(array, quiet)
-            status = 0 if seen == 0 and right and forks.generation() > 0 else 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    def work():
+        assert unwritten(quiet) == 0
+        quiet[0] += 1
+        with ksmcore.Engine() as own:
+            array = own.array(quiet)
+            for _ in range(4):
+                own.scan()
+            assert own.stats().pages_quiet == N
+            assert np.array_equal(array, quiet)
+        assert forks.generation() > 0
+
+    assert in_child(work) == 0
     # The fork itself wrote nothing, and the child's writes are its own.
     assert hashed_by(engine) == 0
     assert np.array_equal(quiet, before)

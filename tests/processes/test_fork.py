@@ -9,7 +9,7 @@ import pytest
 
 import ksmcore
 from helpers.forks import (
-    PAGE,
+    N_PAGES,
     THREADS_RUN,
     Child,
     Memory,
@@ -18,10 +18,8 @@ from helpers.forks import (
     in_child,
     live,
     live_anew,
-    random_pages,
 )
-
-N_PAGES = 32
+from helpers.memory import PAGE, random_pages
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
@@ -38,11 +36,6 @@ class Files:
         for fd in self.fds:
             assert os.pread(fd, 8 * PAGE, 0) == random_pages(fd, 4).tobytes()
             assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == 0
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1, N_PAGES)
 
 
 # ---- what one does, the other does not see --------------------------------------------------
@@ -75,7 +68,7 @@ def others_take_the_place(memory: Memory) -> None:
     memory.write(50)
     memory.engine.scan()
     before = os.fstat(memory.engine._core.store_fd).st_size
-    others = [Memory.merged(memory.engine, 60 + i, N_PAGES) for i in range(8)]
+    others = [Memory.merged(memory.engine, 60 + i) for i in range(8)]
     for other in others:
         other.write(70)
         memory.engine.dedup()

@@ -1,7 +1,6 @@
 """What a forked child inherits: an empty, usable engine, closed regions, no locks or holds."""
 
 import gc
-import mmap
 import os
 import threading
 import warnings
@@ -11,7 +10,7 @@ import pytest
 
 import ksmcore
 from helpers.forks import (
-    PAGE,
+    N_PAGES,
     THREADS_RUN,
     Memory,
     exit_code,
@@ -20,20 +19,13 @@ from helpers.forks import (
     in_child,
     live,
     live_anew,
-    random_pages,
 )
+from helpers.memory import PAGE, private_memory, random_pages
 from ksmcore._engine.passes import BATCH_PAGES
 from ksmcore._kernel import forks
 from ksmcore._testing import hooks
 
-N_PAGES = 32
-
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1, N_PAGES)
 
 
 def test_the_childs_engine_starts_empty_and_works(engine, memory):
@@ -91,7 +83,7 @@ def test_settings_are_inherited(order):
 
 def test_an_inherited_region_is_closed(engine, memory):
     """Nothing comes of closing it again, by close, by unregister, or by the end of `with`."""
-    buffer = mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = private_memory(8)
     buffer[:] = b"\x05" * len(buffer)
     with engine.register(buffer) as region:
         engine.dedup()

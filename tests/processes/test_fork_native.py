@@ -3,17 +3,16 @@ and forks of Python while threads of C allocate."""
 
 import ctypes
 import os
-import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ksmcore
-from helpers.forks import THREADS_RUN, Memory, exit_code, finish, live, live_anew, scanning, watch
+from helpers.forks import THREADS_RUN, exit_code, finish, live, live_anew, scanning, watch
+from helpers.native import compiled
 from helpers.processes import FORK_OFTEN, run_python
+from helpers.waiting import wait_until
 from ksmcore._kernel import forks
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
@@ -21,14 +20,8 @@ pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("forker") / "forker.so"
     source = Path(__file__).with_name("forker.c")
-    command = [compiler, "-O2", "-Wall", "-shared", "-fPIC", "-pthread", "-o", library, source]
-    subprocess.run(command, check=True)
-    return library
+    return compiled(tmp_path_factory.mktemp("forker"), [source])
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +29,6 @@ def forker(library):
     loaded = ctypes.CDLL(str(library))
     loaded.forker_many.restype = loaded.forker_one.restype = ctypes.c_long
     return loaded
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1)
 
 
 def pointers(array: np.ndarray, expected: np.ndarray) -> list[object]:
@@ -90,11 +78,14 @@ def test_a_child_forked_by_a_c_thread(engine, memory, forker, closes):
 @pytest.mark.parametrize("by_vfork", [0, 1], ids=["fork", "vfork"])
 def test_forks_of_a_c_thread_while_another_thread_scans(engine, memory, forker, by_vfork):
     with scanning(memory):
-        before, deadline = engine.stats().pages_merged, time.monotonic() + 60
-        while engine.stats().pages_merged == before:
-            assert time.monotonic() < deadline
+        before = engine.stats().pages_merged
+
+        def has_merged_meanwhile():
             for array, expected in zip(memory.arrays, memory.expected, strict=True):
                 assert forker.forker_many(*pointers(array, expected), 60, by_vfork) == 0
+            return engine.stats().pages_merged > before
+
+        wait_until(has_merged_meanwhile)
 
 
 def test_a_vfork_freezes_nothing(engine, memory, forker):

@@ -9,7 +9,6 @@ import pytest
 
 import ksmcore
 from helpers.forks import (
-    PAGE,
     THREADS_RUN,
     Child,
     Memory,
@@ -17,17 +16,12 @@ from helpers.forks import (
     finish,
     fork,
     in_child,
-    random_pages,
     scanning,
 )
+from helpers.memory import PAGE, random_pages
 from ksmcore._testing import hooks
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1)
 
 
 def use_at_once(memory: Memory, seed: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import ksmcore
 from helpers.forks import (
-    PAGE,
+    N_PAGES,
     THREADS_RUN,
     Child,
     Memory,
@@ -25,18 +25,14 @@ from helpers.forks import (
     in_child,
     live,
     live_anew,
-    random_pages,
     scanning,
     watch,
 )
+from helpers.kernels_view import descriptors
+from helpers.mappings import n_maps
+from helpers.memory import PAGE, random_pages
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
-N_PAGES = 32
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1, N_PAGES)
 
 
 def held_pages(engine: ksmcore.Engine) -> int:
@@ -113,7 +109,7 @@ def test_a_child_that_is_killed(engine, memory):
 
 def test_shared_pages_that_kept_their_sharers(engine, memory):
     """They stay as they are, and when they lose their sharers later they go at once."""
-    other = Memory.merged(engine, 2, N_PAGES)
+    other = Memory.merged(engine, 2)
     with Child(stays(memory)) as child:
         child.paused()
         renew(memory, 10)
@@ -130,7 +126,7 @@ def test_shared_pages_that_kept_their_sharers(engine, memory):
 
 def test_all_that_lost_its_sharers(engine, memory):
     """By unregistering, and by dropping arrays."""
-    other = Memory.merged(engine, 2, N_PAGES)
+    other = Memory.merged(engine, 2)
     with Child(stays(memory)) as child:
         child.paused()
         for array in memory.arrays:
@@ -144,7 +140,7 @@ def test_all_that_lost_its_sharers(engine, memory):
     memory.check()
     # The place is used again.
     before = os.fstat(engine._core.store_fd).st_size
-    again = Memory.merged(engine, 3, N_PAGES)
+    again = Memory.merged(engine, 3)
     assert_thawed(engine, N_PAGES)
     assert os.fstat(engine._core.store_fd).st_size == before
     live(again, 100)
@@ -270,9 +266,7 @@ def test_many_children_leave_nothing(engine, memory):
     for seed in range(30):
         assert in_child(memory.check) == 0
         renew(memory, 10 + seed)
-        with open("/proc/self/maps") as maps:
-            n_maps = len(maps.readlines())
-        held.append((n_maps, len(os.listdir("/proc/self/fd")), held_pages(engine)))
+        held.append((n_maps(), len(descriptors()), held_pages(engine)))
     # A few mappings more or less: Python's own memory, and pieces of the arrays.
     assert held[-1][0] <= held[5][0] + 8
     assert held[-1][1] == held[5][1]
@@ -283,7 +277,7 @@ def test_many_children_leave_nothing(engine, memory):
 
 def test_the_limit_of_shared_pages(rng):
     with ksmcore.Engine(max_shared_pages=N_PAGES) as engine:
-        memory = Memory.merged(engine, 1, N_PAGES)
+        memory = Memory.merged(engine, 1)
         for seed in range(3):
             with Child(stays(memory)) as child:
                 child.paused()
@@ -353,7 +347,7 @@ def test_in_a_child(engine, memory):
     """A child's engine gets back what its own children held."""
 
     def work() -> None:
-        own = Memory.merged(engine, 2, N_PAGES)
+        own = Memory.merged(engine, 2)
         with Child(stays(own)) as grandchild:
             grandchild.paused()
             renew(own, 10)
@@ -393,7 +387,7 @@ def test_a_fork_that_fails(engine):
     """There is no child that could be waited for."""
 
     def work() -> None:
-        memory = Memory.merged(engine, 1, N_PAGES)
+        memory = Memory.merged(engine, 1)
         if os.getuid() == 0:
             os.setuid(65534)  # the limit does not hold for root
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))

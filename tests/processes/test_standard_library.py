@@ -5,14 +5,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.forks import (
-    PAGE,
     THREADS_RUN,
     Memory,
     exit_code,
@@ -21,18 +18,14 @@ from helpers.forks import (
     life_of_a_worker,
     live,
     live_anew,
-    random_pages,
     scanning,
     watch,
 )
+from helpers.memory import PAGE, random_pages
+from helpers.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 SECONDS = 90  # after which something hangs
-
-
-@pytest.fixture
-def memory(engine):
-    return Memory.merged(engine, 1)
 
 
 # ---- multiprocessing ------------------------------------------------------------------------
@@ -223,14 +216,7 @@ def test_os_system_and_popen(engine, memory):
 
 def run_script(code: str) -> tuple[int, list[str]]:
     """Exit code of a Python of its own, and the words that it, and all it leaves behind, print."""
-    options = ["-W", "error", "-W", "ignore::DeprecationWarning"]
-    done = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        cwd=Path(__file__).parents[1],  # where helpers are found
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = run_python(code, flags=("-W", "error", "-W", "ignore::DeprecationWarning"))
     assert done.stderr == ""
     return done.returncode, sorted(done.stdout.split())
 

@@ -18,6 +18,8 @@ from hypothesis.stateful import (
 )
 
 import ksmcore
+from helpers.forks import THREADS_RUN
+from helpers.stress import LONG
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel import smaps
 from ksmcore._testing import pagemap
@@ -267,8 +269,6 @@ class EngineMachine(RuleBasedStateMachine):
             assert stats.store_pages_frozen == 0
 
 
-LONG = os.environ.get("KSMCORE_STRESS", "0") not in ("", "0")
-
 EngineMachine.TestCase.settings = settings(
     max_examples=3000 if LONG else 100,
     stateful_step_count=60 if LONG else 40,
@@ -276,6 +276,4 @@ EngineMachine.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TestEngineMachine = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(
-    EngineMachine.TestCase
-)
+TestEngineMachine = pytest.mark.filterwarnings(THREADS_RUN)(EngineMachine.TestCase)

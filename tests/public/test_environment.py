@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.kernels_view import store_mappings
 from ksmcore import Settings
-from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps
 
 
 @pytest.mark.parametrize(
@@ -74,13 +73,9 @@ def test_run_starts_the_scanner(monkeypatch):
         assert engine.scanning
 
 
-def n_store_mappings():
-    return sum(vma.path.startswith(STORE_PATH) for vma in smaps.Snapshot().vmas_in(0, 2**64))
-
-
 def test_disabled(monkeypatch, private_buffer):
     monkeypatch.setenv("KSMCORE_DISABLE", "1")
-    before = n_store_mappings()
+    before = len(store_mappings())
     with ksmcore.Engine() as engine:
         buffers = [private_buffer(8), private_buffer(8), mmap.mmap(-1, 8 * mmap.PAGESIZE)]
         for buffer in buffers:
@@ -98,7 +93,7 @@ def test_disabled(monkeypatch, private_buffer):
         assert not regions[1].closed
         engine.unregister(regions[1])
         engine.unregister(array)
-        assert n_store_mappings() == before
+        assert len(store_mappings()) == before
         assert (array == 7).all()
         with engine.area() as area:
             area.register(buffers[0])

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from helpers.processes import run_python
+
 HEAD = """
 import numpy as np
 import pytest
@@ -64,7 +66,7 @@ def test_silent_and_not_imported_otherwise(run):
     assert code == 0
     assert "memory saved" not in output
     script = "import sys, ksmcore_pytest; sys.exit('numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert run_python(script).returncode == 0
 
 
 @pytest.mark.parametrize(

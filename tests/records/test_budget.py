@@ -4,11 +4,9 @@ Every test runs in a process of its own, because mappings are counted by process
 mappings away first, so that few pages are enough to need all that the engine may use.
 """
 
-import ctypes
 import functools
 import importlib.util
 import json
-import mmap
 import subprocess
 import sys
 import threading
@@ -17,11 +15,13 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._kernel import procfs, smaps
+from helpers.libc import libc
+from helpers.mappings import LIMIT, Taken, n_maps, take_all_but
+from helpers.memory import PAGE, extent
+from helpers.processes import with_helpers
+from ksmcore._kernel import smaps
 
-PAGE = mmap.PAGESIZE
 SEED = 20090331
-LIMIT = procfs.max_map_count()
 # What the engine maps for itself: views of its store, its tables. And what the interpreter maps
 # between two counts.
 FEW = 16
@@ -41,7 +41,14 @@ def alone(test):
     @functools.wraps(test)
     def run(**arguments):
         command = [sys.executable, "-W", "error", __file__, test.__name__, json.dumps(arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command,
+            env=with_helpers(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
 
@@ -50,40 +57,8 @@ def alone(test):
 
 # ---- the program -------------------------------------------------------------------------------
 
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
 # Of the standard library, with a shared library each, where it was built so.
 PACKAGES = {"asyncio": "_asyncio", "sqlite3": "_sqlite3", "ssl": "_ssl"}
-
-
-def n_maps():
-    with open("/proc/self/maps", "rb") as maps:
-        return sum(1 for _ in maps)
-
-
-class Taken:
-    """So many mappings of the program, give or take two: pages of no use, every second readable."""
-
-    def __init__(self, n):
-        self.len_bytes = (n | 1) * PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.addr = libc.mmap(None, self.len_bytes, 0, flags, -1, 0)
-        assert self.addr not in (None, 2**64 - 1)
-        for page in range(1, n - 1, 2):
-            failed = libc.mprotect(self.addr + page * PAGE, PAGE, mmap.PROT_READ)
-            assert not failed, f"the program gets no more than {page} of {n} mappings"
-
-    def give_back(self):
-        assert libc.munmap(self.addr, self.len_bytes) == 0
-
-
-def take_all_but(room):
-    return Taken(LIMIT - n_maps() - room)
 
 
 def assert_program_works(large_bytes=16 << 20):
@@ -156,8 +131,7 @@ class Pages:
 
     def assert_plain(self):
         """None of them is mapped from a store."""
-        start, end = self.array.ctypes.data, self.array.ctypes.data + self.array.nbytes
-        assert all("ksmcore" not in vma.path for vma in smaps.vmas_in(start, end))
+        assert all("ksmcore" not in vma.path for vma in smaps.vmas_in(*extent(self.array)))
 
 
 def shuffled(n_contents, times=2, first=1):

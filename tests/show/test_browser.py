@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.pictures import n_pixels, pixels
 from ksmcore import PageState
 from ksmcore._show.charts import SAVED_COLOUR, USED_COLOUR
 from ksmcore._show.page_maps import LOOKS, rgb
@@ -151,17 +152,6 @@ def report(engine):
         command=["python", "/a/very/long/path" * 8 + "/train.py", "--size", "3"],
         exit_status=0,
     )
-
-
-def pixels(shot):
-    image = pytest.importorskip("PIL.Image")
-    import io
-
-    return np.array(image.open(io.BytesIO(shot)).convert("RGB"))
-
-
-def n_pixels(drawn, colour):
-    return int((drawn == rgb(colour)).all(axis=2).sum())
 
 
 def is_drawn(locator):

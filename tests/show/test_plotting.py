@@ -1,15 +1,16 @@
 """ksmcore.plot: what is drawn, and that nothing else of matplotlib is touched."""
 
 import io
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.pictures import n_pixels, pixels
+from helpers.processes import run_python
 from ksmcore import PageState
-from ksmcore._show.page_maps import LOOKS, rgb
+from ksmcore._show.page_maps import LOOKS
 
 pytest.importorskip("matplotlib")
 
@@ -25,15 +26,11 @@ def arrays(engine):
     return made
 
 
-def pixels(figure):
-    image = pytest.importorskip("PIL.Image")
+def drawing(figure):
+    """As a file, pixel by pixel."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
-    return np.array(image.open(file).convert("RGB"))
-
-
-def n_pixels(drawn, colour):
-    return int((drawn == rgb(colour)).all(axis=2).sum())
+    return pixels(file.getvalue())
 
 
 def titles(figure):
@@ -58,7 +55,7 @@ def test_a_region(engine, private_buffer, rng):
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
     assert texts[:3] == ["shared 40", "zero 0", "unique 30"]
-    shown = pixels(figure)
+    shown = drawing(figure)
     shared, unique = (
         n_pixels(shown, LOOKS[s].colour) for s in (PageState.SHARED, PageState.UNIQUE)
     )
@@ -77,7 +74,7 @@ def test_an_engine(engine, arrays):
     ]
     assert sum((np.asarray(axes.images[0].get_array()) < 6).sum() for axes in maps) == 40
     assert savings.collections[0].get_label() == "in use"
-    shown = pixels(figure)
+    shown = drawing(figure)
     top = shown[: len(shown) // 3]
     assert n_pixels(top, "#0f69b5") > 100  # one moment, and still it is seen
     assert len(ksmcore.plot(engine).axes) == 6
@@ -100,9 +97,9 @@ def test_before_the_first_pass_and_with_nothing_registered(engine):
     figure = ksmcore.plot(engine)
     (savings,) = figure.axes
     assert [text.get_text() for text in savings.texts] == ["no pass has ended yet"]
-    pixels(figure)
+    drawing(figure)
     engine.scan()
-    pixels(ksmcore.plot(engine))
+    drawing(ksmcore.plot(engine))
 
 
 def test_a_notebook_shows_it(engine, arrays):
@@ -143,5 +140,6 @@ def test_the_rest_of_matplotlib_is_left_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     file = tmp_path / "plot.png"
-    subprocess.run([sys.executable, "-c", code, file], check=True)
+    done = run_python(code, flags=(), arguments=[file])
+    assert done.returncode == 0, done.stderr
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -1,9 +1,6 @@
 """The HTML report: complete in itself, with all that it promises, in every state of an engine."""
 
 import re
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,6 +8,8 @@ import pytest
 import ksmcore
 from helpers.forks import THREADS_RUN, in_child
 from helpers.html_reader import Reader
+from helpers.processes import run_python
+from helpers.waiting import wait_until
 from ksmcore._engine.counters import COST, NOW, NUMBERS, SKIPPED, WORK
 from ksmcore._show.report import MOST_REGIONS
 
@@ -111,10 +110,7 @@ def test_an_error_of_the_scanner_is_told(engine, arrays):
 
     engine.on_pass = fail
     engine.start(sleep_millisecs=0)
-    deadline = time.monotonic() + 60
-    while engine.stats().scanner_error is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: engine.stats().scanner_error is not None)
     assert "RuntimeError('<no luck>')" in read(ksmcore.html_report(engine)).texts
     with pytest.raises(RuntimeError, match="no luck"):
         engine.stop()
@@ -149,7 +145,8 @@ def test_no_matplotlib_is_needed():
         "ksmcore.dedup()\n"
         "print(len(ksmcore.html_report(ksmcore.default_engine())))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10_000
 
 

@@ -1,27 +1,20 @@
 """For the lost-write tests: the writers in C, every guard, and a summary of what was counted."""
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import ksmcore
+from helpers.native import compiled
 from ksmcore._engine.settings import GUARDS
 
 
 @pytest.fixture(scope="session")
 def writers(tmp_path_factory):
     """The C files of this directory, as one library."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    library = tmp_path_factory.mktemp("writers") / "writers.so"
     sources = sorted(Path(__file__).parent.glob("*.c"))
-    flags = "-O2 -Wall -Wextra -Werror -shared -fPIC -pthread".split()
-    subprocess.run([compiler, *flags, "-o", library, *sources], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("writers"), sources)))
     loaded.writers_run.restype = ctypes.c_long
     loaded.writers_flip.restype = None
     loaded.writers_stop.restype = None

@@ -23,6 +23,7 @@ from helpers.detector import (
     private_pages,
     rounds,
     running,
+    working,
 )
 from ksmcore._testing import faults
 
@@ -145,17 +146,10 @@ def test_no_word_of_numpy_is_lost(guard, record_property):
         def n_writes() -> int:
             return sum(thread.n_writes for thread in threads)
 
-        for thread in threads:
-            thread.start()
-        try:
-            enough = at_least(N_WRITES, 1000)
+        enough = at_least(N_WRITES, 1000)
+        with working(threads):
             for n in rounds(1.5, lambda: n_writes() >= enough and has_merged(engine, N_MERGED)):
                 (engine.scan if n % 2 else engine.dedup)()
-        finally:
-            for thread in threads:
-                thread.stopped = True
-            for thread in threads:
-                thread.join()
         record_property("words", f"{n_writes():,}")
         assert [thread.n_wrong for thread in threads] == [0] * len(threads)
         assert n_writes() >= enough

@@ -2,8 +2,6 @@
 nothing is left, nobody waits for ever."""
 
 import gc
-import mmap
-import os
 import threading
 import time
 
@@ -11,12 +9,15 @@ import numpy as np
 import pytest
 
 import ksmcore
-from helpers.kernels_view import pss_bytes
+from helpers.kernels_view import descriptors, pss_bytes
+from helpers.memory import PAGE, private_memory
+from helpers.stress import LONG
+from helpers.waiting import wait_until
 from ksmcore._kernel import smaps
 
 N_THREADS = 8
 # A quick form is always run.
-N_REGIONS = 10_000 if os.environ.get("KSMCORE_STRESS", "0") not in ("", "0") else 1_600
+N_REGIONS = 10_000 if LONG else 1_600
 N_PAGES = 4
 AT_ONCE = 50
 PATIENCE_SECONDS = 300
@@ -25,7 +26,7 @@ PATIENCE_SECONDS = 300
 def taken():
     """Of the process: bytes, mappings, descriptors."""
     gc.collect()
-    return pss_bytes(), smaps.count_maps(), len(os.listdir("/proc/self/fd"))
+    return pss_bytes(), smaps.count_maps(), len(descriptors())
 
 
 def come_and_go(engine, seed, n_regions, failed):
@@ -36,8 +37,7 @@ def come_and_go(engine, seed, n_regions, failed):
             area = engine.area()
             kept = []
             for n in range(AT_ONCE):
-                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                memory = mmap.mmap(-1, N_PAGES * mmap.PAGESIZE, flags=flags)
+                memory = private_memory(N_PAGES)
                 view = np.frombuffer(memory, np.uint8).reshape(N_PAGES, -1)
                 view[:] = np.uint8(n % 7 + 1)
                 kept.append((view, (area if n % 2 else engine).register(memory), n % 7 + 1))
@@ -71,13 +71,12 @@ def in_threads(engine, n_regions, failed):
 
 def make_what_is_kept(engine):
     """The store, the tracker, a guard, stacks of threads: made once, not to be counted below."""
-    array = engine.zeros((600, mmap.PAGESIZE), np.uint8)
+    array = engine.zeros((600, PAGE), np.uint8)
     array[:, 0] = np.arange(600) % 251
     array[300:, 1] = 1 + np.arange(300) // 251
     engine.dedup()
     with engine.start():
-        while engine.stats().full_scans < 6:
-            time.sleep(0.001)
+        wait_until(lambda: engine.stats().full_scans >= 6)
     in_threads(engine, AT_ONCE, [])
 
 
@@ -110,7 +109,7 @@ def test_the_last_thing_that_happens_is_a_removal(how):
     with ksmcore.Engine(sleep_millisecs=0, pages_to_scan=1) as engine, engine.start():
         for _ in range(100):
             area = engine.area()
-            memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = private_memory((1 << 20) // PAGE)
             view = np.frombuffer(memory, np.uint8)
             view[:] = 1
             region = area.register(memory)

@@ -24,7 +24,9 @@ from helpers.detector import (
     has_merged,
     private_pages,
     rounds,
+    working,
 )
+from helpers.libc import process_vm_writev
 
 N_PAGES = Callers.N_SLOTS * Callers.SLOT_PAGES
 # Calls that each guard has to see in the long form.
@@ -100,10 +102,6 @@ def test_calls_that_reach_pages_past_the_guard(writers, guard, slots, call, reco
         engine._core.check()
 
 
-class Iovec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("len_bytes", ctypes.c_size_t)]
-
-
 class Calls:
     """System calls as Python makes them: each writes `data` into `memory`, by its own way."""
 
@@ -113,7 +111,6 @@ class Calls:
         self.source = mmap.mmap(self.file, size)
         self.proc_mem = os.open("/proc/self/mem", os.O_RDWR)
         self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.libc = ctypes.CDLL(None, use_errno=True)
 
     def recv_into(self, memory: mmap.mmap, data: bytes) -> int:
         self.far.send(data)
@@ -127,12 +124,9 @@ class Calls:
         self.source[:] = data
         self.source.madvise(mmap.MADV_DONTNEED)
         here, there = (
-            Iovec(ctypes.addressof(ctypes.c_char.from_buffer(pages)), len(data))
-            for pages in (self.source, memory)
+            ctypes.addressof(ctypes.c_char.from_buffer(pages)) for pages in (self.source, memory)
         )
-        return self.libc.process_vm_writev(
-            os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0
-        )
+        return process_vm_writev(here, there, len(data))
 
     def write_proc_mem(self, memory: mmap.mmap, data: bytes) -> int:
         return os.pwrite(self.proc_mem, data, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
@@ -198,17 +192,11 @@ def test_calls_under_a_hold_never_fail(writers, guard, record_property):
         ways = ["recv_into", "preadv", "process_vm_writev", "write_proc_mem"]
         threads = [Holder(engine, how, seed) for seed, how in enumerate(ways)]
         with hard_scanning(writers, engine):
-            for thread in threads:
-                thread.start()
-            try:
+            with working(threads):
                 for n in rounds(1.5, is_enough):
                     (engine.scan if n % 2 else engine.dedup)()
-            finally:
-                for thread in threads:
-                    thread.stopped = True
-                for thread in threads:
-                    thread.join()
-                    thread.calls.close()
+            for thread in threads:
+                thread.calls.close()
         record_property("calls under a hold", str({t.how: t.n_calls for t in threads}))
         assert {t.how: +t.failures for t in threads} == {how: {} for how in ways}
         assert min(t.n_calls for t in threads) > 100
