@@ -1,23 +1,33 @@
 """Builds the compiled modules; everything else about the package is in pyproject.toml.
 
 Every ``.pyx`` under ``ksmcore`` becomes one extension module. The C that Cython writes goes to
-``build`` and never into the source tree or the sdist.
+``build`` and never into the source tree or the sdist. What only tests use (``ksmcore._testing``) is
+built in a checkout, and left out of wheels.
 
 Environment:
+    KSMCORE_TESTING=1    have ksmcore._testing in a wheel too, for tests of what is installed
     KSMCORE_SANITIZE=1   build with the address and undefined-behaviour sanitizers, for
                          `make sanitize`
 """
 
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = Path("ksmcore")
+TESTING = f"{PACKAGE}._testing"
+
+
+def is_set(variable):
+    return os.environ.get(variable, "0") not in ("", "0")
+
 
 # All modules share these. Code that needs a check writes it, at the one gate where input comes in.
 DIRECTIVES = {
@@ -38,7 +48,8 @@ LINK_ARGS = []
 # Where builds leave what they make on the way. Sanitized ones keep apart, so that neither kind is
 # ever taken for the other, or makes it compile anew.
 BUILD = Path("build")
-SANITIZED = os.environ.get("KSMCORE_SANITIZE", "0") not in ("", "0")
+SANITIZED = is_set("KSMCORE_SANITIZE")
+WITH_TESTING = SANITIZED or is_set("KSMCORE_TESTING")
 if SANITIZED:
     SANITIZE = ["-fsanitize=address,undefined"]
     LINK_ARGS += SANITIZE
@@ -72,6 +83,19 @@ def extensions():
     ]
 
 
+class BuildPy(build_py):
+    def finalize_options(self):
+        super().finalize_options()
+        if not WITH_TESTING:
+            self.packages = [name for name in self.packages if name != TESTING]
+
+    def run(self):
+        if not WITH_TESTING:
+            # What an earlier build may have left there.
+            shutil.rmtree(Path(self.build_lib, *TESTING.split(".")), ignore_errors=True)
+        super().run()
+
+
 class BuildExt(build_ext):
     """Checks the platform and runs Cython, but only when it really builds (not for an sdist)."""
 
@@ -80,7 +104,10 @@ class BuildExt(build_ext):
         if SANITIZED and (self.inplace or self.editable_mode):
             # They load into no plain Python, and everything else would use them unawares.
             raise SystemExit("sanitized modules are not built in place: see `make sanitize`")
-        if self.inplace or self.editable_mode:
+        in_checkout = self.inplace or self.editable_mode
+        if not in_checkout and not WITH_TESTING:
+            self.extensions = [e for e in self.extensions if not e.name.startswith(f"{TESTING}.")]
+        if in_checkout:
             # An editable install would build in a new temporary directory, and so all modules
             # every time; a lasting one compiles only those that changed.
             self.build_lib = f"build/lib-{sys.implementation.cache_tag}"
@@ -125,4 +152,4 @@ class BuildExt(build_ext):
         super().run()
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

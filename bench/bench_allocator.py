@@ -14,8 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import ksmcore
 from bench import corpora, measure
 from bench.corpora import PAGE
-from ksmcore._arrays import arena
-from ksmcore._arrays.installing import is_here
+from ksmcore._testing.arena import check_arena, is_here
 
 N_ARRAYS = 10_000
 ARRAY_BYTES = 100_000
@@ -64,7 +63,7 @@ def test_arrays(benchmark: BenchmarkFixture, what: str) -> None:
         benchmark.pedantic(WORK[what], setup=begin, rounds=9, warmup_rounds=1)
     finally:
         ksmcore.uninstall_allocator()
-    assert arena.check() == 0
+    assert check_arena() == 0
     # The first one was for the warm-up. No statistics with --benchmark-disable.
     numpys = statistics.median(own[1:] or own)
     benchmark.extra_info["numpy_median_s"] = numpys

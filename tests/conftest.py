@@ -13,9 +13,8 @@ import pytest
 
 import ksmcore
 from ksmcore._engine.settings import GUARDS
-from ksmcore._guard import guard as guards
-from ksmcore._kernel import smaps, syscalls
-from ksmcore._pass import quiet
+from ksmcore._kernel import smaps
+from ksmcore._testing import faults, hooks
 
 SEED = 20090331
 
@@ -33,7 +32,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ksmcore")
 
 # The buffers here are small: let their writes be tracked all the same.
-MIN_WATCHED_PAGES = quiet.watch_from(1)
+MIN_WATCHED_PAGES = hooks.watch_from(1)
 
 
 def pytest_report_header():
@@ -86,9 +85,9 @@ def engine(guard):
         if not engine.closed:
             engine._core.check()
     finally:
-        syscalls.inject_clear()
+        faults.clear()
         engine.close()
-    assert not guards.handler_installed()
+    assert not hooks.handler_installed()
 
 
 @pytest.fixture
@@ -102,7 +101,7 @@ def collected():
 def _no_faults_left():
     """No failure that one test ordered hits another one."""
     yield
-    syscalls.inject_clear()
+    faults.clear()
 
 
 @pytest.fixture

@@ -141,11 +141,5 @@ def use_nowhere():
         arena_trim()
 
 
-def owns(size_t address):
-    """Does an array's memory that begins here come from the arena? For tests."""
-    cdef size_t ignored = 0
-    return arena_owns(<const void*>address, &ignored)
-
-
 import_array()
 _numpys = <PyDataMem_Handler*>PyCapsule_GetPointer(<object>PyDataMem_DefaultHandler, CAPSULE_NAME)

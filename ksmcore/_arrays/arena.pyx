@@ -23,8 +23,8 @@ from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
-    chunks_check, chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init,
-    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
+    chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init, chunks_tag,
+    chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
 )
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_empty_range, run_t
@@ -382,6 +382,15 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     return stays
 
 
+cdef int arena_ask(int (*question)(const chunk_table* t, uint32_t generation) noexcept nogil) noexcept nogil:
+    """The answer to a question about the chunks, asked under the lock."""
+    cdef int answer
+    arena_lock()
+    answer = question(&_table, forks_generation())
+    arena_unlock()
+    return answer
+
+
 # ---- life -------------------------------------------------------------------------------------------
 
 cdef void _in_child() noexcept nogil:
@@ -467,8 +476,7 @@ def is_chunk(uint64_t region_id):
 
 
 def numbers():
-    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had. For tests
-    and reports."""
+    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had."""
     cdef uint32_t n
     cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
     with nogil:
@@ -481,16 +489,6 @@ def numbers():
         "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
         "refused": n_refused,
     }
-
-
-def check():
-    """Do extents and bins add up? The number of the first invariant that is broken, 0 for none. For tests."""
-    cdef int rc
-    with nogil:
-        arena_lock()
-        rc = chunks_check(&_table, forks_generation())
-        arena_unlock()
-    return rc
 
 
 chunks_init(&_table, sys_page_bytes(), CHUNK_BYTES)

@@ -70,6 +70,7 @@ ctypedef struct chunk_table:
 
 cdef void chunks_init(chunk_table* t, size_t page_bytes, size_t chunk_bytes) noexcept nogil
 cdef void chunks_clear_bins(chunk_table* t) noexcept nogil
+cdef uint32_t chunks_bin(size_t n_pages) noexcept nogil
 cdef uint32_t chunks_enter(chunk_table* t, const chunk_t* chunk) noexcept nogil
 cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil
 cdef uint32_t chunks_at(const chunk_table* t, uintptr_t addr) noexcept nogil
@@ -83,4 +84,3 @@ cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state sta
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
 cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil
-cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil

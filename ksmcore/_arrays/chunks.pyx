@@ -38,7 +38,7 @@ cdef void chunks_clear_bins(chunk_table* t) noexcept nogil:
             memset(t.bins[kind][state].heads, 0xff, sizeof(t.bins[kind][state].heads))
 
 
-cdef uint32_t _bin_of(size_t n_pages) noexcept nogil:
+cdef uint32_t chunks_bin(size_t n_pages) noexcept nogil:
     """0 to 15 pages have a bin each; from there on eight bins share each power of two."""
     cdef uint32_t log2
     if n_pages < 16:
@@ -67,7 +67,7 @@ cdef bin_list* _bins_of(chunk_table* t, uint32_t page, uint32_t state) noexcept 
 cdef void _hang(chunk_table* t, uint32_t first, size_t n_pages, extent_state state) noexcept nogil:
     """Mark pages as a free extent, and put it in its bin."""
     cdef bin_list* bins = _bins_of(t, first, state)
-    cdef uint32_t number = _bin_of(n_pages)
+    cdef uint32_t number = chunks_bin(n_pages)
     cdef extent_tag* tag = chunks_tag(t, first)
     _mark(t, first, n_pages, state)
     tag.prev = NO_PAGE
@@ -84,7 +84,7 @@ cdef size_t _unhang(chunk_table* t, uint32_t first) noexcept nogil:
     """Take a free extent out of its bin; returns its length in pages."""
     cdef extent_tag* tag = chunks_tag(t, first)
     cdef bin_list* bins = _bins_of(t, first, tag.state)
-    cdef uint32_t number = _bin_of(tag.n_pages)
+    cdef uint32_t number = chunks_bin(tag.n_pages)
     if tag.prev != NO_PAGE:
         chunks_tag(t, tag.prev).next = tag.next
     else:
@@ -103,7 +103,7 @@ cdef uint32_t chunks_find(
 ) noexcept nogil:
     """A free extent of at least so many pages, or NO_PAGE."""
     cdef const bin_list* bins = &t.bins[wants_huge][<int>state]
-    cdef uint32_t number = _bin_of(n_pages), tries = 0, word
+    cdef uint32_t number = chunks_bin(n_pages), tries = 0, word
     cdef uint32_t first = bins.heads[number]
     cdef uint64_t filled
     while first != NO_PAGE and tries < BINS_SEARCHED:
@@ -299,54 +299,3 @@ cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range*
             before = state
             page += length
     return n
-
-
-cdef int chunks_check(const chunk_table* t, uint32_t generation) noexcept nogil:
-    """The number of the first invariant that is broken, 0 for none. For tests."""
-    cdef uint32_t entry, page, end, state, before, n_pages
-    cdef size_t n_taken, n_hanging = 0, n_free = 0, dirty_bytes = 0, taken_bytes = 0
-    cdef int kind, number
-    for entry in range(t.n_entries):
-        if t.all[entry].addr == 0:
-            continue
-        if chunks_at(t, t.all[entry].addr) != entry:
-            return 1
-        taken_bytes += t.all[entry].n_taken * t.page_bytes
-        if t.all[entry].tags == NULL or t.all[entry].generation != generation:
-            continue
-        page = entry * t.chunk_pages
-        end = page + t.chunk_pages
-        n_taken = 0
-        before = TAKEN
-        while page < end:
-            state = chunks_tag(t, page).state
-            n_pages = chunks_tag(t, page).n_pages
-            if n_pages == 0 or chunks_tag(t, page + n_pages - 1).n_pages != n_pages:
-                return 2
-            if chunks_tag(t, page + n_pages - 1).state != state:
-                return 3
-            if state != TAKEN and state == before:
-                return 4
-            n_taken += n_pages if state == TAKEN else 0
-            n_free += state != TAKEN
-            dirty_bytes += n_pages * t.page_bytes if state == DIRTY else 0
-            before = state
-            page += n_pages
-        if page != end:
-            return 5
-        if n_taken != t.all[entry].n_taken:
-            return 6
-    for kind in range(2):
-        for state in range(<uint32_t>CLEAN, <uint32_t>DIRTY + 1):
-            for number in range(N_BINS):
-                page = t.bins[kind][state].heads[number]
-                while page != NO_PAGE:
-                    if _bin_of(chunks_tag(t, page).n_pages) != <uint32_t>number or chunks_tag(t, page).state != state:
-                        return 7
-                    n_hanging += 1
-                    page = chunks_tag(t, page).next
-    if n_hanging != n_free:
-        return 8
-    if dirty_bytes != t.dirty_bytes or taken_bytes != t.taken_bytes:
-        return 9
-    return 10 if t.idle_bytes > t.dirty_bytes else 0

@@ -15,8 +15,6 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
-import numpy as np
-
 from ksmcore._arrays import allocator, arena
 
 if TYPE_CHECKING:
@@ -126,8 +124,3 @@ def install(engine: Home, threshold_bytes: SupportsIndex) -> None:
 def uninstall() -> None:
     """See `ksmcore.uninstall_allocator`."""
     allocator.use_nowhere()
-
-
-def is_here(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> bool:
-    """Did an array's memory come from the arena? For tests."""
-    return bool(allocator.owns(array.__array_interface__["data"][0]))

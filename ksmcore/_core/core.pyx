@@ -8,10 +8,10 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
 from ksmcore._core.census cimport census_of_range, census_take
+from ksmcore._core.check cimport check_engine
 from ksmcore._core.copy cimport copy_span
 from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._core.registry cimport Registry
-from ksmcore._core.unmerge cimport core_check
 from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
@@ -242,10 +242,10 @@ cdef class Core(Registry):
         self._own()
         with nogil:
             self._lock()
-            rc = core_check(&self.c)
+            rc = check_engine(&self.c)
             self._unlock()
         if rc != 0:
-            raise InternalError(f"invariant {rc} is broken (see core_check)")
+            raise InternalError(f"invariant {rc} is broken (see ksmcore/_core/check.pyx)")
 
     @property
     def maps_used(self):
@@ -254,5 +254,5 @@ cdef class Core(Registry):
 
     @property
     def store_fd(self):
-        """Descriptor of the memory file, -1 before the first shared page; for tests."""
+        """Descriptor of the memory file, -1 before the first shared page."""
         return self.c.store.file.fd

@@ -8,6 +8,7 @@ A forked child inherits a copy of the core that belongs to its parent: the first
 throws it away and begins anew, empty. What is given up on purpose: the child's share of the lock.
 """
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, WAIT_LOCK,
 )
@@ -312,22 +313,25 @@ cdef class Registry:
             self._unlock()
         return region_numbers_as_dict(&tally)
 
-    def page_map(self, uint64_t region_id, uintptr_t addr, uint8_t[::1] states):
+    def page_map(self, uint64_t region_id, uintptr_t addr, states):
         """Fill one byte for each page of the region (see ksmcore.PageState); False when there is no such region.
         OSError when the kernel does not answer."""
         cdef const region_t* region
         cdef sys_error err
         cdef bint found
         cdef int rc = 0
+        cdef Py_buffer view
         sys_error_clear(&err)
         self._own()
+        PyObject_GetBuffer(states, &view, PyBUF_WRITABLE)
         with nogil:
             self._lock()
             region = self._region(region_id, addr)
-            found = region != NULL and region.n_pages == <size_t>states.shape[0]
+            found = region != NULL and region.n_pages == <size_t>view.len
             if found:
-                rc = region_numbers_map(&self.c, region, &states[0], &err)
+                rc = region_numbers_map(&self.c, region, <uint8_t*>view.buf, &err)
             self._unlock()
+        PyBuffer_Release(&view)
         if rc != 0:
             sys_error_raise(&err, "page map")
         return found

@@ -10,5 +10,4 @@ from ksmcore._records.regions cimport region_t
 cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) noexcept nogil
 cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil
-cdef int core_check(engine_core* c) noexcept nogil
 cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil

@@ -9,8 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
 from ksmcore._guard.mprotect cimport (
-    mprotect_enter, mprotect_is_installed, mprotect_leave, mprotect_n_waits, mprotect_ready, mprotect_release,
-    mprotect_shut,
+    mprotect_enter, mprotect_leave, mprotect_n_waits, mprotect_ready, mprotect_release, mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
     userfaultfd_drop, userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits,
@@ -137,8 +136,3 @@ def refuses_pinned(str name):
     cdef bint moves = False
     sys_error_clear(&err)
     return kind == GUARD_UFFD and userfaultfd_probe(kind, &moves, &err) == 0 and bool(moves)
-
-
-def handler_installed():
-    """True while ksmcore's SIGSEGV handler is the process's; for tests and the doctor."""
-    return mprotect_is_installed()

@@ -1,4 +1,4 @@
-"""The mprotect guard; see mprotect.pyx. For guard only."""
+"""The mprotect guard; see mprotect.pyx. For guard only, and tests."""
 
 from libc.stdint cimport uint32_t, uintptr_t
 

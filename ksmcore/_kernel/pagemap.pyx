@@ -15,8 +15,8 @@ from libc.errno cimport ENOTTY
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
-    CALL_PAGEMAP_SCAN, sys_check, sys_drop, sys_error, sys_error_clear, sys_error_raise, sys_injected, sys_is_kept,
-    sys_keep, sys_mincore, sys_open_read, sys_page_bytes, sys_read_at,
+    CALL_PAGEMAP_SCAN, sys_check, sys_drop, sys_error, sys_error_clear, sys_injected, sys_is_kept, sys_keep,
+    sys_mincore, sys_open_read, sys_read_at,
 )
 
 cdef extern from "_kernel/pagemap.h" nogil:
@@ -225,58 +225,3 @@ cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error*
     return sys_check(
         ksm_scan_protect(pm.file.fd, addr, addr + len_bytes) < 0, CALL_PAGEMAP_SCAN, addr, len_bytes, err
     )
-
-
-def query(uintptr_t addr, size_t n_pages, bint with_pagemap=True):
-    """The flag bytes of `n_pages` pages from `addr` on; for tests and page maps.
-
-    Raises OSError when the kernel refuses the range.
-    """
-    from ksmcore._kernel.syscalls import page_bytes
-    cdef pagemap pm
-    cdef sys_error err
-    cdef int rc
-    sys_error_clear(&err)
-    result = bytearray(n_pages)
-    if n_pages == 0:
-        return bytes(result)
-    cdef uint8_t[::1] flags = result
-    cdef size_t bytes_per_page = page_bytes()
-    with nogil:
-        pagemap_open(&pm, bytes_per_page, with_pagemap)
-        rc = pagemap_query(&pm, addr, n_pages, &flags[0], &err)
-        pagemap_close(&pm)
-    if rc != 0:
-        sys_error_raise(&err, "page query")
-    return bytes(result)
-
-
-def survey(uintptr_t addr, size_t n_pages, bint watched):
-    """Of `n_pages` pages from `addr` on the ranges that are absent or, if `watched`, were written since they
-    were protected: (first page, pages, flags) with page numbers from 0 on. For tests.
-
-    Raises OSError when the kernel refuses, or has no PAGEMAP_SCAN.
-    """
-    cdef pagemap pm
-    cdef page_survey found
-    cdef sys_error err
-    cdef size_t page_bytes = sys_page_bytes(), k
-    cdef uintptr_t cursor = addr, end = addr + n_pages * page_bytes
-    cdef int rc = 0
-    sys_error_clear(&err)
-    pagemap_open(&pm, page_bytes, True)
-    pagemap_try_scanning(&pm)
-    if not pm.scans:
-        pagemap_close(&pm)
-        raise OSError(ENOTTY, "this kernel has no PAGEMAP_SCAN")
-    ranges = []
-    while cursor < end and rc == 0:
-        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err)
-        for k in range(found.n_ranges if rc == 0 else 0):
-            first = (found.ranges[k].addr - addr) // page_bytes
-            ranges.append((first, found.ranges[k].n_pages, found.ranges[k].flags))
-        cursor = found.next
-    pagemap_close(&pm)
-    if rc != 0:
-        sys_error_raise(&err, "survey")
-    return ranges

@@ -95,6 +95,16 @@ cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 
+# Failures that a test orders: after[c] calls of c succeed, then count[c] of them fail with errno code[c].
+ctypedef struct sys_orders:
+    bint armed
+    int after[<int>N_CALLS]
+    int count[<int>N_CALLS]
+    int code[<int>N_CALLS]
+
+cdef sys_orders sys_ordered
+
+
 # For the modules that have further system calls (uffd, pagemap, maps, tracker): -1 and *err filled when the call
 # failed, with errno as it stands; -1 and *err filled when a test ordered it to fail.
 cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil

@@ -1,7 +1,7 @@
 """Every system call of the core, each return value checked and errno kept at once.
 
 A failing call fills a `sys_error` that its caller owns, so that the reason survives until the GIL is
-held again and an OSError can be raised from it. Tests can make any call fail through `inject`.
+held again and an OSError can be raised from it. Tests can make any call fail (see sys_orders).
 """
 
 import os
@@ -49,7 +49,8 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 
-_NAMES = (
+# In the order of enum sys_call.
+CALL_NAMES = (
     "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
     "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
     "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
@@ -58,49 +59,7 @@ _NAMES = (
 )
 
 
-# ---- fault injection (tests only) -----------------------------------------------------------
-
-# after[c] calls of c succeed, then count[c] calls fail with code[c].
-cdef int _inject_after[<int>N_CALLS]
-cdef int _inject_count[<int>N_CALLS]
-cdef int _inject_code[<int>N_CALLS]
-cdef bint _inject_armed = False
-
-
-cdef bint _injected(sys_call call) noexcept nogil:
-    if not _inject_armed or _inject_count[<int>call] == 0:
-        return False
-    if _inject_after[<int>call] > 0:
-        _inject_after[<int>call] -= 1
-        return False
-    _inject_count[<int>call] -= 1
-    return True
-
-
-def inject(str call, int code, int after=0, int count=1):
-    """Make `count` calls of `call` fail with errno `code`, once `after` of them have succeeded.
-
-    For tests. Raises ValueError naming the calls when `call` is none of them.
-    """
-    global _inject_armed
-    if call not in _NAMES[1:]:
-        raise ValueError(f"unknown call {call!r}; one of {', '.join(_NAMES[1:])}")
-    cdef int index = _NAMES.index(call)
-    _inject_after[index] = after
-    _inject_count[index] = count
-    _inject_code[index] = code
-    _inject_armed = True
-
-
-def inject_clear():
-    """Let every call through again; returns the number of failures that were ordered and not used."""
-    global _inject_armed
-    cdef int i, unused = 0
-    for i in range(<int>N_CALLS):
-        unused += _inject_count[i]
-        _inject_after[i] = _inject_count[i] = _inject_code[i] = 0
-    _inject_armed = False
-    return unused
+cdef sys_orders sys_ordered
 
 
 # ---- errors ---------------------------------------------------------------------------------
@@ -122,9 +81,13 @@ cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes,
 
 
 cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
-    if _injected(call):
-        return _fail(err, call, _inject_code[<int>call], addr, len_bytes)
-    return 0
+    if not sys_ordered.armed or sys_ordered.count[<int>call] == 0:
+        return 0
+    if sys_ordered.after[<int>call] > 0:
+        sys_ordered.after[<int>call] -= 1
+        return 0
+    sys_ordered.count[<int>call] -= 1
+    return _fail(err, call, sys_ordered.code[<int>call], addr, len_bytes)
 
 
 cdef void sys_error_clear(sys_error* err) noexcept nogil:
@@ -135,7 +98,7 @@ cdef void sys_error_clear(sys_error* err) noexcept nogil:
 cdef object sys_error_raise(sys_error* err, str what):
     """Raise the OSError (MemoryError for ENOMEM) that `err` describes; needs the GIL."""
     import errno as errno_names
-    cdef str call = _NAMES[err.call]
+    cdef str call = CALL_NAMES[err.call]
     cdef str where = ""
     if err.len_bytes:
         where = f" of {err.len_bytes} bytes at {err.addr:#x}" if err.addr else f" of {err.len_bytes} bytes"

@@ -6,6 +6,8 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
 
 
+cdef size_t quiet_min_pages      # smaller regions are not watched; tests change it
+
 cdef void quiet_arm(engine_core* c, region_t* region, size_t n_look) noexcept nogil
 cdef void quiet_disarm_changed(engine_core* c, size_t n_look) noexcept nogil
 cdef void quiet_disarm_others(engine_core* c, size_t n_look) noexcept nogil

@@ -21,7 +21,7 @@ from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regi
 from ksmcore._records.rmap cimport PAGE_UNSHARED
 
 # Two mappings and a system call for each region that is watched should be worth it.
-cdef size_t _min_watched_pages = 256
+cdef size_t quiet_min_pages = 256
 
 
 cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
@@ -111,7 +111,7 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     cdef sys_error ignored
     if region.flags & REGION_WATCHED:
         return True
-    if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < _min_watched_pages:
+    if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < quiet_min_pages:
         return False
     region.watch_tried = c.epoch
     sys_error_clear(&ignored)
@@ -143,11 +143,3 @@ cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:
             tracker_unwatch(&c.tracker, region.addr, regions_end_of(&c.regions, region))
         region.flags &= ~REGION_WATCHED
         c.budget.used -= MAPS_WATCHED
-
-
-def watch_from(size_t n_pages):
-    """Watch regions of at least so many pages, under any engine; returns what it was. For tests."""
-    global _min_watched_pages
-    before = _min_watched_pages
-    _min_watched_pages = n_pages
-    return before

@@ -60,6 +60,9 @@ ctypedef struct store_t:
     uint32_t releases[<int>MAX_RELEASES]
 
 
+cdef int store_told_huge     # -1; or, by a test, whether the kernel gives memory files huge pages
+
+
 # What a slot in use is: pending (to be written yet), shared by so many pages, or dead.
 cdef inline bint store_is_pending(const store_t* store, uint32_t slot) noexcept nogil:
     return store.uses[slot].pending

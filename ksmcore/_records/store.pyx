@@ -44,8 +44,7 @@ cdef enum:
     REUSE_SHARE = 4
 
 
-# For tests: -1, or what _gets_huge_pages shall answer.
-cdef int _told_huge = -1
+cdef int store_told_huge = -1
 
 
 cdef bint _gets_huge_pages() noexcept nogil:
@@ -53,8 +52,8 @@ cdef bint _gets_huge_pages() noexcept nogil:
     cdef char modes[128]
     cdef sys_error ignored
     cdef int fd
-    if _told_huge >= 0:
-        return _told_huge
+    if store_told_huge >= 0:
+        return store_told_huge
     sys_error_clear(&ignored)
     fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
     if fd < 0:
@@ -67,12 +66,6 @@ cdef bint _gets_huge_pages() noexcept nogil:
         strstr(modes, b"[always]") != NULL or strstr(modes, b"[within_size]") != NULL
         or strstr(modes, b"[force]") != NULL
     )
-
-
-def tell_huge(int answer):
-    """Have new stores take memory files for huge (1), or not (0), or ask the kernel (-1). For tests."""
-    global _told_huge
-    _told_huge = answer
 
 
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:

@@ -15,7 +15,7 @@ import ksmcore
 from helpers.kernels_view import pss_bytes
 from helpers.processes import FORK_OFTEN, run_python
 from ksmcore._arrays import arena, installing
-from ksmcore._arrays.installing import is_here
+from ksmcore._testing.arena import check_arena, is_here
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -27,7 +27,7 @@ def _uninstalled():
     yield
     ksmcore.uninstall_allocator()
     gc.collect()
-    assert arena.check() == 0
+    assert check_arena() == 0
     ksmcore.default_engine()._core.check()
 
 
@@ -240,7 +240,7 @@ def test_resize_keeps_the_contents_across_the_threshold_and_back():
             assert np.array_equal(array[:kept], values[:kept])
             values = values[:kept]
             assert not array[kept:].any() or n < len(array)
-            assert arena.check() == 0
+            assert check_arena() == 0
         small = np.arange(10)
         small.resize(100_000, refcheck=False)
         assert np.array_equal(small[:10], np.arange(10))
@@ -327,7 +327,7 @@ class Arrays(RuleBasedStateMachine):
 
     @invariant()
     def the_arena_adds_up(self):
-        assert arena.check() == 0
+        assert check_arena() == 0
         assert arena.numbers()["taken_bytes"] >= sum(array.nbytes for array, _ in self.kept)
 
     def teardown(self):
@@ -393,7 +393,7 @@ def test_holes_in_merged_memory_keep_to_the_map_budget():
     done = run_python("""
         import numpy as np
         import ksmcore
-        from ksmcore._arrays import arena
+        from ksmcore._testing.arena import check_arena
         from ksmcore._kernel import smaps
         ksmcore.configure(map_budget=200)
         ksmcore.install_allocator()
@@ -411,7 +411,7 @@ def test_holes_in_merged_memory_keep_to_the_map_budget():
             assert all(np.array_equal(a, b) for a, b in zip(some, contents) if a is not None)
         zeros = [np.zeros(1 << 16, np.uint8) for _ in range(1200)]
         assert not any(array.any() for array in zeros)
-        assert arena.check() == 0
+        assert check_arena() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -464,7 +464,7 @@ def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatc
         for thread in threads:
             thread.join()
     assert wrong == []
-    assert arena.check() == 0
+    assert check_arena() == 0
 
 
 def test_arrays_may_be_given_back_by_another_thread_and_after_it_was_uninstalled():
@@ -520,7 +520,7 @@ def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
         import numpy as np
         import ksmcore
         from ksmcore._arrays import arena
-        from ksmcore._arrays.installing import is_here
+        from ksmcore._testing.arena import check_arena, is_here
 
         ksmcore.install_allocator()
         arrays = [np.full(1 << 20, i % 3 + 1, np.uint8) for i in range(60)]
@@ -540,15 +540,15 @@ def test_a_forked_child_keeps_its_arrays_and_makes_its_own():
                 for i, array in enumerate(arrays):
                     assert (array == (2 * i + 1) % 3 + 1).all()
                     array[:] = 7
-                assert arena.check() == 0
+                assert check_arena() == 0
                 del array; arrays.clear(); fresh.clear(); gc.collect()
-                assert arena.check() == 0 and arena.numbers()["taken_bytes"] == 0
+                assert check_arena() == 0 and arena.numbers()["taken_bytes"] == 0
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitpid(pid, 0)[1] == 0
         assert all((array == i % 3 + 1).all() for i, array in enumerate(arrays))
-        assert arena.check() == 0
+        assert check_arena() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -603,6 +603,7 @@ def test_a_closed_engine_leaves_its_arrays_as_they_are():
         import numpy as np
         import ksmcore
         from ksmcore._arrays import arena
+        from ksmcore._testing.arena import check_arena
         ksmcore.install_allocator()
         arrays = [np.full(1 << 20, 3, np.uint8) for _ in range(50)]
         ksmcore.dedup()
@@ -615,7 +616,7 @@ def test_a_closed_engine_leaves_its_arrays_as_they_are():
         assert not any(array.any() for array in zeros)
         del arrays, more, zeros
         gc.collect()
-        assert arena.check() == 0 and arena.numbers()["taken_bytes"] == 0
+        assert check_arena() == 0 and arena.numbers()["taken_bytes"] == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -625,7 +626,7 @@ def test_disabled_it_registers_nothing():
         """
         import numpy as np
         import ksmcore
-        from ksmcore._arrays.installing import is_here
+        from ksmcore._testing.arena import is_here
         with ksmcore.allocator():
             arrays = [np.ones(1 << 20, np.uint8) for _ in range(10)]
         assert ksmcore.dedup().bytes_saved == 0
@@ -642,9 +643,9 @@ def test_where_the_kernel_knows_no_huge_pages():
         import numpy as np
         import ksmcore
         from ksmcore._arrays import arena
-        from ksmcore._kernel import syscalls
+        from ksmcore._testing import faults
         ksmcore.install_allocator()
-        syscalls.inject("madvise", 22, count=1000)
+        faults.inject("madvise", 22, count=1000)
         arrays = [np.empty(5 << 20, np.uint8) for _ in range(20)]
         assert arena.numbers()["chunks"] == 2, arena.numbers()
     """)

@@ -12,7 +12,8 @@ import ksmcore
 from helpers.kernels_view import present_pages, pss_bytes
 from helpers.processes import run_python
 from ksmcore._arrays import arena, installing
-from ksmcore._kernel import syscalls
+from ksmcore._testing import faults
+from ksmcore._testing.arena import check_arena
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def _nothing_idle():
     yield
     gc.collect()
     settle()
-    assert arena.check() == 0
+    assert check_arena() == 0
     ksmcore.default_engine()._core.check()
 
 
@@ -73,7 +74,7 @@ def test_what_is_needed_again_stays_at_hand(n_bytes, rng):
         if n_bytes < 4 * MIB:  # of memory for larger ones, huge pages go as a whole
             assert dirty_bytes() >= n_needed * n_bytes
     assert dirty_bytes() < 2 * n_needed * n_bytes
-    assert arena.check() == 0
+    assert check_arena() == 0
     if n_bytes < 4 * MIB:
         with ksmcore.allocator():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -165,6 +166,7 @@ def test_what_a_huge_page_brought_beyond_an_array_goes_with_it():
         import ksmcore
         from ksmcore._arrays import arena
         from ksmcore._kernel import smaps
+        from ksmcore._testing.arena import check_arena
 
         with ksmcore.allocator():
             array = np.empty((4 << 20) + 4096, np.uint8)
@@ -181,7 +183,7 @@ def test_what_a_huge_page_brought_beyond_an_array_goes_with_it():
         assert arena.numbers()["dirty_bytes"] == 0
         assert resident() == 0, resident()
         assert ksmcore.stats().bytes_saved == 0, ksmcore.stats()
-        assert arena.check() == 0
+        assert check_arena() == 0
     """)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -195,12 +197,12 @@ def test_memory_that_the_kernel_does_not_take_stays_and_goes_later(rng):
     arrays.clear()
     free = dirty_bytes()
     for call in ("madvise", "mmap"):
-        syscalls.inject(call, errno.ENOMEM, count=10_000)
+        faults.inject(call, errno.ENOMEM, count=10_000)
     try:
         arena.give_back()
     finally:
-        syscalls.inject_clear()
-    assert arena.check() == 0
+        faults.clear()
+    assert check_arena() == 0
     assert dirty_bytes() == free > 0
     assert all(np.array_equal(a, b) for a, b in zip(kept, values, strict=True))
     arena.give_back()
@@ -210,11 +212,11 @@ def test_memory_that_the_kernel_does_not_take_stays_and_goes_later(rng):
 
 def test_arrays_whose_pages_cannot_be_had_at_once(rng):
     ksmcore.scan()
-    syscalls.inject("madvise", errno.EINVAL, count=1000)
+    faults.inject("madvise", errno.EINVAL, count=1000)
     try:
         arrays = made(10, 200_000, rng)
     finally:
-        syscalls.inject_clear()
+        faults.clear()
     copies = [array.copy() for array in arrays]
     ksmcore.scan()
     assert all(np.array_equal(a, b) for a, b in zip(arrays, copies, strict=True))

@@ -15,6 +15,7 @@ import pytest
 import ksmcore
 from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import smaps
+from ksmcore._testing import pagemap
 
 PAGE = mmap.PAGESIZE
 MAKERS = ["empty", "zeros", "full", "array", "copy"]
@@ -198,7 +199,7 @@ class TestContents:
     def test_empty_is_zero_and_takes_no_memory(self, engine):
         made = engine.empty(1000 * PAGE, np.uint8)
         start = address(made)
-        present = ksmcore._kernel.pagemap.query(start, 1000)
+        present = pagemap.query(start, 1000)
         assert not any(present)
         assert not made.any()
 

@@ -390,10 +390,10 @@ def test_the_engine_is_closed_by_the_program(tmp_path):
 def test_settings(tmp_path):
     script = """
         import ksmcore, numpy as np
-        from ksmcore._arrays import installing
+        from ksmcore._testing.arena import is_here
         print(ksmcore.default_engine().scanning, ksmcore.default_engine().settings.sleep_millisecs)
         for n in (1000, 5000):
-            print(installing.is_here(np.ones(n, np.uint8)))
+            print(is_here(np.ones(n, np.uint8)))
     """
     write(tmp_path, script)
     told = {

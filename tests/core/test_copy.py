@@ -17,6 +17,7 @@ from helpers.kernels_view import pss_bytes, pss_of
 
 import ksmcore
 from ksmcore._kernel import smaps, syscalls
+from ksmcore._testing import faults
 
 PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
@@ -342,14 +343,14 @@ def test_what_the_kernel_refuses_leaves_right_bytes_or_no_copy(engine, call):
     source = engine.array(noise(MIB))
     first = engine.copy(source)
     for after in range(4):
-        syscalls.inject(call, errno.ENOMEM, after)
+        faults.inject(call, errno.ENOMEM, after)
         try:
             copy = engine.copy(source)
             assert np.array_equal(copy, source)
         except (OSError, MemoryError):
             pass
         finally:
-            syscalls.inject_clear()
+            faults.clear()
         engine._core.check()
     assert np.array_equal(first, source)
     assert np.array_equal(source, noise(MIB))

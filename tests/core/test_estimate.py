@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._kernel import pagemap, smaps
+from ksmcore._kernel import smaps
+from ksmcore._testing import hooks, pagemap
 
 PAGE = mmap.PAGESIZE
 
@@ -141,7 +142,7 @@ class TestChangesNothing:
         memory = anonymous(np.full(100 * PAGE, 7, np.uint8))
         engine.estimate(memory)
         assert engine._core.store_fd == -1
-        assert not ksmcore._guard.guard.handler_installed()
+        assert not hooks.handler_installed()
 
 
 def test_buffers_that_are_closed_meanwhile(engine, private_buffer):

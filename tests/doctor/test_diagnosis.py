@@ -10,6 +10,7 @@ import ksmcore
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
 from ksmcore._kernel import smaps, syscalls
+from ksmcore._testing import faults
 from ksmcore.doctor import checks
 from ksmcore.doctor import diagnosis as examining
 from ksmcore.doctor.checks import Check
@@ -180,9 +181,9 @@ def test_memory_that_does_not_go_back_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("call", ["memfd_create", "mmap"])
 def test_calls_that_the_kernel_refuses(call):
-    syscalls.inject(call, errno.ENOMEM, count=1000)
+    faults.inject(call, errno.ENOMEM, count=1000)
     check, _ = examining.self_test()
-    syscalls.inject_clear()
+    faults.clear()
     assert check.level == "broken"
     assert_sound(check)
     assert examining.self_test()[0].level == "good"
@@ -440,9 +441,9 @@ def test_environment(monkeypatch, name, value, level, told):
 
 def test_guards_that_are_refused_by_injection():
     """All of them but the last, in this process."""
-    syscalls.inject("userfaultfd", errno.EPERM, count=1000)
+    faults.inject("userfaultfd", errno.EPERM, count=1000)
     diagnosis = examining.examine()
-    syscalls.inject_clear()
+    faults.clear()
     assert diagnosis["guard"].facts["in_use"] == "mprotect"
     assert diagnosis["self-test"].level == "good"
     assert guard.probe("userfaultfd-user") is None or diagnosis["guard"].level == "advice"

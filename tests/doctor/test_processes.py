@@ -148,8 +148,8 @@ def test_no_mappings_left_to_speak_of():
 def test_a_process_without_a_way_to_make_memory_files():
     before = """
         import errno
-        from ksmcore._kernel import syscalls
-        syscalls.inject("memfd_create", errno.EPERM, count=1000)
+        from ksmcore._testing import faults
+        faults.inject("memfd_create", errno.EPERM, count=1000)
     """
     checks, status = examined(before=before)
     assert checks["memfd"].level == checks["self-test"].level == "broken"

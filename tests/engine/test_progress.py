@@ -9,6 +9,7 @@ import pytest
 import ksmcore
 from ksmcore._engine.passes import BATCH_PAGES
 from ksmcore._engine.progress import reporting
+from ksmcore._testing import hooks
 
 PAGE = ksmcore.Engine.page_bytes
 N_PAGES = 3 * BATCH_PAGES + 5
@@ -74,7 +75,7 @@ class TestCallback:
             do(stop)
         # THEN the engine is as able as before
         engine._core.check()
-        assert not ksmcore._guard.guard.handler_installed()
+        assert not hooks.handler_installed()
         do(None)
 
     def test_it_may_ask_the_engine(self, do, engine):
@@ -162,5 +163,5 @@ def test_wrong_type(do, engine, progress):
     with pytest.raises(TypeError, match="progress must be"):
         do(progress)
     assert engine.stats().pages_scanned == 0
-    assert not ksmcore._guard.guard.handler_installed()
+    assert not hooks.handler_installed()
     do(None)

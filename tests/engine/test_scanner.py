@@ -14,7 +14,7 @@ import pytest
 
 import ksmcore
 from ksmcore._engine.scanner import LOOK_SECONDS, _scanners
-from ksmcore._guard import guard
+from ksmcore._testing import hooks
 
 PAGE = ksmcore.default_engine().page_bytes
 WAIT_SECONDS = 120
@@ -331,7 +331,7 @@ class TestErrors:
             quick.stop()
         assert quick.stats().scanner_error is None
         quick.stop()
-        assert not guard.handler_installed()
+        assert not hooks.handler_installed()
         quick.on_pass = None
         with quick.start():
             wait_until(lambda: quick.stats().pages_sharing == 64)

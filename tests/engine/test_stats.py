@@ -10,7 +10,7 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import pss_bytes
-from ksmcore._kernel import pagemap
+from ksmcore._testing import pagemap
 
 PAGE = mmap.PAGESIZE
 PRESENT, OF_FILE, EXCLUSIVE = 1, 2, 8

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._guard import guard as guards
-from ksmcore._kernel import syscalls
+from ksmcore._testing import faults, hooks
 
 PAGE = ksmcore.Engine.page_bytes
 # What shuts a window; and the mmap calls made by entering a guard (for its scratch).
@@ -35,9 +34,9 @@ def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
     source = pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(engine.array(pages(rng, 1)))  # the engine's own arrays exist now
-    syscalls.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
+    faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard], count=1000)
     report = engine.dedup(a, b)
-    assert syscalls.inject_clear() < 1000
+    assert faults.clear() < 1000
     assert report.bytes_saved == 0
     assert report.skipped["store"] + report.skipped["refused"] > 0
     assert np.array_equal(a, source)
@@ -52,9 +51,9 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
     engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
     new = pages(rng, 8)
     a, b = engine.array(new), engine.array(new)
-    syscalls.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
+    faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
     report = engine.dedup(a, b)
-    assert syscalls.inject_clear() == 0
+    assert faults.clear() == 0
     assert report.skipped["refused"] == 8
     assert report.skipped["partner"] == 8
     assert report.bytes_saved == 0
@@ -70,9 +69,9 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
 def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
     source = pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
-    syscalls.inject("pwrite", code)
+    faults.inject("pwrite", code)
     report = engine.dedup(a, b)
-    assert syscalls.inject_clear() == 0
+    assert faults.clear() == 0
     assert report.skipped["store"] == 128
     assert report.bytes_saved == 0
     assert np.array_equal(a, source)
@@ -84,12 +83,12 @@ def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
 def test_a_store_that_cannot_be_made_is_counted(engine, rng):
     source = pages(rng, 4)
     a, b = engine.array(source), engine.array(source)
-    syscalls.inject("memfd_create", errno.EMFILE, count=100)
+    faults.inject("memfd_create", errno.EMFILE, count=100)
     report = engine.dedup(a, b)
     assert report.skipped["store"] == 4
     assert report.bytes_saved == 0
     assert np.array_equal(a, b)
-    syscalls.inject_clear()
+    faults.clear()
     assert engine.dedup(a, b).bytes_saved == 4 * PAGE
 
 
@@ -97,11 +96,11 @@ def test_a_hole_that_cannot_be_punched_costs_no_correctness(engine, rng):
     source = pages(rng, 32)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(a, b)
-    syscalls.inject("fallocate", errno.EOPNOTSUPP, count=100)
+    faults.inject("fallocate", errno.EOPNOTSUPP, count=100)
     a[::PAGE] ^= 1
     b[::PAGE] ^= 2
     engine.scan()
-    assert syscalls.inject_clear() < 100
+    assert faults.clear() < 100
     assert engine.stats().store_pages == 0
     new = pages(rng, 32)
     a[:] = b[:] = new
@@ -114,9 +113,9 @@ def test_protection_that_is_refused_skips_the_window(engine, guard, rng):
     source = pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     after = 1 if guard == "userfaultfd" else 0  # the scratch is registered first
-    syscalls.inject(SHUTS[guard], errno.ENOMEM, after=after)
+    faults.inject(SHUTS[guard], errno.ENOMEM, after=after)
     report = engine.dedup(a, b)
-    assert syscalls.inject_clear() == 0
+    assert faults.clear() == 0
     assert report.skipped["refused"] + report.skipped["partner"] > 0
     a[:] += 1  # must be writable everywhere
     assert np.array_equal(b, source)
@@ -126,10 +125,10 @@ def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engi
     source = pages(rng, 16)
     a, b = engine.array(source), engine.array(source)
     engine.dedup(engine.array(pages(rng, 1)))
-    syscalls.inject("mmap", errno.ENOMEM, after=2, count=1)
-    syscalls.inject("mprotect", errno.ENOMEM, after=1, count=50)
+    faults.inject("mmap", errno.ENOMEM, after=2, count=1)
+    faults.inject("mprotect", errno.ENOMEM, after=1, count=50)
     engine.dedup(a, b)
-    syscalls.inject_clear()
+    faults.clear()
     a[:] += 1
     b[:] += 2
     assert np.array_equal(a, source + 1)
@@ -142,16 +141,16 @@ def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
         zero[:] = 1
         zero[:] = 0
         # Giving zero pages back keeps the mapping, so its permission is asked for: in vain.
-        syscalls.inject("mprotect", errno.ENOMEM, after=1, count=10**6)
+        faults.inject("mprotect", errno.ENOMEM, after=1, count=10**6)
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(zero)
-        syscalls.inject_clear()
-        assert guards.handler_installed()
+        faults.clear()
+        assert hooks.handler_installed()
         zero[0] = 1  # the handler asks once more on behalf of the writer
         assert zero[0] == 1
         engine.scan()
         zero[PAGE:] = 2
-    assert not guards.handler_installed()
+    assert not hooks.handler_installed()
 
 
 def test_unregister_without_memory_changes_nothing(guard, rng):
@@ -163,10 +162,10 @@ def test_unregister_without_memory_changes_nothing(guard, rng):
         # Advice for the scratch may be refused, that for the new memory may not.
         calls.append(("madvise", 1 + 2 * MMAPS_TO_ENTER[guard]))
         for call, after in calls:
-            syscalls.inject(call, errno.ENOMEM, after=after)
+            faults.inject(call, errno.ENOMEM, after=after)
             with pytest.raises(MemoryError, match="unregister"):
                 engine.unregister(a)
-            assert syscalls.inject_clear() == 0
+            assert faults.clear() == 0
             assert np.array_equal(a, source)
             engine._core.check()
             assert engine.stats().regions == 2
@@ -184,14 +183,14 @@ def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
         with engine.register(buffer) as region:
             engine.dedup()
             merged = engine.stats().pages_sharing
-            syscalls.inject("mmap", errno.ENOMEM)
+            faults.inject("mmap", errno.ENOMEM)
             if merged:
                 with pytest.raises(MemoryError):
                     region.close()
                 assert not region.closed
                 with pytest.raises(BufferError):
                     buffer.append(1)
-            syscalls.inject_clear()
+            faults.clear()
         assert region.closed
         buffer.append(1)
         assert bytes(buffer[:-1]) == source.tobytes()
@@ -202,9 +201,9 @@ def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
     a = engine.array(pages(rng, 4))
     # Of preads the census makes the first, and can do without.
     if scans := ksmcore.features()["tracking"] is None:
-        syscalls.inject("pagemap_scan", errno.EIO)
+        faults.inject("pagemap_scan", errno.EIO)
     else:
-        syscalls.inject("pread", errno.EIO, after=1)
+        faults.inject("pread", errno.EIO, after=1)
     with pytest.raises(OSError, match="pagemap_scan" if scans else "pread") as caught:
         engine.scan()
     assert caught.value.errno == errno.EIO
@@ -214,7 +213,7 @@ def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
 
 def test_a_guard_that_cannot_be_had_is_an_oserror(engine, guard):
     call = "sigaction" if guard == "mprotect" else "userfaultfd"
-    syscalls.inject(call, errno.EPERM)
+    faults.inject(call, errno.EPERM)
     with pytest.raises(OSError, match=call):
         engine.scan()
     engine.scan()
@@ -253,7 +252,7 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
     fds = open_fds()
     for code in CODES[call]:
         for after in (0, 1, 2, 5, 11):
-            syscalls.inject(call, code, after=after, count=2)
+            faults.inject(call, code, after=after, count=2)
             engine = None
             arrays = []
             try:
@@ -273,7 +272,7 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
             except ValueError as error:
                 if "is not to be had" not in str(error):
                     raise
-            syscalls.inject_clear()
+            faults.clear()
             for array in arrays[:3]:
                 assert np.array_equal(array[6 * PAGE :], source[6 * PAGE :])
                 assert np.array_equal(array[: 5 * PAGE], source[: 5 * PAGE])
@@ -286,5 +285,5 @@ def test_any_call_may_fail_at_any_time(call, guard, rng):
                 engine.close()
             engine = array = None
             arrays.clear()
-            assert not guards.handler_installed()
+            assert not hooks.handler_installed()
     assert open_fds() == fds

@@ -9,9 +9,8 @@ import pytest
 
 import ksmcore
 from ksmcore._engine.settings import GUARDS
-from ksmcore._kernel import pagemap, syscalls
 from ksmcore._kernel.smaps import Snapshot
-from ksmcore._records import store
+from ksmcore._testing import faults, hooks, pagemap
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
@@ -128,9 +127,9 @@ def test_calls_that_fail(engine, rng, call, after):
     a[:] = b[:] = content
     engine.register(a)
     engine.register(b)
-    syscalls.inject(call, errno.ENOMEM, after=after)
+    faults.inject(call, errno.ENOMEM, after=after)
     engine.dedup()
-    syscalls.inject_clear()
+    faults.clear()
     assert np.array_equal(a, content)
     assert np.array_equal(b, content)
     engine.dedup()
@@ -166,9 +165,9 @@ def test_a_huge_page_that_is_never_quiet_as_a_whole_is_not_split(engine, rng):
 @pytest.fixture
 def huge_files():
     """Stores take it that the kernel gives memory files huge pages."""
-    store.tell_huge(1)
+    hooks.tell_huge(1)
     yield
-    store.tell_huge(-1)
+    hooks.tell_huge(-1)
 
 
 def test_huge_pages_stay_aligned_where_files_may_have_them(huge_files, engine, rng):

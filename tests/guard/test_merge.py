@@ -12,7 +12,8 @@ import pytest
 import ksmcore
 from helpers.kernels_view import present_pages, pss_bytes, pss_of
 from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps, syscalls
+from ksmcore._kernel import smaps
+from ksmcore._testing import faults
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -340,10 +341,10 @@ def test_unmerge_without_memory_leaves_the_rest_merged(engine, rng):
     source = random_bytes(rng, 600)
     a, b = twins(engine, source)
     engine.dedup(a, b)
-    syscalls.inject("mremap", errno.ENOMEM, after=2)
+    faults.inject("mremap", errno.ENOMEM, after=2)
     with pytest.raises(MemoryError):
         engine.unmerge()
-    assert syscalls.inject_clear() == 0
+    assert faults.clear() == 0
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
     assert 0 < engine.stats().pages_sharing <= 600

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._guard import guard as guards
+from ksmcore._testing import hooks
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -33,10 +33,10 @@ def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_the_handler_is_there_only_while_a_pass_runs(engine, rng):
     a = engine.array(rng.integers(0, 256, 8192 * PAGE, dtype=np.uint8))
     during = []
-    assert not guards.handler_installed()
-    engine.scan(progress=lambda done, total: during.append(guards.handler_installed()))
+    assert not hooks.handler_installed()
+    engine.scan(progress=lambda done, total: during.append(hooks.handler_installed()))
     assert all(during)
-    assert not guards.handler_installed()
+    assert not hooks.handler_installed()
     assert a.size
 
 
@@ -55,7 +55,7 @@ def test_it_is_removed_with_busy_threads_around(engine, rng):
         thread.start()
     for _ in range(5):
         engine.dedup(a, b)
-        assert not guards.handler_installed()
+        assert not hooks.handler_installed()
         a[::PAGE] += 1
         b[::PAGE] += 1
     stop.set()

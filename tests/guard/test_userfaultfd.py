@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._guard import guard as guards
-from ksmcore._kernel import smaps, syscalls
+from ksmcore._kernel import smaps
+from ksmcore._testing import faults, hooks
 
 PAGE = ksmcore.Engine.page_bytes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -66,18 +66,18 @@ def descriptors() -> list[str]:
 
 
 def test_auto_is_the_strongest_that_is_there():
-    syscalls.inject("userfaultfd", errno.EPERM)
+    faults.inject("userfaultfd", errno.EPERM)
     with ksmcore.Engine() as engine:
         assert engine.stats().guard == "userfaultfd-user"
-    syscalls.inject("userfaultfd", errno.EPERM, count=2)
+    faults.inject("userfaultfd", errno.EPERM, count=2)
     with ksmcore.Engine() as engine:
         assert engine.stats().guard == "mprotect"
-    syscalls.inject_clear()
+    faults.clear()
 
 
 @pytest.mark.parametrize("asked", ["userfaultfd", "userfaultfd-user"])
 def test_by_name_what_is_not_there_names_what_is(asked):
-    syscalls.inject("userfaultfd", errno.ENOSYS, count=100)
+    faults.inject("userfaultfd", errno.ENOSYS, count=100)
     with pytest.raises(ValueError, match=r"not implemented.*Linux 6.4.*there is 'mprotect'$"):
         ksmcore.Engine(guard=asked)
     assert "not implemented" in ksmcore.features()[asked].lower()
@@ -88,11 +88,11 @@ def test_a_program_that_gives_up_its_privileges_goes_on_with_a_weaker_guard(rng)
     source = rng.integers(0, 256, 64 * PAGE, dtype=np.uint8)
     with ksmcore.Engine() as engine, ksmcore.Engine(guard=UFFD[0]) as strict:
         a, b = engine.array(source), engine.array(source)
-        syscalls.inject("userfaultfd", errno.EPERM, count=len(UFFD))
+        faults.inject("userfaultfd", errno.EPERM, count=len(UFFD))
         assert engine.dedup().pages_merged == 128
-        assert syscalls.inject_clear() == 0
+        assert faults.clear() == 0
         assert engine.stats().guard == "mprotect"
-        syscalls.inject("userfaultfd", errno.EPERM)
+        faults.inject("userfaultfd", errno.EPERM)
         with pytest.raises(PermissionError, match="userfaultfd"):
             strict.scan()
         a += 1
@@ -105,13 +105,13 @@ def test_nothing_stays_behind(engine, rng):
     during = []
 
     def look(done, total):
-        during.append((len(descriptors()), guards.handler_installed()))
+        during.append((len(descriptors()), hooks.handler_installed()))
 
     before = smaps.count_maps()
     engine.scan(progress=look)
     assert set(during) == {(1, True)}  # the handler rescues the scanner's own reads
     assert descriptors() == []
-    assert not guards.handler_installed()
+    assert not hooks.handler_installed()
     # One more or fewer where an allocator's own mappings fused meanwhile, or it made one.
     assert smaps.count_maps() <= before + 1
     engine.dedup()
@@ -194,9 +194,9 @@ def test_unequal_pages_come_back_as_they_were(full, rng):
     source = rng.integers(0, 256, (256, PAGE), dtype=np.uint8)
     a, b = full.array(source), full.array(source)
     # Remapping fails for some: what was moved away is put back.
-    syscalls.inject("mmap", errno.ENOMEM, after=2, count=3)
+    faults.inject("mmap", errno.ENOMEM, after=2, count=3)
     full.dedup(a, b)
-    syscalls.inject_clear()
+    faults.clear()
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
     a += 1
@@ -209,9 +209,9 @@ def test_pages_that_were_moved_whatever_the_kernel_says(full, rng):
     source = rng.integers(1, 256, (300, PAGE), dtype=np.uint8)
     for after in range(5):
         a, b = full.array(source), full.array(source)
-        syscalls.inject("uffd_move_then_fail", errno.EEXIST, after=after, count=2)
+        faults.inject("uffd_move_then_fail", errno.EEXIST, after=after, count=2)
         full.dedup(a, b)
-        assert syscalls.inject_clear() < 2
+        assert faults.clear() < 2
         assert np.array_equal(a, source)
         assert np.array_equal(b, source)
         a += 1
@@ -233,9 +233,9 @@ def test_a_registration_that_fails_halfway_leaves_nothing_registered(engine, rng
             ):
                 during.append({"um", "uw"} & set(vma.flags))
 
-    syscalls.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
+    faults.inject("uffd_register_then_fail", errno.ENOMEM, after=1 + first, count=1)
     engine.dedup(a, b, progress=look)
-    syscalls.inject_clear()
+    faults.clear()
     assert set.union(*during) == set()
     a += 1
     assert np.array_equal(b, source)
@@ -247,10 +247,10 @@ def test_pages_that_cannot_be_moved_back_are_copied_back(full, rng, code):
     a, b = full.array(source), full.array(source)
     full.dedup(full.array(source[:1]), full.array(source[:1]))  # the store is there
     # Out by one call; the mapping fails; then moving back fails for a while.
-    syscalls.inject("mmap", errno.ENOMEM, after=1, count=1)
-    syscalls.inject("uffd_move", code, after=1, count=200)
+    faults.inject("mmap", errno.ENOMEM, after=1, count=1)
+    faults.inject("uffd_move", code, after=1, count=200)
     full.dedup(a, b)
-    left = syscalls.inject_clear()
+    left = faults.clear()
     assert left < 200
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
@@ -268,11 +268,11 @@ def test_a_window_that_stays_shut_is_an_internal_error_and_heals(guard, rng):
         array[:] = 0
         if guard == "userfaultfd-user":
             # Zeros are mapped over the window; were all of it, there would be nothing to let go of.
-            syscalls.inject("mmap", errno.ENOMEM, count=10**6)
-        syscalls.inject("uffd_unregister", errno.ENOMEM, count=10**6)
+            faults.inject("mmap", errno.ENOMEM, count=10**6)
+        faults.inject("uffd_unregister", errno.ENOMEM, count=10**6)
         with pytest.raises(ksmcore.InternalError, match="writable"):
             engine.dedup(array)
-        syscalls.inject_clear()
+        faults.clear()
         # The next window heals the other first.
         engine.dedup(engine.full(4 * PAGE, 3, np.uint8))
         assert np.array_equal(array, zero)

@@ -11,6 +11,7 @@ FORK_OFTEN = """
     import os, warnings
     import numpy as np
     from ksmcore._arrays import arena
+    from ksmcore._testing.arena import check_arena
 
     def fork_often(threads, end, n_forks):
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: of forks with threads
@@ -22,7 +23,7 @@ FORK_OFTEN = """
             if pid == 0:
                 ok = all((np.full(100_000, i, np.uint8) == i).all() for i in range(5))
                 arena.give_back()
-                os._exit(0 if ok and arena.check() == 0 else 1)
+                os._exit(0 if ok and check_arena() == 0 else 1)
             statuses.append(os.waitpid(pid, 0)[1])
         end()
         for thread in threads:

@@ -10,6 +10,7 @@ import pytest
 
 import ksmcore
 from ksmcore._kernel import forks, syscalls
+from ksmcore._testing import faults
 
 CALLS = (
     "mmap munmap mremap mprotect madvise mincore memfd_create ftruncate fallocate pwrite pread "
@@ -49,11 +50,11 @@ class TestFeatures:
         assert ksmcore.features().items() >= syscalls.features().items()
 
     def test_says_why_not(self):
-        syscalls.inject("memfd_create", errno.EPERM)
+        faults.inject("memfd_create", errno.EPERM)
         assert syscalls.features()["memfd"] == os.strerror(errno.EPERM)
 
     def test_one_missing_does_not_hide_another(self):
-        syscalls.inject("open", errno.EACCES)
+        faults.inject("open", errno.EACCES)
         found = syscalls.features()
         assert found["pagemap"] == os.strerror(errno.EACCES)
         assert found["memfd"] is None
@@ -68,41 +69,41 @@ class TestFeatures:
 class TestInject:
     @pytest.mark.parametrize("call", CALLS)
     def test_names(self, call):
-        syscalls.inject(call, errno.EIO)
-        assert syscalls.inject_clear() == 1
+        faults.inject(call, errno.EIO)
+        assert faults.clear() == 1
 
     @pytest.mark.parametrize("call", ["none", "", "MMAP", "read"])
     def test_unknown_names_are_told_the_known(self, call):
         with pytest.raises(ValueError, match="unknown call") as caught:
-            syscalls.inject(call, errno.EIO)
+            faults.inject(call, errno.EIO)
         assert all(name in str(caught.value) for name in CALLS)
-        assert syscalls.inject_clear() == 0
+        assert faults.clear() == 0
 
     def test_wrong_type(self):
         with pytest.raises(TypeError):
-            syscalls.inject(b"mmap", errno.EIO)
+            faults.inject(b"mmap", errno.EIO)
 
     def test_after_and_count(self):
-        syscalls.inject("memfd_create", errno.EMFILE, after=2, count=2)
+        faults.inject("memfd_create", errno.EMFILE, after=2, count=2)
         answers = [syscalls.features()["memfd"] for _ in range(6)]
         failed = os.strerror(errno.EMFILE)
         assert answers == [None, None, failed, failed, None, None]
-        assert syscalls.inject_clear() == 0
+        assert faults.clear() == 0
 
     def test_clear_counts_what_is_left(self):
-        syscalls.inject("mmap", errno.ENOMEM, after=10**6, count=3)
-        syscalls.inject("open", errno.EACCES, after=10**6, count=4)
-        assert syscalls.inject_clear() == 7
-        assert syscalls.inject_clear() == 0
+        faults.inject("mmap", errno.ENOMEM, after=10**6, count=3)
+        faults.inject("open", errno.EACCES, after=10**6, count=4)
+        assert faults.clear() == 7
+        assert faults.clear() == 0
 
     def test_clear_lets_calls_through(self):
-        syscalls.inject("memfd_create", errno.EPERM, count=100)
-        syscalls.inject_clear()
+        faults.inject("memfd_create", errno.EPERM, count=100)
+        faults.clear()
         assert syscalls.features()["memfd"] is None
 
     def test_two_calls_at_once(self):
-        syscalls.inject("memfd_create", errno.EPERM)
-        syscalls.inject("open", errno.EACCES)
+        faults.inject("memfd_create", errno.EPERM)
+        faults.inject("open", errno.EACCES)
         assert set(syscalls.features().values()) == {
             os.strerror(errno.EPERM),
             os.strerror(errno.EACCES),
@@ -113,7 +114,7 @@ class TestErrors:
     """One helper turns a failed call into an exception: errno, call, range, reason."""
 
     def test_no_memory_is_a_memory_error(self, engine):
-        syscalls.inject("mmap", errno.ENOMEM)
+        faults.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError) as caught:
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         text = str(caught.value)
@@ -124,19 +125,19 @@ class TestErrors:
 
     @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EPERM, errno.EINVAL])
     def test_others_are_os_errors_with_errno(self, engine, code):
-        syscalls.inject("mmap", code)
+        faults.inject("mmap", code)
         with pytest.raises(OSError, match=r"mmap of \d+ bytes") as caught:
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         assert caught.value.errno == code
         assert os.strerror(code) in caught.value.strerror
 
     def test_the_class_follows_errno(self, engine):
-        syscalls.inject("mmap", errno.EPERM)
+        faults.inject("mmap", errno.EPERM)
         with pytest.raises(PermissionError):
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
 
     def test_nothing_is_left_of_what_failed(self, engine):
-        syscalls.inject("mmap", errno.ENOMEM)
+        faults.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError):
             engine.empty(10 * mmap.PAGESIZE, np.uint8)
         assert engine.stats().regions == 0
@@ -147,18 +148,18 @@ class TestErrors:
         region = engine.register(buffer)
         buffer[:] = b"x" * len(buffer)
         engine.dedup()
-        syscalls.inject("mmap", errno.ENOMEM)
+        faults.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError, match="unregister: mmap"):
             region.close()
-        syscalls.inject_clear()
-        syscalls.inject("mprotect", errno.EACCES)
+        faults.clear()
+        faults.inject("mprotect", errno.EACCES)
         with pytest.raises(PermissionError, match=f"mprotect of [0-9]+ bytes at {region.addr:#x}"):
             region.close()
-        syscalls.inject_clear()
+        faults.clear()
         region.close()
         assert buffer[:] == b"x" * len(buffer)
 
     def test_an_engine_without_memory(self):
-        syscalls.inject("mmap", errno.ENOMEM)
+        faults.inject("mmap", errno.ENOMEM)
         with pytest.raises(MemoryError, match="engine: mmap"):
             ksmcore.Engine()

@@ -18,8 +18,7 @@ import numpy as np
 import ksmcore
 from ksmcore import _pages
 from ksmcore._core import estimate
-from ksmcore._kernel import pagemap, syscalls
-from ksmcore._records import rmap
+from ksmcore._testing import faults, pagemap, rmap
 from ksmcore._testing.tree import Tree
 
 PAGE = ksmcore.Engine.page_bytes
@@ -107,7 +106,7 @@ def failing(call: str) -> None:
     source = some_bytes(40)
     for after in (0, 1, 2, 4, 8):
         arrays, engine = [], None
-        syscalls.inject(call, errno.ENOMEM, after=after, count=2)
+        faults.inject(call, errno.ENOMEM, after=after, count=2)
         try:
             engine = ksmcore.Engine()
             arrays += [engine.array(source), engine.array(source), engine.zeros(PAGE, np.uint8)]
@@ -120,7 +119,7 @@ def failing(call: str) -> None:
         except (OSError, MemoryError):
             pass
         finally:
-            syscalls.inject_clear()
+            faults.clear()
         # What ended in the middle is ended now, so that only a leak is left over.
         if engine is not None:
             engine.scan()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._kernel import forks, pagemap, smaps, syscalls
-from ksmcore._pass.quiet import watch_from
+from ksmcore._kernel import forks, smaps
+from ksmcore._testing import faults, pagemap
+from ksmcore._testing.hooks import watch_from
 
 PAGE = mmap.PAGESIZE
 N = 600
@@ -181,9 +182,9 @@ def test_pages_that_could_not_be_merged_are_looked_at_again(engine, quiet):
 def test_windows_that_fail(engine, quiet, call, after):
     other = engine.array(quiet)
     engine.scan()
-    syscalls.inject(call, errno.ENOMEM, after=after, count=3)
+    faults.inject(call, errno.ENOMEM, after=after, count=3)
     engine.scan()
-    syscalls.inject_clear()
+    faults.clear()
     assert unwritten(quiet) + unwritten(other) <= engine.stats().pages_quiet
     for _ in range(4):
         engine.scan()
@@ -374,10 +375,10 @@ def test_content_order_has_checksums(rng):
 
 
 def test_where_it_is_not_to_be_had(rng):
-    syscalls.inject("tracker", errno.EPERM)
+    faults.inject("tracker", errno.EPERM)
     with pytest.raises(ValueError, match="dirty='pagemap' is not to be had here"):
         ksmcore.Engine(dirty="pagemap")
-    syscalls.inject("tracker", errno.EPERM)
+    faults.inject("tracker", errno.EPERM)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
         array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
@@ -386,7 +387,7 @@ def test_where_it_is_not_to_be_had(rng):
 
 
 def test_a_kernel_without_pagemap_scan(rng):
-    syscalls.inject("pagemap_scan", errno.ENOTTY)
+    faults.inject("pagemap_scan", errno.ENOTTY)
     with ksmcore.Engine() as engine:
         assert engine.stats().dirty == "checksum"
         content = rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64)
@@ -409,11 +410,11 @@ def test_watching_that_fails(rng, call, after):
         array = engine.array(rng.integers(0, 2**63, (N, PAGE // 8), dtype=np.int64))
         engine.scan()
         engine.scan()
-        syscalls.inject(call, errno.EPERM, after=after)
+        faults.inject(call, errno.EPERM, after=after)
         # A survey that failed says so; the rest goes on with checksums.
         with contextlib.suppress(PermissionError):
             engine.scan()
-        assert syscalls.inject_clear() == 0
+        assert faults.clear() == 0
         assert unwritten(array) <= engine.stats().pages_quiet
         array[1] = array[2]
         for _ in range(3):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._kernel import pagemap, syscalls
+from ksmcore._testing import faults, pagemap
 
 PAGE = ksmcore.Engine.page_bytes
 
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_a_pass_between_batches(engine, rng):
 
 
 def test_without_pagemap_residency_and_bytes_serve(rng):
-    syscalls.inject("open", 13)
+    faults.inject("open", 13)
     with ksmcore.Engine() as engine:
         assert engine.stats().presence == "mincore"
         source = pages(rng, 64)

@@ -23,8 +23,8 @@ from helpers.forks import (
     random_pages,
 )
 from ksmcore._engine.passes import BATCH_PAGES
-from ksmcore._guard import guard
 from ksmcore._kernel import forks
+from ksmcore._testing import hooks
 
 N_PAGES = 32
 
@@ -48,7 +48,7 @@ def test_the_childs_engine_starts_empty_and_works(engine, memory):
         assert engine.regions == ()
         assert engine.estimate().pages == 0
         assert region.closed
-        assert not guard.handler_installed()
+        assert not hooks.handler_installed()
         own = Memory(engine, 2, 64)
         assert engine.dedup().bytes_saved == 64 * PAGE
         assert engine.stats().pages_shared == engine.stats().pages_sharing == 64
@@ -171,9 +171,9 @@ def test_a_fork_in_the_middle_of_a_pass(engine, memory, end):
 
     def progress(done: int, total: int) -> None:
         if not pids and 0 < done < total:
-            assert guard.handler_installed()
+            assert hooks.handler_installed()
             pids.append(fork())
-            assert guard.handler_installed() == (os.getpid() == original)
+            assert hooks.handler_installed() == (os.getpid() == original)
             if pids[0] == 0 and end == "raises":
                 raise KeyboardInterrupt
             if pids[0] == 0 and end == "forgets":
@@ -182,7 +182,7 @@ def test_a_fork_in_the_middle_of_a_pass(engine, memory, end):
     def child() -> None:
         large.check()
         live_anew(memory, 1000)
-        assert not guard.handler_installed()
+        assert not hooks.handler_installed()
 
     try:
         engine.dedup(progress=progress)

@@ -20,7 +20,7 @@ from helpers.forks import (
     random_pages,
     scanning,
 )
-from ksmcore._guard import guard
+from ksmcore._testing import hooks
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
@@ -33,11 +33,11 @@ def memory(engine):
 def use_at_once(memory: Memory, seed: int) -> None:
     """Whatever lock or window the scanning thread of the parent was in."""
     engine = memory.engine
-    assert not guard.handler_installed()
+    assert not hooks.handler_installed()
     own = Memory(engine, seed, 8)
     memory.write(seed)
     assert engine.dedup().bytes_saved == 8 * PAGE
-    assert not guard.handler_installed()
+    assert not hooks.handler_installed()
     own.check()
     memory.check()
 

@@ -19,7 +19,8 @@ from hypothesis.stateful import (
 
 import ksmcore
 from ksmcore._engine.settings import GUARDS
-from ksmcore._kernel import pagemap, smaps
+from ksmcore._kernel import smaps
+from ksmcore._testing import pagemap
 
 PAGE = ksmcore.Engine.page_bytes
 MAX_PAGES = 24

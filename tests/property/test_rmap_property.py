@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ksmcore._records.rmap import RmapTable
+from ksmcore._testing.rmap import RmapTable
 
 # Few distinct numbers, many of which fall into one bucket, in groups that do and do not touch.
 page_numbers = st.one_of(

@@ -1,11 +1,11 @@
-"""ksmcore._records.rmap: page number -> rmap item, against a dict, and the shape of its buckets."""
+"""ksmcore._testing.rmap: page number -> rmap item, against a dict, and the shape of its buckets."""
 
 import random
 
 import pytest
 
 from ksmcore._engine.settings import Settings
-from ksmcore._records.rmap import RmapTable
+from ksmcore._testing.rmap import RmapTable
 
 ITEM_BYTES = 28
 LAST_PAGE = 2**44 - 1

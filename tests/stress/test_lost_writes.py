@@ -24,7 +24,7 @@ from helpers.detector import (
     rounds,
     running,
 )
-from ksmcore._kernel import syscalls
+from ksmcore._testing import faults
 
 N_PAGES = 600
 # So often that writers met windows, and copied what was merged.
@@ -46,7 +46,7 @@ CASES = [
 @pytest.mark.parametrize(("order", "fill", "presence"), CASES)
 def test_no_word_is_lost(writers, guard, order, fill, presence, record_property):
     if presence == "mincore":
-        syscalls.inject("open", 13)
+        faults.inject("open", 13)
     memory, pages = private_pages(N_PAGES)
     if fill != "zero":
         pages[:, 64:] = np.arange(N_PAGES)[:, None] % 3 + 1

@@ -1,7 +1,5 @@
 from typing import final
 
-__pyx_capi__: dict[str, object]  # the C functions, for other Cython modules
-
 @final
 class RmapTable:
     def __new__(cls, n_buckets: int = 64) -> RmapTable: ...

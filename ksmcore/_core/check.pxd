@@ -1,0 +1,6 @@
+"""What must hold between the records of an engine; see check.pyx."""
+
+from ksmcore._pass.state cimport engine_core
+
+
+cdef int check_engine(engine_core* c) noexcept nogil

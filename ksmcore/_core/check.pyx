@@ -1,0 +1,113 @@
+"""The check: what must hold between the records of an engine. It visits everything, so only tests ask for it.
+
+Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 41-47 quiet tree; between them 10: in
+the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
+pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
+18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong.
+
+The caller holds the engine's lock.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from ksmcore._pass.state cimport engine_core
+from ksmcore._records.forest cimport forest_check, forest_first, forest_next
+from ksmcore._records.regions cimport region_t, regions_at
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_slot
+from ksmcore._records.store cimport store_is_dead, store_is_pending, store_page, store_sharers
+
+
+cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
+    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
+    for slot in range(1, c.store.top):
+        n_frozen += c.store.uses[slot].frozen
+        if store_is_dead(&c.store, slot):
+            if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
+                return 15
+            n_used += 1
+            n_dead += 1
+            continue
+        if store_is_pending(&c.store, slot):
+            return 13
+        if store_sharers(&c.store, slot) != n_sharers[slot]:
+            return 14
+        if n_sharers[slot] != 0 and not c.store.uses[slot].used:
+            return 15
+        n_used += c.store.uses[slot].used
+        n_shared += n_sharers[slot] != 0
+    if n_used != c.store.n_used or n_shared != c.store.n_shared:
+        return 16
+    # Frozen at a fork that the store has not seen yet: not marked, and not counted.
+    if n_frozen != c.store.n_frozen or n_dead != c.store.n_dead:
+        return 16
+    return 0
+
+
+cdef int _check_stable(engine_core* c) noexcept nogil:
+    """Every node of the stable tree is the first slot of a block, and its checksum is that of its bytes."""
+    cdef const uint8_t* page
+    cdef uint32_t digest
+    cdef uint32_t slot = forest_first(&c.stable)
+    while slot != 0:
+        if not c.store.uses[slot].used or c.store.uses[slot].copy:
+            return 17
+        page = store_page(&c.store, slot)
+        c.checksum(&page, 1, c.page_bytes, &digest)
+        if digest != c.store.nodes[slot].digest:
+            return 18
+        slot = forest_next(&c.stable, slot)
+    return 0
+
+
+cdef bint _in_region(engine_core* c, uint64_t page_no) noexcept nogil:
+    cdef uintptr_t addr = <uintptr_t>(page_no * c.page_bytes)
+    cdef const region_t* region = regions_at(&c.regions, addr)
+    return region != NULL and region.addr <= addr
+
+
+cdef int check_engine(engine_core* c) noexcept nogil:
+    """0, or the number of the first broken invariant; -1 without memory to look."""
+    cdef uint32_t item, n_unstable = 0, n_quiet = 0
+    cdef uint64_t page_no
+    cdef int rc
+    cdef uint32_t* n_sharers
+    rc = forest_check(&c.stable, True)
+    if rc != 0:
+        return rc
+    # Only its shape: pages may have changed since they were put there.
+    rc = forest_check(&c.unstable, False)
+    if rc != 0:
+        return 20 + rc
+    rc = forest_check(&c.quiet, False)
+    if rc != 0:
+        return 40 + rc
+    rc = rmap_check(&c.rmap)
+    if rc != 0:
+        return 30 + rc
+    n_sharers = <uint32_t*>calloc(c.store.top, sizeof(uint32_t))
+    if n_sharers == NULL:
+        return -1
+    for item in range(1, c.rmap.top):
+        page_no = c.rmap.tags[item].page_no
+        if page_no == 0:
+            continue
+        if not _in_region(c, page_no):
+            rc = 11
+        if c.rmap.tags[item].state == PAGE_SHARED:
+            n_sharers[rmap_slot(&c.rmap, item)] += 1
+            if not c.rmap.tags[item].over_store:
+                rc = 12
+        n_unstable += c.rmap.tags[item].state == PAGE_UNSHARED and c.rmap.tags[item].epoch == c.epoch
+        if c.rmap.tags[item].quiet:
+            n_quiet += 1
+            if c.rmap.tags[item].state != PAGE_UNSHARED or c.rmap.tags[item].epoch == c.epoch:
+                rc = 10
+    if rc == 0 and (n_unstable != c.unstable.n_nodes or n_quiet != c.quiet.n_nodes):
+        rc = 19
+    if rc == 0:
+        rc = _check_slots(c, n_sharers)
+    if rc == 0:
+        rc = _check_stable(c)
+    free(n_sharers)
+    return rc

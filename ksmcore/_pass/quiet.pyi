@@ -1,3 +1,0 @@
-__pyx_capi__: dict[str, object]  # the C functions, for other Cython modules
-
-def watch_from(n_pages: int) -> int: ...

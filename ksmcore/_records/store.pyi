@@ -1,3 +1,0 @@
-__pyx_capi__: dict[str, object]  # the C functions, for other Cython modules
-
-def tell_huge(answer: int) -> None: ...
