@@ -4,7 +4,7 @@ from libc.string cimport memset
 
 from ksmcore._kernel.syscalls cimport N_CALLS, sys_ordered, sys_orders
 
-from ksmcore._kernel.syscalls import CALL_NAMES
+from ksmcore._kernel import syscalls
 
 
 def inject(str call, int code, int after=0, int count=1):
@@ -12,9 +12,9 @@ def inject(str call, int code, int after=0, int count=1):
 
     Raises ValueError naming the calls when `call` is none of them.
     """
-    if call not in CALL_NAMES[1:]:
-        raise ValueError(f"unknown call {call!r}; one of {', '.join(CALL_NAMES[1:])}")
-    cdef int index = CALL_NAMES.index(call)
+    if call not in syscalls.CALL_NAMES[1:]:
+        raise ValueError(f"unknown call {call!r}; one of {', '.join(syscalls.CALL_NAMES[1:])}")
+    cdef int index = syscalls.CALL_NAMES.index(call)
     sys_ordered.after[index] = after
     sys_ordered.count[index] = count
     sys_ordered.code[index] = code

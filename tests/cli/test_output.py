@@ -6,10 +6,8 @@ import stat
 
 import pytest
 
-from helpers.cli import ksmcore, own_directories, write
+from helpers.cli import ksmcore, write
 from ksmcore.cli.output import OutputFile
-
-__all__ = ["own_directories"]
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 import pytest
-from ksmcore._pass.quiet import watch_from
 
 import ksmcore
 from helpers.forks import THREADS_RUN, in_child
@@ -16,6 +15,7 @@ from helpers.libc import libc, process_vm_writev
 from helpers.memory import PAGE, extent, private_memory, random_pages
 from ksmcore._kernel import forks, pagemap, smaps
 from ksmcore._testing import faults
+from ksmcore._testing.hooks import watch_from
 
 N = 600
 
