@@ -6,7 +6,6 @@ thread counts equal pages now and then.
 
 from __future__ import annotations
 
-import _thread
 import json
 import threading
 import time
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ksmcore
+from ksmcore._engine.hidden_thread import HiddenThread
 from ksmcore._engine.stats import Estimate
-from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import DISABLED, SCHEMA
 from ksmcore.cli.output import OutputFile
@@ -51,16 +50,16 @@ class Looks:
         self._engine = engine
         self._began = time.monotonic()
         self._stop = threading.Event()
-        self._ended = threading.Event()
         self.n_looks = 0
         self.best: Look | None = None
         self.last: Look | None = None
-        _thread.start_new_thread(self._run, ())
+        self._thread = HiddenThread(self._run)
+        self._thread.start()
 
     def finish(self) -> None:
         """Look for the last time."""
         self._stop.set()
-        self._ended.wait()
+        self._thread.join()
         self._look()
 
     def _run(self) -> None:
@@ -72,8 +71,6 @@ class Looks:
                 rest = max((time.monotonic() - before) * REST_PER_LOOK, LEAST_REST_SECONDS)
         except Exception:
             pass  # the program has closed the engine, perhaps: the last look will tell
-        finally:
-            self._ended.set()
 
     def _look(self) -> None:
         at = time.monotonic() - self._began
@@ -94,8 +91,7 @@ class Watch(Companion):
         self._output = output
         self._engine = ksmcore.default_engine()
         ksmcore.install_allocator(threshold_bytes=threshold_bytes)
-        with no_signals():
-            self._looks = Looks(self._engine)
+        self._looks = Looks(self._engine)
 
     def conclude(self, exit_status: int) -> list[str]:
         try:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import ksmcore
-from ksmcore.cli.background import no_signals
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import Source, summary
 from ksmcore.cli.output import OutputFile
@@ -53,8 +52,7 @@ class Session(Companion):
         self._source = Source(self._engine, self._command, options.threshold_bytes)
         self._server: Server | None = None
         ksmcore.install_allocator(threshold_bytes=options.threshold_bytes)
-        with no_signals():
-            self._start()
+        self._start()
 
     def _start(self) -> None:
         if self._options.scans:

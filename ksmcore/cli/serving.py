@@ -9,7 +9,6 @@ it for another's words.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import errno
 import json
@@ -18,13 +17,13 @@ import socket
 import stat
 import struct
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ksmcore._engine.hidden_thread import HiddenThread
 from ksmcore._kernel import procfs
 
 __all__ = ["NotAnsweringError", "Server", "ask"]
@@ -168,10 +167,9 @@ class Server:
             self._socket.close()
             raise
         self._stopping = False
-        self._ended = threading.Event()
         _servers.add(self)
-        # Not a threading.Thread: programs that wait for all of those would wait for this one.
-        _thread.start_new_thread(self._serve, ())
+        self._thread = HiddenThread(self._serve)
+        self._thread.start()
 
     def stop(self) -> None:
         """Remove the socket, and end. Nothing in a forked child, and a second time."""
@@ -181,7 +179,7 @@ class Server:
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._ended.wait(1.0)
+        self._thread.join(1.0)
         self._socket.close()
 
     def _serve(self) -> None:
@@ -198,7 +196,6 @@ class Server:
                 connection.sendall(json.dumps(self._snapshot()).encode())
                 # A close would not do: a child forked meanwhile has the connection too.
                 connection.shutdown(socket.SHUT_RDWR)
-        self._ended.set()
 
     def _forget(self) -> None:
         self._stopping = True
