@@ -88,7 +88,6 @@ def test_checksum_mmh3(benchmark: BenchmarkFixture) -> None:
         benchmark,
         lambda pages: _pages.checksum_many(pages, PAGE, "mmh3"),
         lambda page: int.from_bytes(mmh3.mmh3_x64_128_digest(page)[:4], "little"),
-        "direct" if _pages.mmh3_is_direct() else "through Python",
     )
 
 
@@ -102,7 +101,6 @@ def check_sums(
     benchmark: BenchmarkFixture,
     many: Callable[[memoryview], list[int]],
     one: Callable[[memoryview], int],
-    note: str = "",
 ) -> None:
     """Time `many` over all pages; a sample of its sums, the last included, is what `one` says."""
     pages = random_pages()
@@ -111,4 +109,4 @@ def check_sums(
     assert all(other == sums for other in others)
     for number in (*range(0, N, 97), N - 1):
         assert sums[number] == one(pages[number].data)
-    measure.record(benchmark, N, note=note)
+    measure.record(benchmark, N)

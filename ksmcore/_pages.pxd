@@ -29,6 +29,5 @@ cdef void checksum_safely(
     checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
 ) noexcept nogil
 
-# "jhash" or "mmh3"; ValueError naming the valid ones, ImportError when mmh3 is asked for and not installed.
-# Needs the GIL; what it returns does not, and stays valid for the life of the process.
+# "jhash" or "mmh3"; ValueError naming the valid ones. Needs the GIL; what it returns does not.
 cdef checksum_pages_t checksum_by_name(str name) except NULL

@@ -3,23 +3,21 @@
 
 The scanner and the trees call the C functions of _pages.pxd, without the GIL and on batches of pages. The Python
 functions at the end are thin wrappers for tests, benches and inspection. The arithmetic of jhash, and the argument why
-its kernels agree, is in _jhash.h; which kernel runs is chosen here, once, when the module is loaded.
+its kernels agree, is in _jhash.h; which kernel runs is chosen here, once, when the module is loaded. That of mmh3 is in
+_murmur.h.
 
 A page may be written by other threads while it is read here. Every function then still ends and stays within
 len_bytes; its answer describes bytes that may already be different, and callers decide under the guard.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy
 
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
-
-import os
 
 
 cdef extern from "_kernel/reader.h" nogil:
@@ -37,16 +35,8 @@ cdef extern from "_jhash.h" nogil:
     checksum_pages_t ksm_kernel(int i) noexcept
     const char* ksm_kernel_names[]
 
-cdef extern from "Python.h":
-    int PyGC_Disable()
-    int PyGC_Enable()
-
-cdef extern from "<dlfcn.h>" nogil:
-    enum:
-        RTLD_NOW
-        RTLD_NOLOAD
-    void* dlopen(const char* path, int flags) noexcept
-    void* dlsym(void* library, const char* symbol) noexcept
+cdef extern from "_murmur.h" nogil:
+    uint32_t ksm_murmur(const uint8_t* data, size_t len_bytes) noexcept
 
 
 # ---- compare and zero test ----
@@ -110,87 +100,23 @@ cdef void jhash_pages(const uint8_t* const* pages, size_t n_pages, size_t len_by
 
 # ---- mmh3: the low 32 bits of murmurhash3_x64_128 with seed 0 ----
 #
-# The mmh3 package holds the code; nothing of it is compiled here. Its extension exports the plain C function, which is
-# called directly when it proves itself on test vectors. Otherwise the package's public function is called, which needs
-# the GIL once per batch. State, written once under the GIL by _load_mmh3:
+# The package of that name is what it must agree with. To call that would need the GIL, and a pass holds its engine's
+# lock, for which another thread may wait inside the arena with the GIL in its hands.
 
-# void (key, len, seed, out): out receives two 64-bit words.
-ctypedef void (*_murmur_t)(const void* key, Py_ssize_t len_bytes, uint32_t seed, void* out) noexcept nogil
-
-cdef _murmur_t _murmur = NULL           # the C function, once proven
-cdef object _mmh3_digest = None         # mmh3.mmh3_x64_128_digest, once mmh3 was asked for
-
-
-cdef void _mmh3_pages_direct(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
-                             uint32_t* digests) noexcept nogil:
-    cdef uint64_t out[2]
+cdef void mmh3_pages(const uint8_t* const* pages, size_t n_pages, size_t len_bytes, uint32_t* digests) noexcept nogil:
     cdef size_t i
     for i in range(n_pages):
-        _murmur(pages[i], <Py_ssize_t>len_bytes, 0, out)
-        digests[i] = <uint32_t>out[0]
+        digests[i] = ksm_murmur(pages[i], len_bytes)
 
 
-cdef void _mmh3_pages_by_python(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
-                                uint32_t* digests) noexcept with gil:
-    # A failure here (no memory for a small object) cannot be raised: Cython reports it as unraisable and the digests
-    # not yet computed stay zero. That is harmless, because a checksum only tells that a page may have changed.
-    # The scanner calls this with its engine's lock held. A garbage collection in here could run the finaliser of an
-    # array, which waits for that lock: for ever, being in the same thread. So there is none.
-    cdef bint collects = PyGC_Disable()
-    memset(digests, 0, n_pages * sizeof(uint32_t))
-    try:
-        _mmh3_digests_by_python(pages, n_pages, len_bytes, digests)
-    finally:
-        if collects:
-            PyGC_Enable()
-
-
-cdef int _mmh3_digests_by_python(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
-                                 uint32_t* digests) except -1:
-    cdef size_t i
-    for i in range(n_pages):
-        digest = _mmh3_digest(PyMemoryView_FromMemory(<char*>pages[i], <Py_ssize_t>len_bytes, PyBUF_READ))
-        digests[i] = <uint32_t>int.from_bytes(digest[:4], "little")
-    return 0
-
-
-cdef bint _murmur_is_right(_murmur_t murmur) except -1:
-    """True when the C function gives what the public function gives, over short, odd and page-long inputs."""
-    cdef uint64_t out[2]
-    cdef bytes vector = bytes([(i * 37 + (i >> 8)) & 0xff for i in range(4096)])
-    for len_bytes in (0, 1, 15, 16, 33, 4096):
-        murmur(<const uint8_t*>vector, len_bytes, 0, out)
-        if <uint32_t>out[0] != int.from_bytes(_mmh3_digest(vector[:len_bytes])[:4], "little"):
-            return False
-    return True
-
-
-cdef int _load_mmh3() except -1:
-    global _murmur, _mmh3_digest
-    if _mmh3_digest is not None:
-        return 0
-    import mmh3
-    _mmh3_digest = mmh3.mmh3_x64_128_digest
-    cdef bytes path = os.fsencode(mmh3.__file__)
-    # The handle is never closed: the function must stay valid for the life of the process.
-    cdef void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)
-    if library == NULL:
-        library = dlopen(path, RTLD_NOW)
-    if library == NULL:
-        return 0
-    cdef _murmur_t candidate = <_murmur_t>dlsym(library, b"murmurhash3_x64_128")
-    if candidate != NULL and _murmur_is_right(candidate):
-        _murmur = candidate
-    return 0
-
+# ---- either of them ----
 
 cdef void checksum_safely(
     checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
 ) noexcept nogil:
     cdef ksm_reader* reader = reader_here()
     cdef size_t i
-    # Python code cannot be left in the middle.
-    if reader == NULL or checksum == _mmh3_pages_by_python:
+    if reader == NULL:
         checksum(pages, n_pages, len_bytes, digests)
     elif ksm_read_checksum(reader, checksum, pages, n_pages, len_bytes, digests):
         for i in range(n_pages):
@@ -202,8 +128,7 @@ cdef checksum_pages_t checksum_by_name(str name) except NULL:
     if name == "jhash":
         return jhash_pages
     if name == "mmh3":
-        _load_mmh3()
-        return _mmh3_pages_direct if _murmur != NULL else _mmh3_pages_by_python
+        return mmh3_pages
     raise ValueError(f"unknown checksum {name!r}; valid: 'jhash', 'mmh3'")
 
 
@@ -307,23 +232,8 @@ def jhash_many(buffer, Py_ssize_t page_bytes, str kernel="auto"):
 
 
 def checksum_many(buffer, Py_ssize_t page_bytes, str name="jhash"):
-    """The checksum of that name ("jhash" or "mmh3") over each page of a buffer, as the scanner computes it.
-
-    ImportError when "mmh3" is asked for and the package is not installed.
-    """
+    """The checksum of that name ("jhash" or "mmh3") over each page of a buffer, as the scanner computes it."""
     return _digest_all(_Bytes(buffer), page_bytes, checksum_by_name(name))
-
-
-def _mmh3_by_python(buffer, Py_ssize_t page_bytes):
-    """checksum_many(..., "mmh3") by the package's public function, whether or not its C function can be called."""
-    _load_mmh3()
-    return _digest_all(_Bytes(buffer), page_bytes, _mmh3_pages_by_python)
-
-
-def mmh3_is_direct():
-    """Whether "mmh3" calls the package's C function without the GIL; ImportError when it is not installed."""
-    _load_mmh3()
-    return _murmur != NULL
 
 
 def compare(a, b):

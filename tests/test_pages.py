@@ -166,8 +166,6 @@ def test_checksum_mmh3(page_bytes):
         for page in pages_of(data, page_bytes)
     ]
     assert _pages.checksum_many(data, page_bytes, "mmh3") == expected
-    assert _pages._mmh3_by_python(data, page_bytes) == expected
-    assert isinstance(_pages.mmh3_is_direct(), bool)
 
 
 def test_unknown_checksum_names_the_valid_ones():
