@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from ksmcore._arrays.arena cimport arena_ask, arena_owns
 from ksmcore._arrays.chunks cimport (
-    CLEAN, DIRTY, NO_PAGE, N_BINS, TAKEN, chunk_table, chunks_at, chunks_bin, chunks_tag,
+    CLEAN, DIRTY, NO_PAGE, N_BINS, TAKEN, chunk_table, chunks_at, chunks_bin, chunks_tag, extent_tag,
 )
 
 
@@ -26,6 +26,7 @@ cdef int _check(const chunk_table* t, uint32_t generation) noexcept nogil:
     cdef uint32_t entry, page, end, state, before, n_pages
     cdef size_t n_taken, n_hanging = 0, n_free = 0, dirty_bytes = 0, taken_bytes = 0
     cdef int kind, number
+    cdef const extent_tag* tag
     for entry in range(t.n_entries):
         if t.all[entry].addr == 0:
             continue
@@ -61,10 +62,11 @@ cdef int _check(const chunk_table* t, uint32_t generation) noexcept nogil:
             for number in range(N_BINS):
                 page = t.bins[kind][state].heads[number]
                 while page != NO_PAGE:
-                    if chunks_bin(chunks_tag(t, page).n_pages) != <uint32_t>number or chunks_tag(t, page).state != state:
+                    tag = chunks_tag(t, page)
+                    if chunks_bin(tag.n_pages) != <uint32_t>number or tag.state != state:
                         return 7
                     n_hanging += 1
-                    page = chunks_tag(t, page).next
+                    page = tag.next
     if n_hanging != n_free:
         return 8
     if dirty_bytes != t.dirty_bytes or taken_bytes != t.taken_bytes:

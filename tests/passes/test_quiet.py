@@ -13,8 +13,8 @@ from helpers.forks import THREADS_RUN, in_child
 from helpers.kernels_view import descriptors, store_bytes
 from helpers.libc import libc, process_vm_writev
 from helpers.memory import PAGE, extent, private_memory, random_pages
-from ksmcore._kernel import forks, pagemap, smaps
-from ksmcore._testing import faults
+from ksmcore._kernel import forks, smaps
+from ksmcore._testing import faults, pagemap
 from ksmcore._testing.hooks import watch_from
 
 N = 600
