@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ksmcore
-from ksmcore._guard import guard as guards
+from ksmcore._testing import hooks
 
 PAGE = ksmcore.Engine.page_bytes
 WAIT_SECONDS = 60
@@ -83,7 +83,7 @@ def test_nothing_stays_taken(name, private_buffer):
     for moment in range(1, n_moments, step):
         engine, arrays, content, _, kept = attempt(name, private_buffer, moment)
         n_interrupted += kept is not None
-        assert not guards.handler_installed()
+        assert not hooks.handler_installed()
         other = threading.Thread(target=engine.dedup, daemon=True)
         other.start()
         other.join(WAIT_SECONDS)

@@ -11,8 +11,7 @@ import pytest
 import ksmcore
 from helpers.memory import PAGE, private_memory, random_pages
 from helpers.processes import run_python
-from ksmcore._kernel import pagemap
-from ksmcore._testing import faults
+from ksmcore._testing import faults, pagemap
 
 
 def tracked(engine: ksmcore.Engine) -> tuple[int, int, int, int]:
