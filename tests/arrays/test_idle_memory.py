@@ -10,12 +10,12 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import present_pages, pss_bytes
+from helpers.memory import PAGE
 from helpers.processes import run_python
 from ksmcore._arrays import arena, installing
 from ksmcore._testing import faults
 from ksmcore._testing.arena import check_arena
 
-PAGE = ksmcore.Engine.page_bytes
 MIB = 1 << 20
 
 

@@ -14,7 +14,6 @@ import pytest
 import ksmcore
 from helpers.kernels_view import store_mappings
 from helpers.memory import PAGE, address, extent, random_pages
-from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import smaps
 from ksmcore._testing import pagemap
 
@@ -46,10 +45,6 @@ def make(engine, maker, shape, dtype=float, order="C"):
     if maker == "full":
         return engine.full(shape, np.ones((), dtype)[()], dtype, order)
     return getattr(engine, maker)(np.ones(shape, dtype, order))
-
-
-def mapped(start, end):
-    return [vma for vma in smaps.vmas_in(start, end) if vma.start < end and vma.end > start]
 
 
 class TestShape:
@@ -290,7 +285,7 @@ class TestLife:
         del base
         gc.collect()
         assert engine.stats().regions == 1
-        assert mapped(start, start + 4 * PAGE)
+        assert smaps.vmas_in(start, start + 4 * PAGE)
         del kept
         gc.collect()
         assert engine.stats().regions == 0
@@ -305,10 +300,8 @@ class TestLife:
         gc.collect()
         assert engine.stats().regions == 0
         assert engine.stats().store_pages == 0
-        assert not any(
-            vma.path.startswith(STORE_PATH) or vma.start <= start < end <= vma.end
-            for vma in mapped(start, end)
-        )
+        assert store_mappings(start, end) == []
+        assert not any(vma.start <= start < end <= vma.end for vma in smaps.vmas_in(start, end))
 
     def test_a_sharer_survives_the_other(self, engine, rng):
         source = random_pages(rng, 20)

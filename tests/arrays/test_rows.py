@@ -1,13 +1,10 @@
 """rows: every row begins on a page, so equal frames are merged whatever their size."""
 
-import mmap
-
 import numpy as np
 import pytest
 
 import ksmcore
-
-PAGE = mmap.PAGESIZE
+from helpers.memory import PAGE
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 
+from helpers.memory import PAGE, random_pages
 import ksmcore
 from ksmcore._kernel import smaps
 from ksmcore._testing import hooks, pagemap
 
-PAGE = mmap.PAGESIZE
 
 
 def mixture(rng, n_pages, n_contents, zero_every=0, unique_every=0):
@@ -223,7 +223,7 @@ class TestBuffers:
         assert engine.dedup(region).bytes_saved == estimate.bytes_saved
 
     def test_a_region_and_a_stranger(self, engine, rng, anonymous):
-        source = rng.integers(0, 256, 100 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 100)
         region, stranger = engine.register(anonymous(source)), anonymous(source)
         assert engine.estimate(region, stranger).pages_duplicate == 100
         assert engine.stats().regions == 1

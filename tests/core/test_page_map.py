@@ -5,10 +5,10 @@ import mmap
 import numpy as np
 import pytest
 
+from helpers.memory import PAGE
 import ksmcore
 from ksmcore import PageState
 
-PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Ctrl-C anywhere in a call, its traceback kept: nothing stays taken, and all bytes are right."""
 
 import inspect
-import os
 import sys
 import threading
 
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE
+from helpers.stress import LONG
+from helpers.waiting import WAIT_SECONDS
 from ksmcore._testing import hooks
-
-PAGE = ksmcore.Engine.page_bytes
-WAIT_SECONDS = 60
 
 
 def moments(call, interrupt_at=0):
@@ -78,7 +77,7 @@ def test_nothing_stays_taken(name, private_buffer):
     engine, *_, n_moments, _ = attempt(name, private_buffer)
     engine.close()
     assert n_moments > 10
-    step = 1 if os.environ.get("KSMCORE_STRESS", "0") not in ("", "0") else n_moments // 40 + 1
+    step = 1 if LONG else n_moments // 40 + 1
     n_interrupted = 0
     for moment in range(1, n_moments, step):
         engine, arrays, content, _, kept = attempt(name, private_buffer, moment)

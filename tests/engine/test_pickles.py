@@ -10,8 +10,8 @@ import pytest
 
 import ksmcore
 import ksmcore.doctor
+from helpers.memory import PAGE
 
-PAGE = ksmcore.Engine.page_bytes
 KINDS = ("Stats", "PassReport", "RegionStats", "Estimate", "MemoryInfo", "Settings", "Diagnosis")
 
 

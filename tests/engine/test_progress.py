@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE
 from ksmcore._engine.passes import BATCH_PAGES
 from ksmcore._engine.progress import reporting
 from ksmcore._testing import hooks
 
-PAGE = ksmcore.Engine.page_bytes
 N_PAGES = 3 * BATCH_PAGES + 5
 
 

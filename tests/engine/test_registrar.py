@@ -1,100 +1,26 @@
-"""Registration: what is taken and refused, what is never touched, and how memory comes back."""
+"""Registration: what is taken and refused, what is never touched, and what ends it."""
 
 import array
 import ctypes
-import gc
 import mmap
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
-import weakref
 
 import numpy as np
 import pytest
 
 import ksmcore
+from helpers.forks import THREADS_RUN, in_child
+from helpers.kernels_view import is_plain, store_bytes
+from helpers.memory import PAGE, address, fill, octets, private_memory, random_pages
 from ksmcore._engine import registrar
-from ksmcore._engine.stats import STORE_PATH
-from ksmcore._kernel import smaps
 
-PAGE = mmap.PAGESIZE
 N_PAGES = 24
-
-
-def octets(buffer):
-    """The bytes of a buffer as an array on the same memory."""
-    if isinstance(buffer, np.ndarray):
-        return (buffer if buffer.flags.c_contiguous else buffer.T).reshape(-1).view(np.uint8)
-    return np.frombuffer(buffer, np.uint8)
-
-
-def address(buffer):
-    return octets(buffer).ctypes.data
-
-
-def fill(buffer, value=0xA5):
-    """Equal pages that are not zero; returns the bytes."""
-    octets(buffer)[:] = value
-    return bytes(octets(buffer))
-
-
-def store_bytes(start, end):
-    """How many bytes of [start, end) map a store."""
-    return sum(
-        min(vma.end, end) - max(vma.start, start)
-        for vma in smaps.vmas_in(start, end)
-        if vma.path.startswith(STORE_PATH)
-    )
-
-
-def is_plain(start, end):
-    """Whether [start, end) is plain private anonymous memory without a hole."""
-    mappings = smaps.vmas_in(start, end)
-    covered = sum(min(vma.end, end) - max(vma.start, start) for vma in mappings)
-    return covered == end - start and all(
-        vma.inode == 0 and vma.path in ("", "[heap]") and vma.writable and not vma.shared
-        for vma in mappings
-    )
-
-
-def in_child(function):
-    """Exit code of a forked child that runs `function`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy's threads, since Python 3.12
-        child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = int(function())
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def run(code):
-    """What a Python of its own prints, with warnings as errors."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr.strip()
-
-
-def aligned_view(private_buffer, n_pages, offset=0):
-    """An array of n_pages pages that begins `offset` bytes into a page."""
-    memory = private_buffer(n_pages + 2)
-    return np.frombuffer(memory, np.uint8)[PAGE + offset :][: n_pages * PAGE]
-
-
 LEN_BYTES = N_PAGES * PAGE
+
+
 KINDS = {
-    "mmap": lambda: mmap.mmap(-1, LEN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
+    "mmap": lambda: private_memory(N_PAGES),
     "bytearray": lambda: bytearray(LEN_BYTES),
     "array": lambda: array.array("d", bytes(LEN_BYTES)),
     "ctypes": lambda: (ctypes.c_char * LEN_BYTES)(),
@@ -337,61 +263,6 @@ class TestPartialPages:
         assert bytes(memory) == content
 
 
-class TestHold:
-    """While it is registered a buffer cannot vanish."""
-
-    def test_mmap(self, engine, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        region = engine.register(buffer)
-        with pytest.raises(BufferError):
-            buffer.close()
-        with pytest.raises(BufferError):
-            buffer.resize(2 * LEN_BYTES)
-        region.close()
-        buffer.close()
-
-    def test_bytearray(self, engine):
-        buffer = bytearray(LEN_BYTES)
-        region = engine.register(buffer)
-        with pytest.raises(BufferError):
-            buffer.append(0)
-        with pytest.raises(BufferError):
-            buffer.clear()
-        region.close()
-        buffer.append(0)
-
-    def test_ndarray(self, engine):
-        buffer = np.zeros(LEN_BYTES, np.uint8)
-        engine.register(buffer)
-        with pytest.raises(ValueError, match="resize"):
-            buffer.resize(2 * LEN_BYTES)
-
-    def test_dropping_the_last_name(self, engine):
-        buffer = np.full(LEN_BYTES, 5, np.uint8)
-        region = engine.register(buffer)
-        del buffer
-        gc.collect()
-        engine.dedup()
-        start, end = region.addr, region.addr + region.nbytes
-        assert store_bytes(start, end) == region.nbytes
-        region.close()
-
-    @pytest.mark.parametrize("how", ["unregister buffer", "unregister region", "with", "engine"])
-    def test_every_way_out_lets_go(self, how, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        with ksmcore.Engine() as engine:
-            region = engine.register(buffer)
-            if how == "unregister buffer":
-                engine.unregister(buffer)
-            elif how == "unregister region":
-                engine.unregister(region)
-            elif how == "with":
-                with region:
-                    pass
-        assert region.closed
-        buffer.close()
-
-
 class TestUnregister:
     def test_by_region(self, engine, private_buffer):
         region = engine.register(private_buffer(4))
@@ -489,130 +360,6 @@ class TestUnregister:
                 call(region)
 
 
-WAYS_OUT = ["unregister", "close", "with", "engine.close", "with engine"]
-
-
-class TestPlainAgain:
-    """However a region ends, its memory is plain private memory again, with the same bytes."""
-
-    def end(self, how, engine, region):
-        if how == "unregister":
-            engine.unregister(region)
-        elif how == "close":
-            region.close()
-        elif how == "with":
-            with region:
-                pass
-        elif how == "engine.close":
-            engine.close()
-        else:
-            with engine:
-                pass
-
-    @pytest.mark.parametrize("how", WAYS_OUT)
-    def test_mappings_and_bytes(self, engine, private_buffer, rng, how):
-        # GIVEN merged pages, zero pages and unique pages side by side, and some written since
-        buffer = private_buffer(64)
-        pages = np.frombuffer(buffer, np.uint8).reshape(64, PAGE)
-        pages[:32] = rng.integers(0, 256, PAGE, dtype=np.uint8)
-        pages[32:48] = rng.integers(0, 256, (16, PAGE), dtype=np.uint8)
-        region = engine.register(buffer)
-        start, end = region.addr, region.addr + region.nbytes
-        assert engine.dedup().pages_merged == 32
-        pages[5] = 77
-        pages[60, 3] = 1
-        content = bytes(pages)
-        # WHEN the region ends
-        self.end(how, engine, region)
-        # THEN no store is left, all is plain, and the bytes are the same
-        assert store_bytes(start, end) == 0
-        assert is_plain(start, end)
-        assert bytes(pages) == content
-
-    @pytest.mark.parametrize("how", WAYS_OUT)
-    def test_dontneed_gives_zeros(self, engine, private_buffer, how):
-        """What an allocator relies on."""
-        buffer = private_buffer(N_PAGES)
-        fill(buffer)
-        region = engine.register(buffer)
-        engine.dedup()
-        self.end(how, engine, region)
-        buffer.madvise(mmap.MADV_DONTNEED)
-        assert buffer[:] == bytes(LEN_BYTES)
-
-    def test_write_after(self, engine, private_buffer):
-        a, b = private_buffer(N_PAGES), private_buffer(N_PAGES)
-        fill(a)
-        content = fill(b)
-        engine.dedup(a, b)
-        engine.unregister(a)
-        a[:] = b"!" * LEN_BYTES
-        assert b[:] == content
-        assert a[:] == b"!" * LEN_BYTES
-
-    def test_the_store_is_given_back(self, engine, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        fill(buffer)
-        region = engine.register(buffer)
-        engine.dedup()
-        assert os.fstat(engine._core.store_fd).st_blocks > 0
-        region.close()
-        assert os.fstat(engine._core.store_fd).st_blocks == 0
-        assert engine.stats().store_pages == 0
-
-    def test_register_merge_unregister_again_and_again(self, engine, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        for value in range(1, 20):
-            content = fill(buffer, value)
-            with engine.register(buffer):
-                assert engine.dedup().pages_merged == N_PAGES
-            assert buffer[:] == content
-            engine._core.check()
-        assert engine.stats().regions == 0
-
-    def test_at_exit(self):
-        out, err = run(
-            """
-            import atexit, mmap
-
-            def look():
-                # Registered before ksmcore's own hook, so it runs after that.
-                start = x.ctypes.data
-                paths = {v.path for v in smaps.vmas_in(start, start + x.nbytes)}
-                stores = [v for v in smaps.Snapshot().vmas_in(0, 1 << 64)
-                          if v.path.startswith("/memfd:ksmcore-store") and v.writable]
-                print(engine.closed, paths, len(stores), (x == 7).all(), set(m[:]), merged)
-
-            atexit.register(look)
-            import ksmcore
-            from ksmcore._kernel import smaps
-            engine = ksmcore.Engine()
-            m = mmap.mmap(-1, 64 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            m[:] = b"k" * len(m)
-            region = engine.register(m)
-            x = engine.full(64 * mmap.PAGESIZE, 7, "u1")
-            merged = engine.dedup().pages_merged
-            """
-        )
-        assert out == "True {''} 0 True {107} 128"
-        assert err == ""
-
-    def test_at_exit_of_the_default_engine(self):
-        out, err = run(
-            """
-            import atexit
-            atexit.register(lambda: print(
-                {v.path for v in smaps.vmas_in(x.ctypes.data, x.ctypes.data + x.nbytes)}))
-            import ksmcore
-            from ksmcore._kernel import smaps
-            x = ksmcore.full(1 << 20, 7, "u1")
-            ksmcore.dedup()
-            """
-        )
-        assert out == "{''}"
-        assert err == ""
-
-
 class TestPrivatize:
     def test_without_it_the_three_ways_out_are_named(self, engine):
         with mmap.mmap(-1, LEN_BYTES) as buffer:
@@ -645,6 +392,7 @@ class TestPrivatize:
             with engine.register(buffer, privatize=True):
                 assert buffer[:] == content
 
+    @pytest.mark.filterwarnings(THREADS_RUN)
     @pytest.mark.parametrize("privatize", [False, True])
     def test_what_a_child_writes(self, engine, private_buffer, privatize):
         with mmap.mmap(-1, LEN_BYTES) as buffer:
@@ -655,7 +403,7 @@ class TestPrivatize:
 
             def write():
                 buffer[:] = b"c" * LEN_BYTES
-                return buffer[:] != b"c" * LEN_BYTES
+                assert buffer[:] == b"c" * LEN_BYTES
 
             assert in_child(write) == 0
             assert buffer[:] == (b"\x01" if privatize else b"c") * LEN_BYTES
@@ -676,6 +424,12 @@ class TestPrivatize:
             pytest.raises(ValueError, match="file"),
         ):
             engine.register(buffer, privatize=True)
+
+
+def aligned_view(private_buffer, n_pages, offset=0):
+    """An array of n_pages pages that begins `offset` bytes into a page."""
+    memory = private_buffer(n_pages + 2)
+    return np.frombuffer(memory, np.uint8)[PAGE + offset :][: n_pages * PAGE]
 
 
 class TestPhaseWarning:
@@ -714,220 +468,6 @@ class TestPhaseWarning:
         engine.register(aligned_view(private_buffer, 40, offset=16))
 
 
-class TestLife:
-    def test_close_twice(self, private_buffer):
-        engine = ksmcore.Engine()
-        region = engine.register(private_buffer(4))
-        engine.close()
-        engine.close()
-        assert engine.closed
-        assert region.closed
-        assert "closed" in repr(engine)
-
-    def test_with(self, private_buffer):
-        with ksmcore.Engine() as engine:
-            region = engine.register(private_buffer(4))
-        assert engine.closed
-        assert region.closed
-
-    def test_never_closed(self, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        content = fill(buffer)
-        engine = ksmcore.Engine()
-        region = engine.register(buffer)
-        start, end = region.addr, region.addr + region.nbytes
-        engine.dedup()
-        del region
-        del engine
-        with pytest.warns(ResourceWarning, match=r"ksmcore\.Engine.*never closed"):
-            gc.collect()
-        assert is_plain(start, end)
-        assert buffer[:] == content
-        buffer.close()
-
-    def test_never_closed_with_warnings_as_errors(self):
-        out, err = run(
-            """
-            import gc, mmap, ksmcore
-            from ksmcore._kernel import smaps
-            m = mmap.mmap(-1, 64 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            m[:] = b"k" * len(m)
-            engine = ksmcore.Engine()
-            start = engine.register(m).addr
-            assert engine.dedup().pages_merged == 64
-            del engine
-            gc.collect()
-            print({v.path for v in smaps.vmas_in(start, start + len(m))}, set(m[:]))
-            m.close()
-            """
-        )
-        assert out == "{''} {107}"
-        assert "never closed" in err
-
-    def test_no_warning_without_regions(self):
-        ksmcore.Engine()
-        gc.collect()
-
-    def test_no_warning_after_closing(self, private_buffer):
-        engine = ksmcore.Engine()
-        engine.register(private_buffer(4))
-        engine.close()
-        del engine
-        gc.collect()
-
-    def test_regions_in_order(self, engine, private_buffer):
-        made = tuple(engine.register(private_buffer(4)) for _ in range(5))
-        assert engine.regions == made
-        made[2].close()
-        assert engine.regions == made[:2] + made[3:]
-
-    def test_arrays_are_not_among_the_regions(self, engine):
-        x = engine.zeros(LEN_BYTES, np.uint8)
-        assert engine.regions == ()
-        assert engine.stats().regions == 1
-        del x
-
-    def test_an_engine_leaves_no_descriptor(self, private_buffer):
-        buffer = private_buffer(N_PAGES)
-        fill(buffer)
-        before = sorted(os.listdir("/proc/self/fd"))
-        for _ in range(3):
-            with ksmcore.Engine() as engine:
-                engine.dedup(buffer)
-            del engine
-            gc.collect()
-        assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-class TestModuleFunctions:
-    """The default engine; other tests do not use it."""
-
-    def test_register_dedup_unregister(self, private_buffer):
-        a, b = private_buffer(N_PAGES), private_buffer(N_PAGES)
-        fill(a)
-        fill(b)
-        n_regions = ksmcore.stats().regions
-        region = ksmcore.register(a)
-        assert ksmcore.dedup(a, b).pages_merged == 2 * N_PAGES
-        assert ksmcore.stats().regions == n_regions + 2
-        assert ksmcore.scan().pages_merged == 0
-        ksmcore.unregister(region)
-        ksmcore.unregister(b)
-        assert ksmcore.stats().regions == n_regions
-        a.close()
-        b.close()
-
-    def test_a_region_of_another_engine(self, engine, private_buffer):
-        region = engine.register(private_buffer(4))
-        ksmcore.unregister(region)
-        assert region.closed
-
-    def test_one_default_engine(self):
-        assert ksmcore.default_engine() is ksmcore.default_engine()
-
-
-ADVICE = {
-    "dontfork": ("MADV_DONTFORK", "dc"),
-    "dontdump": ("MADV_DONTDUMP", "dd"),
-    "hugepage": ("MADV_HUGEPAGE", "hg"),
-    "nohugepage": ("MADV_NOHUGEPAGE", "nh"),
-}
-
-
-class TestAdvice:
-    """What the program has told the kernel about its memory still holds for merged memory."""
-
-    def advise(self, buffer, *names):
-        for name in names:
-            advice = getattr(mmap, ADVICE[name][0], None)
-            if advice is None:
-                pytest.skip(f"this Python does not know {ADVICE[name][0]}")
-            try:
-                buffer.madvise(advice)
-            except OSError as error:
-                pytest.skip(f"{ADVICE[name][0]}: {error}")
-
-    def flags(self, region):
-        """The flags that all mappings of a region have, and those that any has."""
-        found = [
-            vma.flags & {code for _, code in ADVICE.values()}
-            for vma in smaps.vmas_in(region.addr, region.addr + region.nbytes)
-        ]
-        return frozenset.intersection(*found), frozenset.union(*found)
-
-    @pytest.mark.parametrize(
-        "names",
-        [(), *((name,) for name in ADVICE), ("dontfork", "dontdump", "hugepage")],
-        ids=lambda names: "+".join(names) or "none",
-    )
-    def test_survives(self, engine, private_buffer, rng, names):
-        buffer = private_buffer(64)
-        self.advise(buffer, *names)
-        wanted = frozenset(ADVICE[name][1] for name in names)
-        pages = np.frombuffer(buffer, np.uint8).reshape(64, PAGE)
-        pages[:40] = 5
-        pages[40:50] = rng.integers(0, 256, (10, PAGE), dtype=np.uint8)
-        region = engine.register(buffer)
-        assert self.flags(region) == (wanted, wanted)
-        engine.dedup()
-        assert engine.stats().pages_sharing > 0
-        assert self.flags(region) == (wanted, wanted)
-        # A page over the store that becomes zero is mapped anew as well.
-        pages[10:20] = 0
-        engine.dedup()
-        assert self.flags(region) == (wanted, wanted)
-        region.close()
-        assert self.flags(region) == (wanted, wanted)
-
-    def test_privatized(self, engine):
-        with mmap.mmap(-1, LEN_BYTES) as buffer:
-            self.advise(buffer, "dontfork", "dontdump")
-            fill(buffer)
-            with engine.register(buffer, privatize=True) as region:
-                assert self.flags(region)[0] >= {"dc", "dd"}
-
-    def test_nothing_is_added_to_neighbours(self, engine, private_buffer):
-        buffer = private_buffer(64)
-        whole = np.frombuffer(buffer, np.uint8)
-        fill(whole)
-        region = engine.register(whole[16 * PAGE : 48 * PAGE])
-        engine.dedup()
-        region.close()
-        for vma in smaps.vmas_in(address(whole), address(whole) + whole.nbytes):
-            assert not vma.flags & {code for _, code in ADVICE.values()}
-
-
-class TestArraysOfTheEngine:
-    """An array made by the engine owns its last page too, full or not."""
-
-    def test_a_last_page_that_is_not_full(self, engine):
-        a, b = engine.full(2 * PAGE + 100, 7, np.uint8), engine.full(2 * PAGE + 100, 7, np.uint8)
-        assert engine.dedup(a, b).pages_merged == 6
-        engine.unregister(a)
-        assert engine.stats().regions == 1
-
-    def test_less_than_a_page(self, engine):
-        a, b = engine.full(100, 7, np.uint8), engine.full(100, 7, np.uint8)
-        assert engine.dedup(a, b).bytes_saved == PAGE
-        engine.unregister(a)
-        with pytest.raises(ValueError, match="already registered"):
-            engine.register(b)
-        assert (a == 7).all()
-        assert (b == 7).all()
-
-    def test_they_keep_their_engine(self):
-        engine = ksmcore.Engine()
-        array = engine.full(100 * PAGE, 7, np.uint8)
-        kept = weakref.ref(engine)
-        del engine
-        gc.collect()
-        assert kept() is not None
-        assert kept().stats().regions == 1
-        del array
-        gc.collect()
-        assert kept() is None
-
-
 def test_a_part_of_another_buffer_comes_with_it(engine):
     buffer = np.zeros(64 * PAGE, np.uint8)
     engine.dedup(buffer[8 * PAGE : 16 * PAGE], buffer, buffer)
@@ -939,7 +479,7 @@ def test_an_interrupted_registration_restores_what_another_thread_merged(
     engine, rng, monkeypatch, private_buffer
 ):
     buffer = private_buffer(64)
-    source = rng.integers(1, 256, 32 * PAGE, dtype=np.uint8).tobytes()
+    source = random_pages(rng, 32).tobytes()
     buffer[:] = source + source
 
     def interrupted(*args: object, **kwargs: object) -> None:

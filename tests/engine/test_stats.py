@@ -13,9 +13,9 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import pss_bytes
+from helpers.memory import PAGE, random_pages
 from ksmcore._testing import pagemap
 
-PAGE = mmap.PAGESIZE
 PRESENT, OF_FILE, EXCLUSIVE = 1, 2, 8
 
 
@@ -240,7 +240,7 @@ class TestArithmetic:
         assert check_arithmetic(engine, []).pages_tracked == 0
 
     def test_all_unique(self, engine, rng):
-        array = engine.array(rng.integers(0, 256, 200 * PAGE, dtype=np.uint8))
+        array = engine.array(random_pages(rng, 200))
         engine.scan()
         assert check_arithmetic(engine, [array]).pages_volatile == 200
         engine.scan()
@@ -419,7 +419,7 @@ class TestMemoryInfo:
         assert ksmcore.memory_info().pss > 0
 
     def test_merged(self, engine, rng, saved):
-        source = rng.integers(0, 256, 500 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 500)
         arrays = [engine.array(source) for _ in range(4)]
         report = engine.dedup()
         assert saved() == report.bytes_saved == 1500 * PAGE
@@ -445,7 +445,7 @@ class TestMemoryInfo:
         assert not array.any()
 
     def test_written_again(self, engine, rng, saved):
-        source = rng.integers(0, 256, 100 * PAGE, dtype=np.uint8)
+        source = random_pages(rng, 100)
         arrays = [engine.array(source) for _ in range(2)]
         engine.dedup()
         assert saved() == 100 * PAGE

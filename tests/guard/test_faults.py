@@ -8,9 +8,10 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import descriptors
-from helpers.memory import PAGE, random_pages
+from helpers.memory import PAGE, address, octets, random_pages
 from ksmcore._testing import faults, hooks
 
+SPAN_PAGES = 512
 # What shuts a window; and the mmap calls made by entering a guard (for its scratch).
 SHUTS = {"mprotect": "mprotect", "userfaultfd-user": "uffd_protect", "userfaultfd": "uffd_register"}
 MMAPS_TO_ENTER = {"mprotect": 0, "userfaultfd-user": 0, "userfaultfd": 1}
@@ -36,12 +37,23 @@ def test_enomem_from_mmap_leaves_the_pages_as_they_were(engine, guard, rng):
     assert engine.dedup(a, b).bytes_saved == 64 * PAGE
 
 
-def test_one_failing_remap_undoes_both_halves(engine, guard, rng):
+def in_one_span(private_buffer, n_arrays: int, n_pages: int) -> list[np.ndarray]:
+    """Arrays side by side in one aligned block of the pages that a pass looks at together."""
+    memory = octets(private_buffer(2 * SPAN_PAGES))
+    start = -address(memory) % (SPAN_PAGES * PAGE)
+    return np.split(memory[start : start + n_arrays * n_pages * PAGE], n_arrays)
+
+
+def test_one_failing_remap_undoes_both_halves(engine, guard, rng, private_buffer):
     source = random_pages(rng, 8)
     warm_a, warm_b = engine.array(source), engine.array(source)
     engine.dedup(warm_a, warm_b)  # the store is there, so mmap is called for the remap only
+    # In one span, or each span would have a remap of its own.
+    a, b = in_one_span(private_buffer, 2, 8)
     new = random_pages(rng, 8)
-    a, b = engine.array(new), engine.array(new)
+    a[:] = b[:] = new
+    engine.register(a)
+    engine.register(b)
     faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
     report = engine.dedup(a, b)
     assert faults.clear() == 0

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE, private_memory
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel.smaps import Snapshot
 from ksmcore._testing import faults, hooks, pagemap
 
-PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
 N = HUGE // PAGE
 IS_HUGE = 32
@@ -31,7 +31,7 @@ def engine(request):
 
 def huge_memory(n_blocks):
     """(rows of pages, the mapping under them), backed by huge pages, or the test is skipped."""
-    memory = mmap.mmap(-1, (n_blocks + 1) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = private_memory((n_blocks + 1) * N)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.int64)
     skip = -whole.ctypes.data % HUGE // 8

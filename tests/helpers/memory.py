@@ -21,6 +21,19 @@ def random_pages(seed: int | np.random.Generator, n_pages: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 256, n_pages * PAGE, dtype=np.uint8)
 
 
+def octets(buffer: object) -> np.ndarray:
+    """The bytes of a buffer as an array on the same memory."""
+    if isinstance(buffer, np.ndarray):
+        return (buffer if buffer.flags.c_contiguous else buffer.T).reshape(-1).view(np.uint8)
+    return np.frombuffer(buffer, np.uint8)
+
+
+def fill(buffer: object, value: int = 0xA5) -> bytes:
+    """Equal pages that are not zero; returns the bytes."""
+    octets(buffer)[:] = value
+    return bytes(octets(buffer))
+
+
 def address(array: np.ndarray) -> int:
     """Where an array begins."""
     return array.__array_interface__["data"][0]

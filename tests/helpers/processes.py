@@ -49,6 +49,7 @@ def run_python(
     arguments: Sequence[str | os.PathLike] = (),
     prefix: Sequence[str] = (),
     cwd: str | None = None,
+    timeout_seconds: float = 120,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program, of these parts, to its end, and catch what it writes. It may import `helpers`.
@@ -62,6 +63,6 @@ def run_python(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_seconds,
         check=False,
     )

@@ -3,15 +3,13 @@
 import builtins
 import errno
 import io
-import mmap
 import os
 from dataclasses import replace
 
 import pytest
 
+from helpers.memory import PAGE
 from ksmcore._kernel import numa, smaps
-
-PAGE = mmap.PAGESIZE
 
 NUMA_MAPS = """\
 00400000 default file=/usr/bin/python3 mapped=3 N0=3

@@ -4,12 +4,12 @@ how much more memory there is."""
 import builtins
 import ctypes
 import io
-import os
 
 import numpy as np
 import pytest
 
 from helpers.files import write_files
+from helpers.libc import libc, why_failed
 from helpers.memory import PAGE, random_pages
 from ksmcore._kernel import procfs
 
@@ -69,13 +69,12 @@ def test_max_map_count_has_a_default(monkeypatch, problem):
 
 
 def test_locked_bytes_follows_mlock(three_mappings):
-    libc = ctypes.CDLL(None, use_errno=True)
     before = procfs.locked_bytes()
     if before is None:
         pytest.skip("this kernel does not print VmLck")
     page = ctypes.c_void_p(three_mappings), ctypes.c_size_t(PAGE)
     if libc.mlock(*page) != 0:
-        pytest.skip(f"mlock: {os.strerror(ctypes.get_errno())}")
+        pytest.skip(why_failed("mlock"))
     during = procfs.locked_bytes()
     assert libc.munlock(*page) == 0
     assert during == before + PAGE

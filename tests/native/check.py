@@ -39,8 +39,7 @@ LEFT_OUT = {
     ),
     "it turns mlock into nothing": (
         "core/test_altered.py::test_mlock",
-        "gate/test_buffers.py::test_locked_memory",
-        "gate/test_buffers.py::test_fresh_memory_is_looked_up_where_some_is_locked",
+        "gate/test_mapping_rules.py::test_locked_memory",
     ),
     "it needs a mapping where none are left": (
         "doctor/test_processes.py::test_no_mappings_left_to_speak_of",

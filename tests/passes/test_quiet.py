@@ -14,8 +14,7 @@ from helpers.kernels_view import descriptors, store_bytes
 from helpers.libc import libc, process_vm_writev
 from helpers.memory import PAGE, extent, private_memory, random_pages
 from ksmcore._kernel import forks, smaps
-from ksmcore._testing import faults, pagemap
-from ksmcore._testing.hooks import watch_from
+from ksmcore._testing import faults, hooks, pagemap
 
 N = 600
 
@@ -403,13 +402,13 @@ def test_watching_that_fails(rng, call, after):
 
 
 def test_small_regions_are_not_watched(engine, rng):
-    before = watch_from(N + 1)
+    before = hooks.watch_from(N + 1)
     try:
         array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(4)] == [N] * 4
         assert unwritten(array) == engine.stats().pages_quiet == 0
     finally:
-        watch_from(before)
+        hooks.watch_from(before)
 
 
 def test_close_gives_the_descriptor_back(rng):

@@ -11,6 +11,7 @@ import pytest
 import ksmcore
 from helpers.memory import PAGE, private_memory, random_pages
 from helpers.processes import run_python
+from ksmcore import _pages
 from ksmcore._testing import faults, pagemap
 
 
@@ -251,6 +252,31 @@ def test_a_random_mixture_merges_completely(rng, order, checksum):
         # every content is kept once, but for copies that long stretches are given on purpose
         assert stats.pages_shared + stats.pages_unshared == len(np.unique(which))
         assert np.array_equal(a, contents[which])
+
+
+def pages_of_one_checksum(rng):
+    """Two different pages, found by trying: of some ten thousand, two share 32 bits."""
+    tried = np.tile(random_pages(rng, 1).view(np.uint32), (4096, 1))
+    seen = {}
+    for first in range(0, 1 << 20, len(tried)):
+        tried[:, -1] = np.arange(first, first + len(tried))
+        for n, checksum in enumerate(_pages.checksum_many(tried.data, PAGE), first):
+            if checksum in seen:
+                found = tried[:2].copy()
+                found[:, -1] = seen[checksum], n
+                return found.view(np.uint8)
+            seen[checksum] = n
+    raise AssertionError("no two pages have the same checksum")
+
+
+def test_pages_of_one_checksum_are_told_apart_by_their_bytes(engine, rng):
+    one, other = pages_of_one_checksum(rng)
+    a = engine.array(np.stack([one, other, other, one]))
+    for _ in range(2):
+        engine.scan()
+        engine._core.check()
+    assert tracked(engine) == (2, 2, 0, 0)
+    assert np.array_equal(a, [one, other, other, one])
 
 
 def test_the_unstable_tree_outlives_256_passes(engine, rng):

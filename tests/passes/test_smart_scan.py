@@ -1,13 +1,10 @@
 """smart_scan: pages that find no partner are looked at less often, and yet all equal pages meet."""
 
-import mmap
-
 import numpy as np
 import pytest
 
 import ksmcore
-
-PAGE = mmap.PAGESIZE
+from helpers.memory import PAGE
 
 
 @pytest.fixture

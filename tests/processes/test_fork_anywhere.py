@@ -1,8 +1,6 @@
 """Forks from where Python runs code in the midst of everything: signal handlers and finalisers."""
 
-import subprocess
-import sys
-import textwrap
+from helpers.processes import run_python
 
 BEGIN = """
 import gc, os, signal, sys, time
@@ -34,12 +32,8 @@ engine.close()
 
 def run(program):
     """A watchdog ends what waits for ever."""
-    whole = BEGIN + textwrap.dedent(program) + END
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", whole],
-        capture_output=True,
-        text=True,
-        timeout=150,
+    done = run_python(
+        BEGIN, program, END, flags=("-W", "ignore::DeprecationWarning"), timeout_seconds=150
     )
     assert (done.returncode, done.stderr) == (0, "")
     return [int(word) for word in done.stdout.split()]

@@ -19,12 +19,12 @@ from hypothesis.stateful import (
 
 import ksmcore
 from helpers.forks import THREADS_RUN
+from helpers.memory import PAGE
 from helpers.stress import LONG
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel import smaps
 from ksmcore._testing import pagemap
 
-PAGE = ksmcore.Engine.page_bytes
 MAX_PAGES = 24
 
 # A few contents, so that pages meet; the last differ from others in their last or first bytes only.

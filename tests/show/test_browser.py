@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE
 from helpers.pictures import n_pixels, pixels
 from ksmcore import PageState
 from ksmcore._show.charts import SAVED_COLOUR, USED_COLOUR
@@ -17,7 +18,6 @@ from ksmcore._show.page_maps import LOOKS, rgb
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 WIDTHS = (360, 1280)
-PAGE = ksmcore.Engine.page_bytes
 
 # Of each visible text: its contrast to the ground behind it, opacity included; WCAG's formula.
 CONTRASTS = """

@@ -8,10 +8,10 @@ import pytest
 
 import ksmcore
 from helpers.html_reader import Reader
+from helpers.memory import PAGE
 from ksmcore._engine.history import Sample
 from ksmcore._show.charts import Point, byte_ticks, savings_points, savings_svg, time_ticks
 
-PAGE = ksmcore.Engine.page_bytes
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 

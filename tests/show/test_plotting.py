@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.memory import PAGE
 from helpers.pictures import n_pixels, pixels
 from helpers.processes import run_python
 from ksmcore import PageState
 from ksmcore._show.page_maps import LOOKS
 
 pytest.importorskip("matplotlib")
-
-PAGE = ksmcore.Engine.page_bytes
 
 
 @pytest.fixture

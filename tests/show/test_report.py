@@ -8,12 +8,11 @@ import pytest
 import ksmcore
 from helpers.forks import THREADS_RUN, in_child
 from helpers.html_reader import Reader
+from helpers.memory import PAGE
 from helpers.processes import run_python
 from helpers.waiting import wait_until
 from ksmcore._engine.counters import COST, NOW, NUMBERS, SKIPPED, WORK
 from ksmcore._show.report import MOST_REGIONS
-
-PAGE = ksmcore.Engine.page_bytes
 
 
 def read(text):
