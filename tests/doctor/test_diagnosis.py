@@ -141,12 +141,12 @@ def test_bytes_that_change_are_nobody_elses_fault(monkeypatch):
 
 def test_a_self_test_that_fails_names_what_it_may_be(monkeypatch):
     weak = Check("file size", "weak", "text", "raise it")
-    syscalls.inject("memfd_create", errno.EMFILE, count=1000)
+    faults.inject("memfd_create", errno.EMFILE, count=1000)
     assert "please report this" in examining.self_test()[0].remedy
     monkeypatch.setattr(checks, "memory_file", lambda reason: Check("memfd", "good", "text"))
     monkeypatch.setattr(checks, "file_size", lambda: weak)
     found = examining.examine()["self-test"]
-    syscalls.inject_clear()
+    faults.clear()
     assert found.level == "broken"
     assert found.remedy == "it may be this: file size: raise it"
 
