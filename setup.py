@@ -84,6 +84,8 @@ def extensions():
 
 
 class BuildPy(build_py):
+    """Leaves out what only tests use, unless it is asked for."""
+
     def finalize_options(self):
         super().finalize_options()
         if not WITH_TESTING:
