@@ -1,7 +1,8 @@
 """The small files of the kernel: lines "Name: 12 kB", single values, and the limits on memory.
 
-Holds no state between calls. Everything is read as bytes: a process that has gone into a chroot
-finds no codec of the standard library any more, and has to be able to unmerge all the same.
+Holds no state between calls. Unmerging asks here, and has to work where little is left: so there is
+no codec, which a process in a chroot could not import any more, and no `open`, which an interpreter
+that ends takes away before the last engine is closed.
 """
 
 from __future__ import annotations
@@ -30,14 +31,23 @@ RESERVE_BYTES = 16 << 20
 
 CGROUPS = Path("/sys/fs/cgroup")
 
+# More than most of these files have.
+READ_BYTES = 64 << 10
+
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> str:
     """All text of a file. Raises OSError."""
-    with open(path, "rb") as file:
-        return os.fsdecode(file.read())
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while piece := os.read(fd, READ_BYTES):
+            pieces.append(piece)
+    finally:
+        os.close(fd)
+    return os.fsdecode(b"".join(pieces))
 
 
 def text_of(path: str | Path) -> str:

@@ -1,15 +1,13 @@
 """Policies of mappings, asked of the kernel and read from invented text."""
 
-import builtins
 import errno
-import io
 import os
 from dataclasses import replace
 
 import pytest
 
 from helpers.memory import PAGE
-from ksmcore._kernel import numa, smaps
+from ksmcore._kernel import numa, procfs, smaps
 
 NUMA_MAPS = """\
 00400000 default file=/usr/bin/python3 mapped=3 N0=3
@@ -60,7 +58,7 @@ def test_numa_maps_answers_where_the_call_fails(three_mappings, monkeypatch, ans
     if os.path.exists("/proc/self/numa_maps"):
         assert numa.own_numa_policy([middle]) is None
     text = f"00400000 default\n{middle.start:x} interleave:0 anon=1\n"
-    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(text.encode()))
+    monkeypatch.setattr(procfs, "read", lambda path: text)
     assert numa.own_numa_policy([middle]) == (middle, "interleave:0")
 
 
@@ -74,7 +72,7 @@ def test_a_kernel_without_numa_has_no_policy(three_mappings, monkeypatch):
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(numa, "_policy_at", unknown)
-    monkeypatch.setattr(builtins, "open", missing)
+    monkeypatch.setattr(procfs, "read", missing)
     assert numa.own_numa_policy([middle]) is None
 
 
@@ -85,7 +83,7 @@ def test_a_file_that_cannot_be_read_now_is_told(three_mappings, monkeypatch):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(numa, "_policy_at", fail)
-    monkeypatch.setattr(builtins, "open", fail)
+    monkeypatch.setattr(procfs, "read", fail)
     with pytest.raises(OSError, match="Too many open files"):
         numa.own_numa_policy([middle])
 

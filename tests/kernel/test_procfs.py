@@ -3,7 +3,7 @@ how much more memory there is."""
 
 import builtins
 import ctypes
-import io
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from helpers.files import write_files
 from helpers.libc import libc, why_failed
 from helpers.memory import PAGE, random_pages
+from helpers.processes import run_python
 from ksmcore._kernel import procfs
 
 MIB = 1 << 20
@@ -59,12 +60,12 @@ def test_max_map_count_is_the_sysctl():
 
 @pytest.mark.parametrize("problem", ["missing", "nonsense"])
 def test_max_map_count_has_a_default(monkeypatch, problem):
-    def broken(*args, **kwargs):
+    def broken(path):
         if problem == "missing":
             raise PermissionError(13, "Permission denied")
-        return io.BytesIO(b"many\n")
+        return "many\n"
 
-    monkeypatch.setattr(builtins, "open", broken)
+    monkeypatch.setattr(procfs, "read", broken)
     assert procfs.max_map_count() == 65_530
 
 
@@ -82,7 +83,7 @@ def test_locked_bytes_follows_mlock(three_mappings):
 
 
 def test_locked_bytes_of_a_status_without_that_line(monkeypatch):
-    monkeypatch.setattr(builtins, "open", lambda *args, **kwargs: io.BytesIO(b"Name:\tpython\n"))
+    monkeypatch.setattr(procfs, "read", lambda path: "Name:\tpython\n")
     assert procfs.locked_bytes() is None
 
 
@@ -135,6 +136,34 @@ def test_a_control_group_of_version_1(machine):
 
 def test_it_is_never_negative(machine):
     assert machine({"meminfo": "MemAvailable: 4 kB\n"}) == 0
+
+
+def test_without_what_an_ending_interpreter_takes_away(monkeypatch):
+    monkeypatch.delattr(builtins, "open")
+    assert 0 < procfs.available_bytes() < 1 << 62
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may chroot")
+def test_in_a_chroot_without_a_standard_library(tmp_path):
+    for name, text in (
+        ("proc/meminfo", "MemAvailable: 102400 kB\n"),
+        ("proc/self/cgroup", "0::/a\n"),
+        ("sys/fs/cgroup/a/memory.max", f"{90 * MIB}\n"),
+        ("sys/fs/cgroup/a/memory.current", f"{20 * MIB}\n"),
+        ("proc/self/status", "VmLck: 8 kB\n"),
+        ("proc/sys/vm/max_map_count", "70000\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = run_python(f"""
+        import os
+        from ksmcore._kernel import procfs
+        os.chroot({str(tmp_path)!r})
+        os.chdir("/")
+        print(procfs.available_bytes(), procfs.locked_bytes(), procfs.max_map_count())
+    """)
+    assert done.stderr == ""
+    assert done.stdout == f"{70 * MIB - procfs.RESERVE_BYTES} 8192 70000\n"
 
 
 def test_here_it_is_something():

@@ -1,6 +1,5 @@
 """ksmcore._kernel.smaps: the kernel's files about mappings, read here and from invented text."""
 
-import builtins
 import ctypes
 import mmap
 import os
@@ -9,7 +8,7 @@ import pytest
 
 from helpers.libc import libc
 from helpers.memory import PAGE, private_memory
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 
 PROT_NONE = 0
 
@@ -258,15 +257,15 @@ def test_rollup_follows_what_is_touched():
 
 
 def test_rollup_is_summed_up_where_the_kernel_has_none(monkeypatch):
-    real_open = builtins.open
+    read = procfs.read
 
-    def without_rollup(path, *args, **kwargs):
+    def without_rollup(path):
         if path == "/proc/self/smaps_rollup":
             raise FileNotFoundError(2, "No such file or directory", path)
-        return real_open(path, *args, **kwargs)
+        return read(path)
 
     expected = smaps.smaps_rollup()
-    monkeypatch.setattr(builtins, "open", without_rollup)
+    monkeypatch.setattr(procfs, "read", without_rollup)
     summed = smaps.smaps_rollup()
     assert set(summed) >= {"Rss", "Pss", "Anonymous"}
     assert summed["Rss"] == pytest.approx(expected["Rss"], rel=0.2)
