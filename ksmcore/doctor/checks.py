@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -42,6 +44,12 @@ LITTLE_MEMORY_BYTES = 64 << 20
 # Some chunks of the allocator.
 FEW_ADDRESSES_BYTES = 1 << 30
 NO_LIMIT_BYTES = 1 << 60
+# A step by which the store grows.
+LITTLE_STORE_BYTES = 64 << 20
+# Of the bits of coredump_filter: private mappings of files, which those of the store are.
+FILE_BACKED_PRIVATE = 1 << 2
+# Threads are named up to so many.
+MOST_NAMES = 4
 # Variables of this project that are no settings.
 OTHER_VARIABLES = {"KSMCORE_DISABLE", "KSMCORE_STRESS", "KSMCORE_SANITIZE", "KSMCORE_CI_CHILD"}
 
@@ -206,6 +214,25 @@ def kernel_ksm(root: Path = ROOT) -> Check:
     return Check("kernel's KSM", "good", text, None, facts)
 
 
+def proc_files(root: Path = ROOT) -> Check:
+    """/proc, which tells what is mapped where; registering, passes and numbers go by it."""
+    missing = []
+    for name in ("maps", "pagemap", "smaps", "status"):
+        try:
+            os.close(os.open(root / "proc/self" / name, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            missing.append(f"{name} ({error.strerror})")
+    facts = {"missing": missing}
+    if not missing:
+        return Check("proc", "good", "/proc/self can be read", None, facts)
+    text = f"of /proc/self cannot be read: {', '.join(missing)}"
+    remedy = (
+        "mount /proc (for a chroot: mount --bind /proc DIRECTORY/proc, before the process goes "
+        "there), and let this process read it"
+    )
+    return Check("proc", "weak", text, remedy, facts)
+
+
 # ---- limits --------------------------------------------------------------------------------------
 
 
@@ -216,13 +243,14 @@ def memory_limit(root: Path = ROOT) -> Check:
     available = available_bytes(meminfo, membership, cgroups)
     limit, whose = _smallest_limit(membership, cgroups)
     total = size_bytes(words(meminfo).get("MemTotal"))
+    is_known = available < NO_LIMIT_BYTES
     facts = {
-        "available_bytes": available,
+        "available_bytes": available if is_known else None,
         "limit_bytes": limit,
         "cgroup": whose,
         "machine_bytes": total,
     }
-    text = f"{human_bytes(available)} can be had"
+    text = f"{human_bytes(available)} can be had" if is_known else "not known"
     if limit:
         text += f", under a control group's limit of {human_bytes(limit)}"
     else:
@@ -256,6 +284,57 @@ def address_space(root: Path = ROOT) -> Check:
     )
 
 
+def file_size() -> Check:
+    """RLIMIT_FSIZE (`ulimit -f`): the store is a file, though it lies in memory."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == resource.RLIM_INFINITY:
+        return Check("file size", "good", "no limit (ulimit -f)", None, {"limit_bytes": None})
+    text = f"{human_bytes(limit)} a file (ulimit -f), and what is shared lies in one, of memory"
+    remedy = "raise it (ulimit -f unlimited, RLIMIT_FSIZE): what finds no room stays unmerged"
+    level: Level = "weak" if limit < LITTLE_STORE_BYTES else "advice"
+    return Check("file size", level, text, remedy, {"limit_bytes": limit})
+
+
+def locked(n_bytes: int | None, with_what_comes: bool | None) -> Check:
+    """mlock(2). `n_bytes` are locked, so many of this process; `with_what_comes`: whatever is
+    mapped from now on is, too. None for what is not known."""
+    facts = {"locked_bytes": n_bytes, "future": with_what_comes}
+    if with_what_comes:
+        text = "whatever is mapped from now on is locked (mlockall with MCL_FUTURE)"
+        remedy = (
+            "munlockall(2), or mlockall without MCL_FUTURE: locked memory is not merged, and "
+            "merging that of before takes more than it gives back"
+        )
+        return Check("locked", "weak", text, remedy, facts)
+    if n_bytes:
+        text = f"{human_bytes(n_bytes)} (mlock), which are left alone"
+        return Check("locked", "advice", text, "munlock(2) what need not be locked", facts)
+    text = "not known" if n_bytes is None else "nothing"
+    return Check("locked", "good", text, None, facts)
+
+
+def core_files(root: Path = ROOT) -> Check:
+    """Whether what is merged would be in a core file."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_CORE)
+    pattern = text_of(root / "proc/sys/kernel/core_pattern")
+    own = root / "proc/self/coredump_filter"
+    try:
+        kinds = int(text_of(own), 16)
+    except ValueError:
+        return Check("core files", "good", "not known", None, {"filter": None})
+    facts = {"filter": kinds, "limit_bytes": limit, "pattern": pattern}
+    if kinds & FILE_BACKED_PRIVATE:
+        return Check("core files", "good", "merged memory would be in them", None, facts)
+    if limit == 0 and not pattern.startswith("|"):
+        return Check("core files", "good", "none are written (ulimit -c)", None, facts)
+    text = "merged memory that was not written since would not be in them"
+    remedy = (
+        f"if you need it there: echo {kinds | FILE_BACKED_PRIVATE:#x} > /proc/self/coredump_filter "
+        "(what is started later inherits it)"
+    )
+    return Check("core files", "advice", text, remedy, facts)
+
+
 def _smallest_limit(membership: Path, cgroups: Path) -> tuple[int | None, str | None]:
     """(bytes, directory) of the control group with the least limit; version 2 or 1."""
     found: list[tuple[int, str]] = []
@@ -285,7 +364,51 @@ def overcommit(root: Path = ROOT) -> Check:
     return Check("overcommit", "weak" if left < limit // 10 else "advice", text, remedy, facts)
 
 
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def blocked_signals(in_use: str | None, root: Path = ROOT) -> Check:
+    """Threads that block SIGSEGV, by which the guard "mprotect" makes writers wait. `in_use`: the
+    guard that engines take."""
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    threads = sorted((root / "proc/self/task").glob("*/status"))
+    found = []
+    for status in threads:
+        # Nothing of a thread that has ended meanwhile.
+        mask = words(status).get("SigBlk", "0")
+        if int(mask, 16) >> (signal.SIGSEGV - 1) & 1:
+            found.append(names.get(status.parent.name, status.parent.name))
+    facts = {"threads": found if threads else None}
+    if not found:
+        text = "no thread blocks SIGSEGV" if threads else "not known"
+        return Check("signals", "good", text, None, facts)
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    text = f"SIGSEGV is blocked by {', '.join(found[:MOST_NAMES])}{more}"
+    if in_use != "mprotect":
+        text += f"; the guard '{in_use}' does not need it"
+        return Check("signals", "good", text, None, facts)
+    remedy = (
+        "leave SIGSEGV out of what threads block (pthread_sigmask), or let a userfaultfd guard be "
+        "had: while a thread blocks it the guard 'mprotect' can keep no writer out"
+    )
+    return Check("signals", "weak", text, remedy, facts)
+
+
 # ---- Python --------------------------------------------------------------------------------------
+
+
+def library(path: str = os.__file__) -> Check:
+    """Python's standard library, of which some is imported late."""
+    version = platform.python_version()
+    facts = {"version": version, "readable": os.access(path, os.R_OK)}
+    if facts["readable"]:
+        return Check("python", "good", f"Python {version}", None, facts)
+    text = f"Python {version}, whose library cannot be read here ({path})"
+    remedy = (
+        "what is imported only now fails: make it readable (after a chroot, or a change of users), "
+        "or import before what will be needed"
+    )
+    return Check("python", "advice", text, remedy, facts)
 
 
 def numpy_allocator(handler: str | None = None) -> Check:

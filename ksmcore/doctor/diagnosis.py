@@ -11,9 +11,11 @@ functions of what was read, see `checks`.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +36,10 @@ Health = Literal["healthy", "weak", "broken"]
 EXIT_STATUS: dict[Health, int] = {"healthy": 0, "weak": 1, "broken": 2}
 
 TEST_PAGES = 64
+
+REPORT = "see the other lines; if they are all good, please report this"
+# Other checks that are named where the self-test failed.
+MOST_CAUSES = 2
 
 SCHEMA = 1
 """Of `Diagnosis.as_dict`: names and meanings stay, as long as this number does; checks and keys
@@ -80,34 +86,64 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at everything. Takes some tens of milliseconds, and half a MiB for that time."""
-    found = features()
+    """Look at everything. Takes some tens of milliseconds, and half a MiB for that time.
+
+    Nothing is raised: what cannot be looked at here is a check that says so.
+    """
     tested, in_use = self_test()
-    return Diagnosis(
-        (
-            tested,
-            checks.kernel(),
-            checks.memory_file(found["memfd"]),
-            checks.page_map(found["pagemap"]),
-            checks.guard({name: found[name] for name in GUARDS}, in_use.guard),
-            checks.tracking(found["tracking"], in_use.dirty),
-            checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
-            checks.address_space(),
-            checks.memory_limit(),
-            checks.overcommit(),
-            checks.huge_pages(),
-            checks.kernel_ksm(),
-            checks.numpy_allocator(),
-            checks.environment(),
-        )
-    )
+    found = functools.cache(features)
+    looks: dict[str, Callable[[], Check]] = {
+        "kernel": checks.kernel,
+        "memfd": lambda: checks.memory_file(found()["memfd"]),
+        "proc": checks.proc_files,
+        "pagemap": lambda: checks.page_map(found()["pagemap"]),
+        "guard": lambda: checks.guard({name: found()[name] for name in GUARDS}, in_use.guard),
+        "tracking": lambda: checks.tracking(found()["tracking"], in_use.dirty),
+        "mappings": lambda: checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
+        "addresses": checks.address_space,
+        "file size": checks.file_size,
+        "memory": checks.memory_limit,
+        "locked": lambda: checks.locked(procfs.locked_bytes(), new_memory_is_locked()),
+        "overcommit": checks.overcommit,
+        "huge pages": checks.huge_pages,
+        "kernel's KSM": checks.kernel_ksm,
+        "core files": checks.core_files,
+        "signals": lambda: checks.blocked_signals(in_use.guard),
+        "python": checks.library,
+        "numpy": checks.numpy_allocator,
+        "environment": checks.environment,
+    }
+    others = [_told(name, look) for name, look in looks.items()]
+    causes = [check for check in others if check.level in ("weak", "broken")]
+    if tested.remedy == REPORT and causes:
+        named = "; ".join(f"{check.name}: {check.remedy}" for check in causes[:MOST_CAUSES])
+        tested = replace(tested, remedy=f"it may be this: {named}")
+    return Diagnosis((tested, *others))
+
+
+def _told(name: str, look: Callable[[], Check]) -> Check:
+    try:
+        return look()
+    except Exception as error:
+        text = f"could not be looked at: {error}"
+        return Check(name, "weak", text, "see 'proc': it is mostly read there", {})
+
+
+def new_memory_is_locked() -> bool:
+    """Is whatever is mapped from now on locked? No file tells, so a page is mapped."""
+    try:
+        memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except BlockingIOError:  # EAGAIN: more than may be locked
+        return True
+    start = np.frombuffer(memory, np.uint8).ctypes.data
+    return any("lo" in vma.flags for vma in smaps.vmas_in(start, start + mmap.PAGESIZE))
 
 
 # ---- the self-test -------------------------------------------------------------------------------
 
 
-class SelfTestError(Exception):
-    """Something that should not be; the text says what."""
+class WrongBytesError(Exception):
+    """Something that must never be, whatever the machine; the text says what."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +159,7 @@ def self_test() -> tuple[Check, InUse]:
     kernel's figures that it was right."""
     others = checks.OTHER_VARIABLES - {"KSMCORE_DISABLE"}
     own = {name for name in os.environ if name.startswith("KSMCORE_")} - others
-    remedy = "see the other lines; if they are all good, please report this"
+    remedy = REPORT
     if own:
         remedy = f"try it without {', '.join(sorted(own))}, which it was done with"
     in_use = InUse()
@@ -136,6 +172,8 @@ def self_test() -> tuple[Check, InUse]:
         finally:
             engine.close()
     except Exception as error:  # the rest of the diagnosis is wanted all the same
+        if isinstance(error, WrongBytesError):
+            remedy = "do not merge anything here, and please report this"
         unknown = {"pss_fallen_bytes": None, "bytes_saved": None}
         return Check("self-test", "broken", f"failed: {error}", remedy, unknown), in_use
     facts = {"pss_fallen_bytes": fallen, "bytes_saved": saved}
@@ -151,7 +189,7 @@ def self_test() -> tuple[Check, InUse]:
 
 
 def _merge_and_write(engine: ksmcore.Engine) -> tuple[int, int]:
-    """(bytes saved, by how much the PSS of those pages fell); raises SelfTestError."""
+    """(bytes saved, by how much the PSS of those pages fell)."""
     memory = mmap.mmap(
         -1, 2 * TEST_PAGES * engine.page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
@@ -166,17 +204,17 @@ def _merge_and_write(engine: ksmcore.Engine) -> tuple[int, int]:
     before = _pss_of(pages)
     report = engine.dedup(memory)
     if not (pages == expected).all():
-        raise SelfTestError("merging changed bytes")
+        raise WrongBytesError("merging changed bytes")
     after = _pss_of(pages)
     if report.bytes_saved <= 0:
         reasons = ", ".join(reason for reason, count in report.skipped.items() if count)
-        raise SelfTestError(f"no page was merged ({reasons or 'none was looked at'})")
+        raise RuntimeError(f"no page was merged ({reasons or 'none was looked at'})")
     pages[0] += 1
     if not (pages[0] == expected + np.uint8(1)).all() or not (pages[1] == expected).all():
-        raise SelfTestError("a write to a merged page went astray")
+        raise WrongBytesError("a write to a merged page went astray")
     engine.unmerge()
     if not (pages[0] == expected + np.uint8(1)).all() or not (pages[1] == expected).all():
-        raise SelfTestError("unmerging changed bytes")
+        raise WrongBytesError("unmerging changed bytes")
     return report.bytes_saved, before - after
 
 

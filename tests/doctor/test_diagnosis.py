@@ -19,15 +19,21 @@ NAMES = (
     "self-test",
     "kernel",
     "memfd",
+    "proc",
     "pagemap",
     "guard",
     "tracking",
     "mappings",
     "addresses",
+    "file size",
     "memory",
+    "locked",
     "overcommit",
     "huge pages",
     "kernel's KSM",
+    "core files",
+    "signals",
+    "python",
     "numpy",
     "environment",
 )
@@ -125,6 +131,39 @@ def test_a_write_that_shows_through_is_noticed(monkeypatch):
 
     monkeypatch.setattr(ksmcore.Engine, "unmerge", corrupt)
     assert examining.self_test()[0].text == "failed: unmerging changed bytes"
+
+
+def test_bytes_that_change_are_nobody_elses_fault(monkeypatch):
+    monkeypatch.setattr(ksmcore.Engine, "dedup", lambda self, memory: memory.write(b"x"))
+    monkeypatch.setattr(checks, "file_size", lambda: Check("file size", "weak", "text", "remedy"))
+    assert "please report this" in examining.examine()["self-test"].remedy
+
+
+def test_a_self_test_that_fails_names_what_it_may_be(monkeypatch):
+    weak = Check("file size", "weak", "text", "raise it")
+    syscalls.inject("memfd_create", errno.EMFILE, count=1000)
+    assert "please report this" in examining.self_test()[0].remedy
+    monkeypatch.setattr(checks, "memory_file", lambda reason: Check("memfd", "good", "text"))
+    monkeypatch.setattr(checks, "file_size", lambda: weak)
+    found = examining.examine()["self-test"]
+    syscalls.inject_clear()
+    assert found.level == "broken"
+    assert found.remedy == "it may be this: file size: raise it"
+
+
+def test_what_cannot_be_looked_at_is_told(monkeypatch):
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(smaps, "count_maps", fail)
+    monkeypatch.setattr(examining, "features", fail)
+    diagnosis = examining.examine()
+    assert tuple(check.name for check in diagnosis.checks) == NAMES
+    for name in ("mappings", "memfd", "pagemap", "guard", "tracking"):
+        assert diagnosis[name].level == "weak"
+        assert "could not be looked at: [Errno 5]" in diagnosis[name].text
+        assert_sound(diagnosis[name])
+    assert diagnosis["self-test"].level == "good"
 
 
 def test_merging_that_does_nothing_is_noticed(monkeypatch):
@@ -348,10 +387,17 @@ def test_a_kernel_that_shows_nothing(tmp_path):
         checks.overcommit,
         checks.huge_pages,
         checks.kernel_ksm,
+        checks.core_files,
+        lambda root: checks.blocked_signals("mprotect", root),
     ):
         check = judge(tmp_path)
         assert check.level == "good"
         assert_sound(check)
+    assert checks.memory_limit(tmp_path).text.startswith("not known")
+    check = checks.proc_files(tmp_path)
+    assert check.level == "weak"
+    assert len(check.facts["missing"]) == 4
+    assert_sound(check)
 
 
 # ---- Python --------------------------------------------------------------------------------------
@@ -371,6 +417,86 @@ def test_address_space(monkeypatch, root):
         check = checks.address_space(files)
         assert check.level == level
         assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("limit", "level"),
+    [(-1, "good"), (1 << 40, "advice"), (100 << 20, "advice"), (1 << 20, "weak"), (0, "weak")],
+)
+def test_file_size(monkeypatch, limit, level):
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (limit, -1))
+    check = checks.file_size()
+    assert check.level == level
+    assert level == "good" or "RLIMIT_FSIZE" in check.remedy
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "future", "level", "told"),
+    [
+        (0, False, "good", "nothing"),
+        (None, None, "good", "not known"),
+        (5 << 20, False, "advice", "5.0 MiB"),
+        (5 << 20, True, "weak", "MCL_FUTURE"),
+        (0, True, "weak", "MCL_FUTURE"),
+    ],
+)
+def test_locked(n_bytes, future, level, told):
+    check = checks.locked(n_bytes, future)
+    assert check.level == level
+    assert told in check.text
+    assert_sound(check)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pattern", "limit", "level"),
+    [
+        ("00000033", "core", -1, "advice"),
+        ("00000033", "core", 0, "good"),
+        ("00000033", "|/usr/lib/systemd/systemd-coredump %P", 0, "advice"),
+        ("00000037", "core", -1, "good"),
+        ("0", "core", 1 << 30, "advice"),
+    ],
+)
+def test_core_files(monkeypatch, root, kinds, pattern, limit, level):
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (limit, -1))
+    files = {"proc/self/coredump_filter": kinds, "proc/sys/kernel/core_pattern": f"{pattern}\n"}
+    check = checks.core_files(root(files))
+    assert check.level == level
+    assert level == "good" or f"echo {int(kinds, 16) | 4:#x} > /proc/self/core" in check.remedy
+    assert_sound(check)
+
+
+BLOCKED = f"Name:\tworker\nSigBlk:\t{1 << 10 | 1 << 2:016x}\n"
+OPEN = f"Name:\tworker\nSigBlk:\t{~(1 << 10) & (1 << 64) - 1:016x}\n"
+
+
+@pytest.mark.parametrize(
+    ("guard", "blocked", "level"),
+    [
+        ("mprotect", 0, "good"),
+        ("mprotect", 1, "weak"),
+        ("mprotect", 9, "weak"),
+        ("userfaultfd", 9, "good"),
+        (None, 1, "good"),
+    ],
+)
+def test_threads_that_block_sigsegv(root, guard, blocked, level):
+    files = {f"proc/self/task/{100 + n}/status": BLOCKED for n in range(blocked)}
+    made = root({**files, "proc/self/task/99/status": OPEN})
+    check = checks.blocked_signals(guard, made)
+    assert check.level == level
+    assert check.facts["threads"] == [str(100 + n) for n in range(blocked)]
+    assert ("SIGSEGV is blocked by 100" in check.text) == (blocked > 0)
+    assert (" and 5 more" in check.text) == (blocked == 9)
+    assert_sound(check)
+
+
+def test_the_standard_library(tmp_path):
+    assert checks.library().level == "good"
+    check = checks.library(str(tmp_path / "os.py"))
+    assert (check.level, check.facts["readable"]) == ("advice", False)
+    assert_sound(check)
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,109 @@ def test_neither_click_nor_rich_is_needed():
     """
     checks, _ = examined(before=before)
     assert checks["self-test"].level == "good"
+
+
+JAIL = """
+    import ctypes, json, os, tempfile
+    import ksmcore.doctor
+    libc = ctypes.CDLL(None, use_errno=True)
+    root = tempfile.mkdtemp()
+    if {has_proc}:
+        CLONE_NEWNS, MS_REC, MS_PRIVATE, MS_BIND = 0x20000, 0x4000, 0x40000, 0x1000
+        os.mkdir(root + "/proc")
+        assert libc.unshare(CLONE_NEWNS) == 0
+        assert libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+        assert libc.mount(b"/proc", (root + "/proc").encode(), None, MS_BIND | MS_REC, None) == 0
+    os.chroot(root)
+    os.chdir("/")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may chroot")
+def test_a_chroot_without_proc():
+    checks, status = examined(before=JAIL.format(has_proc=False))
+    assert checks["proc"].level == checks["mappings"].level == "weak"
+    assert "mount --bind /proc" in checks["proc"].remedy
+    assert not checks["python"].facts["readable"]
+    if checks["self-test"].level != "good":
+        assert "mount --bind /proc" in checks["self-test"].remedy
+    assert status == 1 + (checks["self-test"].level == "broken")
+
+
+@pytest.mark.skipif(not can_run("unshare", "-m"), reason="takes root")
+def test_a_chroot_with_proc_and_without_a_library():
+    checks, status = examined(before=JAIL.format(has_proc=True))
+    assert checks["python"].level == "advice"
+    assert checks["self-test"].level == checks["proc"].level == "good"
+    assert status == 0
+
+
+@pytest.mark.skipif(not can_run("unshare", "-m"), reason="takes root")
+def test_the_command_line_without_proc(tmp_path):
+    """What is printed is all that there is: no traceback."""
+    pytest.importorskip("click")
+    pytest.importorskip("rich")
+    script = 'mount -t tmpfs none /proc && exec "$0" -m ksmcore doctor'
+    command = ["unshare", "-m", "sh", "-c", script, sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stderr == ""
+    assert done.returncode in (1, 2)
+    assert "proc         WEAK" in done.stdout
+
+
+def test_a_limit_of_files_is_named():
+    before = """
+        import resource
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+    """
+    checks, status = examined(before=before)
+    assert checks["file size"].level == "weak"
+    assert checks["file size"].facts["limit_bytes"] == 8192
+    assert checks["self-test"].level in ("weak", "broken")
+    assert "RLIMIT_FSIZE" in checks["self-test"].remedy
+    assert "report" not in checks["self-test"].remedy
+    assert status in (1, 2)
+
+
+def test_locked_memory_is_named():
+    before = """
+        import ctypes
+        import ksmcore.doctor
+        MCL_FUTURE = 2
+        if ctypes.CDLL(None).mlockall(MCL_FUTURE) != 0:
+            print("{}")
+            raise SystemExit
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(before)], capture_output=True, check=True
+    )
+    if done.stdout:
+        pytest.skip("mlockall is not allowed")
+    checks, status = examined(before=before)
+    assert checks["locked"].level == "weak"
+    assert checks["locked"].facts["future"] is True
+    assert checks["self-test"].level == "good" or "munlockall" in checks["self-test"].remedy
+    assert status in (1, 2)
+
+
+@pytest.mark.parametrize("guard", ["mprotect", None])
+def test_threads_that_block_sigsegv_are_named(monkeypatch, guard):
+    if guard is not None:
+        monkeypatch.setenv("KSMCORE_GUARD", guard)
+    before = """
+        import signal, threading
+        blocked, end = threading.Barrier(3), threading.Event()
+        def work():
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            blocked.wait()
+            end.wait()
+        for number in range(2):
+            threading.Thread(target=work, name=f"worker-{number}", daemon=True).start()
+        blocked.wait()
+    """
+    checks, _ = examined(before=before)
+    assert sorted(checks["signals"].facts["threads"]) == ["worker-0", "worker-1"]
+    expected = "weak" if checks["guard"].facts["in_use"] == "mprotect" else "good"
+    assert checks["signals"].level == expected
+    assert guard is None or expected == "weak"
