@@ -21,10 +21,7 @@ def _line_of(path: str, otherwise: str = "not there") -> str:
 
 
 def _processor() -> str:
-    for line in _line_of("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    return procfs.words("/proc/cpuinfo").get("model name", platform.machine())
 
 
 def pytest_report_header() -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from bench import conftest, kernel_ksm, versus_cases, versus_picture
 from bench.corpora import PAGE
 from bench.versus_cases import CASES, Case
+from ksmcore._kernel import procfs
 
 GROWTH_MIB = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -27,10 +28,7 @@ GROWTH_MIB = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def available_mib() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) >> 10
-    raise SystemExit("/proc/meminfo has no MemAvailable")
+    return procfs.sizes_of("/proc/meminfo")["MemAvailable"] >> 20
 
 
 def arguments() -> argparse.Namespace:

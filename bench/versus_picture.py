@@ -1,6 +1,6 @@
 """Free memory against time while two equal copies are merged, as the original's mail showed it.
 
-Called by versus_kernel. Needs matplotlib (in the extra "bench").
+Needs matplotlib (in the extra "bench").
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ksmcore
 from bench import corpora, kernel_ksm
 from bench.corpora import PAGE
 from bench.versus_cases import LIMIT_SECONDS, Memory, memory_of
+from ksmcore._kernel import procfs
 
 SAMPLE_SECONDS = 0.02
 BEFORE_SECONDS = 0.5
@@ -20,11 +21,7 @@ AFTER_SECONDS = 1.0
 
 
 def free_mib() -> float:
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        for line in meminfo:
-            if line.startswith("MemFree:"):
-                return int(line.split()[1]) / 1024
-    raise SystemExit("/proc/meminfo has no MemFree")
+    return procfs.sizes_of("/proc/meminfo")["MemFree"] / 2**20
 
 
 class Sampler:

@@ -20,6 +20,7 @@ __all__ = [
     "number",
     "size_bytes",
     "sizes",
+    "sizes_of",
     "text_of",
     "words",
 ]
@@ -91,6 +92,11 @@ def sizes(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
             yield name, n_bytes
 
 
+def sizes_of(path: str | Path) -> dict[str, int]:
+    """Name -> bytes of a file of such lines; nothing of one that cannot be read."""
+    return dict(sizes(text_of(path).split("\n")))
+
+
 # ---- this process --------------------------------------------------------------------------------
 
 
@@ -129,7 +135,7 @@ def available_bytes(
 
 def _machine_room(meminfo: Path) -> int | None:
     """MemAvailable, and free swap: pages may go there."""
-    there = dict(sizes(text_of(meminfo).split("\n")))
+    there = sizes_of(meminfo)
     if "MemAvailable" not in there:
         return None
     return there["MemAvailable"] + there.get("SwapFree", 0)

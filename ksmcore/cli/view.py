@@ -206,12 +206,8 @@ def _memory_of(here: Path) -> tuple[dict[str, int | None], list[tuple[str, str]]
         totals = smaps.smaps_rollup(here)
         memory = {"pss": totals["Pss"], "rss": totals["Rss"], "swap": totals.get("Swap")}
     except (OSError, KeyError) as error:
-        status = procfs.words(here / "status")
-        memory = {
-            "pss": None,
-            "rss": procfs.size_bytes(status.get("VmRSS")),
-            "swap": procfs.size_bytes(status.get("VmSwap")),
-        }
+        status = procfs.sizes_of(here / "status")
+        memory = {"pss": None, "rss": status.get("VmRSS"), "swap": status.get("VmSwap")}
         if memory["rss"] is None:
             return memory, []
         if isinstance(error, PermissionError):

@@ -22,7 +22,7 @@ from ksmcore._kernel.procfs import (
     available_bytes,
     control_groups,
     number,
-    size_bytes,
+    sizes_of,
     text_of,
     words,
 )
@@ -242,7 +242,7 @@ def memory_limit(root: Path = ROOT) -> Check:
     cgroups = root / "sys/fs/cgroup"
     available = available_bytes(meminfo, membership, cgroups)
     limit, whose = _smallest_limit(membership, cgroups)
-    total = size_bytes(words(meminfo).get("MemTotal"))
+    total = sizes_of(meminfo).get("MemTotal")
     is_known = available < NO_LIMIT_BYTES
     facts = {
         "available_bytes": available if is_known else None,
@@ -268,7 +268,7 @@ def memory_limit(root: Path = ROOT) -> Check:
 def address_space(root: Path = ROOT) -> Check:
     """RLIMIT_AS (`ulimit -v`): the allocator takes addresses in chunks."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = size_bytes(words(root / "proc/self/status").get("VmSize"))
+    used = sizes_of(root / "proc/self/status").get("VmSize")
     if limit == resource.RLIM_INFINITY or used is None:
         facts = {"limit_bytes": None, "used_bytes": used}
         return Check("addresses", "good", "no limit (ulimit -v)", None, facts)
@@ -349,8 +349,8 @@ def _smallest_limit(membership: Path, cgroups: Path) -> tuple[int | None, str | 
 def overcommit(root: Path = ROOT) -> Check:
     """Whether the kernel promises more memory than there is."""
     mode = number(root / "proc/sys/vm/overcommit_memory")
-    sizes = words(root / "proc/meminfo")
-    limit, promised = size_bytes(sizes.get("CommitLimit")), size_bytes(sizes.get("Committed_AS"))
+    sizes = sizes_of(root / "proc/meminfo")
+    limit, promised = sizes.get("CommitLimit"), sizes.get("Committed_AS")
     facts = {"mode": mode, "limit_bytes": limit, "committed_bytes": promised}
     if mode != 2:
         texts: dict[int | None, str] = {0: "as far as it seems sensible", 1: "always"}
