@@ -10,7 +10,7 @@ cdef enum:
     NIL = 0  # node 0 is never used; zeroed memory is full of NIL
 
 ctypedef struct rb_node:  # 16 bytes; the caller owns the array, it may move between calls
-    uint32_t parent_colour  # parent's index << 1 | (1 when black, 0 when red); valid while in a tree. Indices < 2**31
+    uint32_t parent_colour  # parent's index << 1 | (1 when black, 0 when red) in a tree, else 0. Indices < 2**31
     uint32_t left           # index of the left child or NIL; valid while in a tree
     uint32_t right          # index of the right child or NIL; valid while in a tree
     uint32_t digest         # checksum part of the key; set by the caller before rb_find's place is used, then fixed
@@ -34,6 +34,11 @@ ctypedef struct rb_place:  # where a missing key belongs; valid until the tree c
     uint32_t parent        # NIL: the tree is empty
     bint right             # right child of parent, otherwise left
     bint alone             # in digest order: no node has this digest
+
+# Is this node in a tree? For nodes of zeroed memory, and of trees that are never cleared: a red node has a parent, and a
+# black one its bit.
+cdef inline bint rb_is_in(const rb_node* nodes, uint32_t node) noexcept nogil:
+    return nodes[node].parent_colour != 0
 
 # An empty tree. Reads nothing of the array, so *nodes may still be NULL.
 cdef void rb_init(rb_tree* tree, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of,

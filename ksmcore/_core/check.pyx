@@ -3,7 +3,8 @@
 Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 41-47 quiet tree; between them 10: in
 the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
 pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
-18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong.
+18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong, 20: a
+shared page that has room for a sharer, and that no search finds.
 
 The caller holds the engine's lock.
 """
@@ -12,10 +13,24 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._pass.state cimport engine_core
-from ksmcore._records.forest cimport forest_check, forest_first, forest_next
+from ksmcore._records.forest cimport forest_check, forest_first, forest_holds, forest_next
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_slot
-from ksmcore._records.store cimport store_is_dead, store_is_pending, store_page, store_sharers
+from ksmcore._records.store cimport (
+    store_block, store_block_sharers, store_is_dead, store_is_pending, store_page, store_sharers,
+)
+
+
+cdef bint _is_hidden(engine_core* c, uint32_t slot) noexcept nogil:
+    """Is this the first slot of a block in use that has room, but stands in no tree?"""
+    cdef uint32_t n_copies, i
+    if c.store.uses[slot].copy or forest_holds(&c.stable, slot) or store_block_sharers(&c.store, slot) == 0:
+        return False
+    store_block(&c.store, slot, &n_copies)
+    for i in range(n_copies):
+        if store_sharers(&c.store, slot + i) < c.max_page_sharing:
+            return True
+    return False
 
 
 cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
@@ -34,6 +49,8 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
             return 14
         if n_sharers[slot] != 0 and not c.store.uses[slot].used:
             return 15
+        if c.store.uses[slot].used and _is_hidden(c, slot):
+            return 20
         n_used += c.store.uses[slot].used
         n_shared += n_sharers[slot] != 0
     if n_used != c.store.n_used or n_shared != c.store.n_shared:

@@ -20,6 +20,7 @@ from ksmcore._kernel.syscalls cimport (
     CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, sys_error, sys_error_clear, sys_error_raise, sys_page_bytes,
 )
 from ksmcore._kernel.tracker cimport tracker_close
+from ksmcore._pass.blocks cimport blocks_offer_all
 from ksmcore._pass.quiet cimport quiet_begin_pass
 from ksmcore._pass.scan cimport scan_at
 from ksmcore._pass.state cimport state_begin_pass
@@ -211,6 +212,7 @@ cdef class Core(Registry):
         self, bint use_zero_pages, bint smart_scan, int64_t max_shared_pages, int64_t max_page_sharing
     ):
         """Settings that may change at any time; -1: no limit."""
+        cdef bint raised
         max_page_sharing = max_page_sharing if max_page_sharing >= 0 else <int64_t>MAX_SHARERS
         self._own()
         with nogil:
@@ -218,7 +220,10 @@ cdef class Core(Registry):
             self.c.use_zero_pages = use_zero_pages
             self.c.smart_scan = smart_scan
             self.c.max_shared_pages = max_shared_pages
+            raised = self.c.max_page_sharing < min(max_page_sharing, <int64_t>MAX_SHARERS)
             self.c.max_page_sharing = <uint32_t>min(max_page_sharing, <int64_t>MAX_SHARERS)
+            if raised:
+                blocks_offer_all(&self.c.b)
             self._unlock()
 
     def snapshot(self):

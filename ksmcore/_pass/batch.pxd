@@ -104,6 +104,7 @@ ctypedef struct batch:
     const tracker_t* tracker
     checksum_pages_t checksum
     size_t page_bytes
+    const uint32_t* max_page_sharing
     # its own
     sys_error err                # first failure of the batch
     intent* intents
@@ -114,6 +115,7 @@ ctypedef struct batch:
     uint32_t n_intents
     uint32_t n_pendings
     uint32_t capacity            # of intents; pendings have half of it
+    bint has_set_aside           # a block, because these intents would fill it
 
 
 cdef inline uint64_t batch_end_stage(uint64_t* stage_ns, uint64_t begun_ns) noexcept nogil:
@@ -132,4 +134,6 @@ cdef void batch_add(
 ) noexcept nogil
 cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil
 cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
+cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil
+cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil
 cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil

@@ -6,16 +6,17 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._kernel.syscalls cimport sys_error_clear
-from ksmcore._records.forest cimport forest_erase
+from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
 from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
 from ksmcore._records.store cimport (
-    store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
+    store_block, store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
 )
 
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
     b.capacity = capacity
     b.n_intents = b.n_pendings = 0
+    b.has_set_aside = False
     sys_error_clear(&b.err)
     b.intents = <intent*>malloc(capacity * sizeof(intent))
     b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
@@ -59,6 +60,7 @@ cdef void batch_clear(batch* b) noexcept nogil:
     if b.n_intents != 0:
         memset(b.planned, 0, 2 * b.capacity * sizeof(planned_sharers))
     b.n_intents = b.n_pendings = 0
+    b.has_set_aside = False
 
 
 cdef const uint8_t* batch_stable_page(void* owner, uint32_t slot) noexcept nogil:
@@ -105,11 +107,34 @@ cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     )
 
 
+cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil:
+    """Take a block that is full, or will be, out of the stable tree: another with its bytes stands there, and
+    searches would look at this one in vain."""
+    forest_erase(b.stable, first)
+    b.has_set_aside = True
+
+
+cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil:
+    """If the block of this slot was set aside, have searches find it again."""
+    cdef uint32_t n_copies, first
+    if forest_holds(b.stable, slot):
+        return
+    first = store_block(b.store, slot, &n_copies)
+    if not forest_holds(b.stable, first):
+        forest_put(b.stable, first, store_page(b.store, first))
+
+
 cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil:
     """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
     number of the slot, because the page's mapping still points there."""
-    cdef uint32_t first = store_unshare(b.store, rmap_slot(b.rmap, item))
+    cdef uint32_t slot = rmap_slot(b.rmap, item)
+    cdef uint32_t first = store_unshare(b.store, slot)
     rmap_set_state(b.rmap, item, PAGE_VOLATILE)
-    if first != 0:
+    if first == 0:
+        # With fewer than that before, the block had room, so was not set aside.
+        if store_sharers(b.store, slot) == b.max_page_sharing[0] - 1:
+            batch_offer(b, slot)
+        return
+    if forest_holds(b.stable, first):
         forest_erase(b.stable, first)
-        store_release(b.store, first)
+    store_release(b.store, first)

@@ -13,3 +13,5 @@ cdef void blocks_write(batch* b) noexcept nogil
 cdef void blocks_check(batch* b) noexcept nogil
 cdef void blocks_settle(batch* b) noexcept nogil
 cdef void blocks_release_unmapped(batch* b) noexcept nogil
+cdef void blocks_offer(batch* b) noexcept nogil
+cdef void blocks_offer_all(batch* b) noexcept nogil

@@ -8,13 +8,12 @@ stand here.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
-from ksmcore._pass.batch cimport LEFT, OPEN, batch, batch_leave, intent, pending_block
-from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_t
+from ksmcore._pass.batch cimport LEFT, OPEN, batch, batch_leave, batch_offer, intent, pending_block
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_holds, forest_put
 from ksmcore._records.store cimport (
-    store_alloc, store_block_sharers, store_is_pending, store_page, store_pending, store_release, store_set_pending,
+    store_alloc, store_block_sharers, store_is_dead, store_is_pending, store_page, store_pending, store_release, store_set_pending,
     store_settle, store_write,
 )
-from ksmcore._trees cimport rb_place
 
 cdef enum:
     WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
@@ -142,27 +141,18 @@ cdef void blocks_check(batch* b) noexcept nogil:
     _leave_all_of(b, &b.counters.skipped.changed)
 
 
-cdef void _stable_insert(forest_t* stable, uint32_t slot, uint32_t digest, const uint8_t* page) noexcept nogil:
-    """Put a slot into the stable tree; before those with an equal key, so that it is found first."""
-    cdef rb_place place
-    cdef uint32_t same = forest_find(stable, digest, page, &place)
-    if same != 0:
-        forest_insert_before(stable, slot, same)
-    else:
-        forest_insert(stable, slot, place)
-
-
 cdef void blocks_settle(batch* b) noexcept nogil:
     """From here on written slots are shared pages without sharers, and the given up ones are released.
 
     The place of a slot in the stable tree was found by comparing candidates, which could change. Now
     that its bytes are fixed it is given the place that they ask for. Where checksums come first that
-    matters only for the few nodes with equal ones, which a search for the slot itself then misses.
+    matters only for the few nodes with equal ones, which a search for the slot itself then misses. One that was
+    set aside has no place that could be wrong.
     """
     cdef uint32_t i, copy, slot, digest
     for i in range(b.n_pendings):
         slot = b.pendings[i].slot
-        if b.stable.one.by_content or b.pendings[i].fate != OPEN:
+        if (b.stable.one.by_content or b.pendings[i].fate != OPEN) and forest_holds(b.stable, slot):
             forest_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
             store_settle(b.store, slot + copy)
@@ -174,10 +164,13 @@ cdef void blocks_settle(batch* b) noexcept nogil:
         slot = b.pendings[i].slot
         digest = b.store.nodes[slot].digest
         if not b.stable.one.by_content:
-            if b.pendings[i].alone or forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot:
+            if (
+                b.pendings[i].alone or not forest_holds(b.stable, slot)
+                or forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot
+            ):
                 continue
             forest_erase(b.stable, slot)
-        _stable_insert(b.stable, slot, digest, store_page(b.store, slot))
+        forest_put(b.stable, slot, store_page(b.store, slot))
 
 
 cdef void blocks_release_unmapped(batch* b) noexcept nogil:
@@ -185,5 +178,27 @@ cdef void blocks_release_unmapped(batch* b) noexcept nogil:
     cdef uint32_t i
     for i in range(b.n_pendings):
         if b.pendings[i].fate == OPEN and store_block_sharers(b.store, b.pendings[i].slot) == 0:
-            forest_erase(b.stable, b.pendings[i].slot)
+            if forest_holds(b.stable, b.pendings[i].slot):
+                forest_erase(b.stable, b.pendings[i].slot)
             store_release(b.store, b.pendings[i].slot)
+
+
+cdef void blocks_offer(batch* b) noexcept nogil:
+    """What was set aside because the batch would have filled it, and was not filled after all, is offered again."""
+    cdef uint32_t i
+    if not b.has_set_aside:
+        return
+    for i in range(b.n_intents):
+        if (
+            b.intents[i].fate == LEFT and b.intents[i].slot != 0 and not store_is_dead(b.store, b.intents[i].slot)
+            and store_block_sharers(b.store, b.intents[i].slot) != 0
+        ):
+            batch_offer(b, b.intents[i].slot)
+
+
+cdef void blocks_offer_all(batch* b) noexcept nogil:
+    """More pages than before may map a shared page: offer all that were set aside. Between two batches."""
+    cdef uint32_t slot
+    for slot in range(1, b.store.top):
+        if b.store.uses[slot].used and not b.store.uses[slot].copy and not store_is_dead(b.store, slot):
+            batch_offer(b, slot)

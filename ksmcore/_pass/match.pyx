@@ -10,13 +10,13 @@ from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_sharers,
-    batch_stable_page,
+    batch_set_aside, batch_stable_page,
 )
 from ksmcore._pass.blocks cimport blocks_new
 from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
 from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, IS_NEW, WAS_BROKEN, engine_core, state_page_of
 from ksmcore._pass.stretch cimport stretch_follow
-from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_insert_before, forest_next
+from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_next, forest_put
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_slot, rmap_set_state,
@@ -118,7 +118,7 @@ cdef uint32_t _match_stable(
     if (n_wanted >= 2 * n_copies and left >= n_wanted) or (is_full and left >= <uint64_t>LONG_REST):
         larger = _new_block(c, &n_wanted, 1 if is_full else 2 * n_copies, page, digest)
         if larger != 0:
-            forest_insert_before(&c.stable, larger, first[0])
+            forest_put(&c.stable, larger, page)
             first[0] = larger
             c.stretch.block_slot = larger
             c.stretch.block_copies = n_copies = n_wanted
@@ -129,19 +129,32 @@ cdef uint32_t _match_stable(
     return _with_room(c, digest, page) if is_full else slot
 
 
+cdef bint _is_equal(engine_core* c, uint32_t first, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """Has this node of the stable tree, if any, the bytes of the page?"""
+    if first == 0 or c.store.nodes[first].digest != digest:
+        return False
+    c.stable.one.n_compares += 1
+    return page_compare(page, batch_stable_page(&c.b, first), c.page_bytes) == 0
+
+
 cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
-    """A slot of any block equal to this page that takes one more sharer, or 0. Equal blocks stand next to each
-    other in the stable tree, the largest first."""
-    cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i
-    while (
-        first != 0 and c.store.nodes[first].digest == digest
-        and page_compare(page, batch_stable_page(&c.b, first), c.page_bytes) == 0
-    ):
+    """A slot of any block equal to this page that takes one more sharer, or 0.
+
+    Equal blocks stand next to each other in the stable tree, the newest first. Each that is found full is set
+    aside until a sharer leaves it, but for the last, which tells later searches that there are such. So however
+    many there are, each is looked at once for every time that it was filled.
+    """
+    cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i, following
+    while first != 0:
         store_block(&c.store, first, &n_copies)
         for i in range(n_copies):
             if batch_sharers(&c.b, first + i) < c.max_page_sharing:
                 return first + i
-        first = forest_next(&c.stable, first)
+        following = forest_next(&c.stable, first)
+        if not _is_equal(c, following, digest, page):
+            return 0
+        batch_set_aside(&c.b, first)
+        first = following
     return 0
 
 
@@ -186,7 +199,8 @@ cdef void _match_unshared(
 ) noexcept nogil:
     """Merge with an equal page that is not shared yet into a new shared page, or stand in its tree.
 
-    The new one goes to stable_place, or before `full`, an equal one that takes no more sharers."""
+    The new one goes to stable_place, or before its equals in the tree where `full` is one that takes no more
+    sharers."""
     cdef uint32_t item = c.items[i], digest = c.digests[i], partner, slot
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
     cdef const region_t* home
@@ -212,7 +226,7 @@ cdef void _match_unshared(
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
     if full != 0:
-        forest_insert_before(&c.stable, slot, full)
+        forest_put(&c.stable, slot, c.pages[i])
     else:
         forest_insert(&c.stable, slot, stable_place)
         c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone

@@ -20,7 +20,7 @@ from ksmcore._pass.batch cimport (
     batch_end_stage, batch_leave, intent,
 )
 from ksmcore._pass.blocks cimport (
-    blocks_check, blocks_give_up_unwanted, blocks_release_unmapped, blocks_settle, blocks_write,
+    blocks_check, blocks_give_up_unwanted, blocks_offer, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._records.budget cimport budget_affords, map_budget
 from ksmcore._records.costs cimport costs_slot_under, costs_splits, costs_splits_surely
@@ -243,6 +243,7 @@ cdef int runs_flush(batch* b) noexcept nogil:
     rc = _carry_out(b)
     blocks_release_unmapped(b)
     _undo_halves(b)
+    blocks_offer(b)
     store_trim(b.store)
     batch_end_stage(&b.counters.stage_ns.guard, begun)
     batch_clear(b)

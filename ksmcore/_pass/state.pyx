@@ -70,6 +70,7 @@ cdef int state_init(
     c.b.guard = &c.guard
     c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
+    c.b.max_page_sharing = &c.max_page_sharing
     c.marks = <uint8_t*>malloc(SPAN_PAGES)
     c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))

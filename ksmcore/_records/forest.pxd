@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksmcore._kernel.syscalls cimport sys_error
-from ksmcore._trees cimport page_of_t, rb_node, rb_place, rb_tree
+from ksmcore._trees cimport page_of_t, rb_is_in, rb_node, rb_place, rb_tree
 
 
 ctypedef struct forest_t:
@@ -13,6 +13,11 @@ ctypedef struct forest_t:
     uint32_t base            # the largest power of two that is not above n_roots
     uint32_t capacity        # of roots
     uint32_t n_nodes         # in all trees
+
+
+cdef inline bint forest_holds(const forest_t* forest, uint32_t node) noexcept nogil:
+    """Does a node stand in one of the trees? For forests that are never cleared."""
+    return rb_is_in(forest.one.nodes[0], node)
 
 
 cdef int forest_init(
@@ -28,6 +33,7 @@ cdef uint32_t forest_find(
 ) noexcept nogil
 cdef void forest_insert(forest_t* forest, uint32_t node, rb_place place) noexcept nogil
 cdef void forest_insert_before(forest_t* forest, uint32_t node, uint32_t successor) noexcept nogil
+cdef void forest_put(forest_t* forest, uint32_t node, const uint8_t* page) noexcept nogil
 cdef void forest_erase(forest_t* forest, uint32_t node) noexcept nogil
 cdef uint32_t forest_first(forest_t* forest) noexcept nogil
 cdef uint32_t forest_next(forest_t* forest, uint32_t node) noexcept nogil

@@ -148,6 +148,16 @@ cdef void forest_insert_before(forest_t* forest, uint32_t node, uint32_t success
     _grow(forest)
 
 
+cdef void forest_put(forest_t* forest, uint32_t node, const uint8_t* page) noexcept nogil:
+    """Insert a node, whose digest is set, by its key; before those with an equal one, so that it is found first."""
+    cdef rb_place place
+    cdef uint32_t same = forest_find(forest, forest.one.nodes[0][node].digest, page, &place)
+    if same != NIL:
+        forest_insert_before(forest, node, same)
+    else:
+        forest_insert(forest, node, place)
+
+
 cdef void forest_erase(forest_t* forest, uint32_t node) noexcept nogil:
     cdef uint32_t tree = _tree_of(forest, forest.one.nodes[0][node].digest)
     _take(forest, tree)

@@ -95,8 +95,7 @@ cdef inline bint store_is_dead(const store_t* store, uint32_t slot) noexcept nog
 
 
 cdef inline bint store_is_shared_block(const store_t* store, uint32_t slot, uint32_t digest) noexcept nogil:
-    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer? Then it stands
-    in the stable tree."""
+    """Does a block of shared pages with this checksum begin here, whose first slot has a sharer?"""
     return (
         0 < slot < store.top and store.nodes[slot].digest == digest and store.uses[slot].used
         and not store.uses[slot].pending and not store.uses[slot].copy and 0 < store.uses[slot].number < DEAD

@@ -1,5 +1,7 @@
 """max_page_sharing: never more pages on one shared page than were asked for, and none left over."""
 
+import errno
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ import ksmcore
 from helpers.kernels_view import store_mappings
 from helpers.memory import PAGE, extent
 from ksmcore import Settings
+from ksmcore._testing import faults
 
 
 def most_on_one_slot(engine, arrays):
@@ -103,6 +106,86 @@ def test_it_can_be_changed_at_any_time(engine, rng):
     assert engine.stats().pages_shared == 3
     assert len({array[0, 0], more[0, 0], last[0, 0]}) == 1
     engine._core.check()
+
+
+@pytest.mark.parametrize("most", [2, 3, 16])
+@pytest.mark.parametrize("how", ["dedup", "scan"])
+def test_full_pages_are_not_walked(rng, most, how):
+    """Searches cost the same however many full shared pages there are."""
+    compares, arrays = [], []
+    with ksmcore.Engine(max_page_sharing=most) as engine:
+        for _ in range(4):
+            before = engine.stats().page_compares
+            arrays.append(scattered(engine, rng, 600))
+            for _ in range(2):
+                engine.dedup(arrays[-1]) if how == "dedup" else engine.scan()
+            compares.append(engine.stats().page_compares - before)
+        stats = engine.stats()
+        assert (stats.pages_shared, stats.pages_sharing) == (2400 // most, 2400 - 2400 // most)
+        # One with what a search finds, a few when that is full.
+        assert max(compares) <= 8 * 600
+        engine._core.check()
+
+
+def with_room(engine, rng, n_shared):
+    """An array over so many shared pages of three pages each, that one page has left each."""
+    array = scattered(engine, rng, 3 * n_shared)
+    engine.dedup(array)
+    assert engine.stats().pages_shared == n_shared
+    array[::6] = np.arange(100, 100 + n_shared)[:, np.newaxis]  # equal pages are merged in their order
+    engine.dedup(array)
+    stats = engine.stats()
+    assert (stats.pages_shared, stats.pages_sharing) == (n_shared, n_shared)
+    engine._core.check()
+    return array
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+def test_room_that_comes_back_in_many_full_pages_is_found(rng, order):
+    with ksmcore.Engine(max_page_sharing=3, order=order, use_zero_pages=False) as engine:
+        array = with_room(engine, rng, 40)
+        more = scattered(engine, rng, 40)
+        engine.dedup(more)
+        stats = engine.stats()
+        assert (stats.pages_shared, stats.pages_sharing) == (40, 80)
+        assert (array[2::6] == 7).all()
+        assert (more[::2] == 7).all()
+        engine._core.check()
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+@pytest.mark.parametrize("after", [3, 9])
+def test_room_that_merges_which_failed_were_to_fill_is_found(rng, order, after):
+    with ksmcore.Engine(max_page_sharing=3, order=order, use_zero_pages=False) as engine:
+        array = with_room(engine, rng, 40)
+        more = scattered(engine, rng, 40)
+        faults.inject("mmap", errno.ENOMEM, after=after, count=20)
+        report = engine.dedup(more)
+        faults.clear()
+        assert 0 < report.pages_merged < 40
+        engine._core.check()
+        engine.dedup(more)
+        stats = engine.stats()
+        assert (stats.pages_shared, stats.pages_sharing) == (40, 80)
+        assert (array[2::6] == 7).all()
+        assert (more[::2] == 7).all()
+        engine._core.check()
+
+
+@pytest.mark.parametrize("order", ["digest", "content"])
+def test_full_pages_are_filled_further_when_more_are_allowed(rng, order):
+    with ksmcore.Engine(max_page_sharing=2, order=order) as engine:
+        array = scattered(engine, rng, 40)
+        engine.dedup()
+        assert engine.stats().pages_shared == 20
+        engine.configure(max_page_sharing=4)
+        engine._core.check()
+        more = scattered(engine, rng, 40)
+        engine.dedup()
+        stats = engine.stats()
+        assert (stats.pages_shared, stats.pages_sharing) == (20, 60)
+        assert most_on_one_slot(engine, [array, more]) == 4
+        engine._core.check()
 
 
 @pytest.mark.parametrize("value", [1, 0, -3])

@@ -113,6 +113,11 @@ class EngineMachine(RuleBasedStateMachine):
         sink.model[:n] = source.model[:n].copy()
         self.scanned = False
 
+    @rule(most=st.sampled_from([2, 3, 5, "auto"]))
+    def limit_sharing(self, most):
+        self.engine.configure(max_page_sharing=most)
+        self.scanned = False
+
     @rule()
     def scan(self):
         self.engine.scan()
