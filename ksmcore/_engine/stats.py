@@ -5,6 +5,7 @@ They hold numbers only, and can be pickled and copied; `memory_info` asks the ke
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -211,5 +212,8 @@ def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
         # The engine's own views of the store are read-only.
         if vma.path.startswith(STORE_PATH) and vma.writable:
             unsharing += (vma.end - vma.start) - vma.anonymous - vma.swap
-    held = sum(os.fstat(fd).st_blocks * 512 for fd in store_fds)
+    held = 0
+    for fd in store_fds:
+        with contextlib.suppress(OSError):  # another thread has closed that engine meanwhile
+            held += os.fstat(fd).st_blocks * 512
     return MemoryInfo(rss=totals["Rss"], pss=totals["Pss"], saved=unsharing - held)
