@@ -210,10 +210,7 @@ def test_locked_memory_is_named():
             print("{}")
             raise SystemExit
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(before)], capture_output=True, check=True
-    )
-    if done.stdout:
+    if run_python(before).stdout:
         pytest.skip("mlockall is not allowed")
     checks, status = examined(before=before)
     assert checks["locked"].level == "weak"

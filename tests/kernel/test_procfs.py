@@ -145,16 +145,15 @@ def test_without_what_an_ending_interpreter_takes_away(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may chroot")
 def test_in_a_chroot_without_a_standard_library(tmp_path):
-    for name, text in (
-        ("proc/meminfo", "MemAvailable: 102400 kB\n"),
-        ("proc/self/cgroup", "0::/a\n"),
-        ("sys/fs/cgroup/a/memory.max", f"{90 * MIB}\n"),
-        ("sys/fs/cgroup/a/memory.current", f"{20 * MIB}\n"),
-        ("proc/self/status", "VmLck: 8 kB\n"),
-        ("proc/sys/vm/max_map_count", "70000\n"),
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    files = {
+        "proc/meminfo": "MemAvailable: 102400 kB\n",
+        "proc/self/cgroup": "0::/a\n",
+        "sys/fs/cgroup/a/memory.max": f"{90 * MIB}\n",
+        "sys/fs/cgroup/a/memory.current": f"{20 * MIB}\n",
+        "proc/self/status": "VmLck: 8 kB\n",
+        "proc/sys/vm/max_map_count": "70000\n",
+    }
+    write_files(tmp_path, files)
     done = run_python(f"""
         import os
         from ksmcore._kernel import procfs
