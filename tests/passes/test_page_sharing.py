@@ -132,7 +132,8 @@ def with_room(engine, rng, n_shared):
     array = scattered(engine, rng, 3 * n_shared)
     engine.dedup(array)
     assert engine.stats().pages_shared == n_shared
-    array[::6] = np.arange(100, 100 + n_shared)[:, np.newaxis]  # equal pages are merged in their order
+    # Equal pages are merged in their order.
+    array[::6] = np.arange(100, 100 + n_shared)[:, np.newaxis]
     engine.dedup(array)
     stats = engine.stats()
     assert (stats.pages_shared, stats.pages_sharing) == (n_shared, n_shared)
