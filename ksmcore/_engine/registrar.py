@@ -285,7 +285,7 @@ class Registrar:
             return True  # in part
 
     def _owns(self, region: Region) -> bool:
-        return region._holder is self
+        return region._engine is self._engine()
 
     def _export(self, buffer: object, known: Known | None = None) -> Export:
         """The buffer, held. Of an array made by this engine all pages count, also a last one that
