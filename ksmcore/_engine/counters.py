@@ -216,7 +216,8 @@ SKIPPED = {
     ),
     "store": Reason(
         "found no room: the store could not be grown or written",
-        "Give the process more memory or more descriptors, or raise its control group's limit.",
+        "Give the process more memory or more descriptors, or raise its control group's limit, or "
+        "that of the size of files (ulimit -f).",
     ),
     "max_shared_pages": Reason(
         "met the limit max_shared_pages",

@@ -5,6 +5,7 @@ Each function looks at one thing and judges it; the files of the kernel are foun
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import resource
@@ -48,6 +49,8 @@ NO_LIMIT_BYTES = 1 << 60
 LITTLE_STORE_BYTES = 64 << 20
 # Of the bits of coredump_filter: private mappings of files, which those of the store are.
 FILE_BACKED_PRIVATE = 1 << 2
+FEW_DESCRIPTORS = 16
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # Threads are named up to so many.
 MOST_NAMES = 4
 # Variables of this project that are no settings.
@@ -214,6 +217,24 @@ def kernel_ksm(root: Path = ROOT) -> Check:
     return Check("kernel's KSM", "good", text, None, facts)
 
 
+def descriptors(root: Path = ROOT) -> Check:
+    """RLIMIT_NOFILE (`ulimit -n`): an engine keeps some, and a pass opens one or two more."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir(root / "proc/self/fd")) - 1  # the one that lists them
+    except OSError as error:
+        if error.errno not in NO_DESCRIPTOR:
+            facts = {"used": None, "limit": limit}
+            return Check("descriptors", "good", f"{limit:,} at most", None, facts)
+        used = limit
+    facts = {"used": used, "limit": limit}
+    text = f"{used:,} of {limit:,} in use"
+    if limit != resource.RLIM_INFINITY and limit - used < FEW_DESCRIPTORS:
+        remedy = "close some, or raise the limit (ulimit -n, RLIMIT_NOFILE)"
+        return Check("descriptors", "weak", text, remedy, facts)
+    return Check("descriptors", "good", text, None, facts)
+
+
 def proc_files(root: Path = ROOT) -> Check:
     """/proc, which tells what is mapped where; registering, passes and numbers go by it."""
     missing = []
@@ -221,10 +242,11 @@ def proc_files(root: Path = ROOT) -> Check:
         try:
             os.close(os.open(root / "proc/self" / name, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
-            missing.append(f"{name} ({error.strerror})")
+            if error.errno not in NO_DESCRIPTOR:
+                missing.append(f"{name} ({error.strerror})")
     facts = {"missing": missing}
     if not missing:
-        return Check("proc", "good", "/proc/self can be read", None, facts)
+        return Check("proc", "good", "/proc/self is there", None, facts)
     text = f"of /proc/self cannot be read: {', '.join(missing)}"
     remedy = (
         "mount /proc (for a chroot: mount --bind /proc DIRECTORY/proc, before the process goes "

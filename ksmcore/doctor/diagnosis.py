@@ -95,6 +95,7 @@ def examine() -> Diagnosis:
     looks: dict[str, Callable[[], Check]] = {
         "kernel": checks.kernel,
         "memfd": lambda: checks.memory_file(found()["memfd"]),
+        "descriptors": checks.descriptors,
         "proc": checks.proc_files,
         "pagemap": lambda: checks.page_map(found()["pagemap"]),
         "guard": lambda: checks.guard({name: found()[name] for name in GUARDS}, in_use.guard),

@@ -19,6 +19,7 @@ NAMES = (
     "self-test",
     "kernel",
     "memfd",
+    "descriptors",
     "proc",
     "pagemap",
     "guard",
@@ -388,6 +389,7 @@ def test_a_kernel_that_shows_nothing(tmp_path):
         checks.huge_pages,
         checks.kernel_ksm,
         checks.core_files,
+        checks.descriptors,
         lambda root: checks.blocked_signals("mprotect", root),
     ):
         check = judge(tmp_path)

@@ -238,3 +238,25 @@ def test_threads_that_block_sigsegv_are_named(monkeypatch, guard):
     expected = "weak" if checks["guard"].facts["in_use"] == "mprotect" else "good"
     assert checks["signals"].level == expected
     assert guard is None or expected == "weak"
+
+
+@pytest.mark.parametrize("free", [0, 3, 10])
+def test_a_process_without_descriptors_is_told_so(free):
+    before = f"""
+        import json, os, resource
+        import ksmcore.doctor
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+        taken = []
+        try:
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            for fd in taken[:{free}]:
+                os.close(fd)
+    """
+    checks, status = examined(before=before)
+    assert checks["descriptors"].level == "weak"
+    assert checks["descriptors"].facts["limit"] == 64
+    assert checks["self-test"].level == "good" or "ulimit -n" in checks["self-test"].remedy
+    assert status in (1, 2)
