@@ -422,9 +422,11 @@ cdef class Registry:
         run.flags = flags
         run.tracker = NULL
         with nogil:
+            reader_enter()
             rc = self._enter(&run.guard, &err)
             if rc == 0:
                 rc = merge_restore_range(&run, &n_restored, &err)
                 guard_leave(run.guard)
+            reader_leave()
         if rc != 0:
             sys_error_raise(&err, "privatize")

@@ -236,6 +236,12 @@ SKIPPED = {
         "Nothing, of a program that forks. Of others: end direct input and output, or leave such "
         "buffers unregistered.",
     ),
+    "sigsegv_blocked": Reason(
+        "was not merged because a thread of the process blocks SIGSEGV, or /proc does not tell, "
+        "and the guard is mprotect",
+        "Have no thread block SIGSEGV, or use a guard of userfaultfd; `ksmcore.doctor.examine()` "
+        "names the threads.",
+    ),
     "altered": Reason(
         "lies in memory that the program has since unmapped, moved, protected or locked",
         "Undo that, or close the region and register the memory anew.",

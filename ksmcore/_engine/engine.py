@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import warnings
 import weakref
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from ksmcore._arrays.making import Order
 
 __all__ = ["Engine"]
-
-log = logging.getLogger("ksmcore")
 
 
 class Scanning(contextlib.AbstractContextManager["Engine"]):
@@ -463,15 +460,14 @@ class Engine(Closing):
             return
         parts = self._now()
         parts.passes.alone.check_outside()
-        try:
-            parts.scanner.stop()
-        except Exception:
-            log.exception("the scanner of %r had ended by an error", self)
+        parts.scanner.give_up()
         with parts.passes.alone:
             parts.registrar.restore_all()
             parts.registrar.end()
             self._core.stop_watching()
             self._closed = parts.passes.ended = True
+        # Another thread may have started it meanwhile.
+        parts.scanner.give_up()
         all_engines.discard(self)
 
     @property

@@ -7,6 +7,8 @@ never by finalisers.
 
 from __future__ import annotations
 
+import logging
+import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,14 +18,16 @@ from ksmcore._engine.history import History, Sample, sample
 from ksmcore._engine.progress import Progress, reporting
 from ksmcore._engine.stats import PassReport
 from ksmcore._gate.ranges import overlap_bytes
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 from ksmcore._kernel.syscalls import page_bytes
 
 if TYPE_CHECKING:
     from ksmcore._core.core import Core
     from ksmcore._engine.settings import InForce
 
-__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "Passes"]
+__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "EngineClosed", "Passes"]
+
+log = logging.getLogger("ksmcore")
 
 # Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
 BATCH_PAGES = 4096
@@ -32,8 +36,14 @@ BUDGET_ROUNDS = 6
 # A pass that has made so many mappings, and a quarter of what there were, looks again at what the
 # program has mapped meanwhile.
 MAPS_TO_CENSUS = 500
+# Of threads, in a message.
+MOST_NAMES = 4
 END_OF_MEMORY = 2**64 - 1
 EVERYTHING = [(0, END_OF_MEMORY)]
+
+
+class EngineClosed(ValueError):
+    """For who holds an engine that another thread has closed."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Passes:
         self.peak_bytes_saved = 0
         self._made_at = time.monotonic()
         self._maps_at_census = 0
+        self._has_warned = False
 
     def sample(self, numbers: dict[str, Any] | None = None) -> Sample:
         """These numbers, or those of this moment, as the history keeps them."""
@@ -72,7 +83,7 @@ class Passes:
 
     def check_open(self) -> None:
         if self.ended:
-            raise ValueError("this engine is closed")
+            raise EngineClosed("this engine is closed")
 
     # ---- at once --------------------------------------------------------------------------------
 
@@ -237,10 +248,29 @@ class Passes:
         )
         self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
         self.history.add(self.sample(after))
+        if skipped["sigsegv_blocked"] != 0 and not self._has_warned:
+            self._warn_of_blocked_signal(skipped["sigsegv_blocked"])
         return PassReport(
             bytes_saved=saved - saved_before,
             pages_scanned=scanned,
             skipped=skipped,
             seconds=time.perf_counter() - begun.seconds,
             **grown,
+        )
+
+    def _warn_of_blocked_signal(self, n_pages: int) -> None:
+        """Once, and not of a moment that is over."""
+        blocking = procfs.threads_blocking(signal.SIGSEGV)
+        if blocking == []:
+            return
+        self._has_warned = True
+        who = "/proc does not tell whether a thread blocks SIGSEGV"
+        if blocking:
+            who = f"SIGSEGV is blocked by {', '.join(blocking[:MOST_NAMES])}"
+        log.warning(
+            "%d pages were not merged, because %s. With the guard 'mprotect' a thread that does, and "
+            "writes to a page that is being merged, would end the process. Unblock that signal, or "
+            "see `ksmcore doctor` for a better guard. (This is said once.)",
+            n_pages,
+            who,
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ksmcore._engine.hidden_thread import HiddenThread, hide
 from ksmcore._engine.pacing import Pacer
-from ksmcore._engine.passes import END_OF_MEMORY, Begun, Passes
+from ksmcore._engine.passes import END_OF_MEMORY, Begun, EngineClosed, Passes
 from ksmcore._kernel import forks
 
 if TYPE_CHECKING:
@@ -69,8 +69,12 @@ class Scanner:
         return self._error
 
     def start(self) -> None:
-        """Begin with the next pass; nothing when it runs already."""
+        """Begin with the next pass; nothing when it runs already. ValueError when the engine was
+        closed: who closes it sets `ended` before the last `stop`."""
         with self._control:
+            passes = self._passes()
+            if passes is not None:
+                passes.check_open()
             if self.is_running:
                 return
             self._error = None
@@ -94,6 +98,13 @@ class Scanner:
             log.info("scanner stopped")
         if error is not None:
             raise error
+
+    def give_up(self) -> None:
+        """`stop`, where what it died of is to be logged."""
+        try:
+            self.stop()
+        except Exception:
+            log.exception("the scanner had ended by an error")
 
     def wake(self, *, only_if_resting: bool = False) -> None:
         """Something has changed that should not wait for the end of a rest."""
@@ -132,6 +143,8 @@ class Scanner:
                 hide()
                 if self._is_wanted():
                     self._rest(rest, n_enlisted)
+        except EngineClosed:
+            pass  # by another thread, which waits for the end of this one
         except BaseException as error:
             log.exception("the scanner has ended")
             self._error = error

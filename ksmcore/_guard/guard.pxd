@@ -7,7 +7,8 @@
     guard_close(&w, ...)        the others are as they were before, and whoever waits goes on
 
 Between open and close the caller must not need the GIL, must not allocate and must not take a lock: the
-fork lock is held, and a thread that waits may hold anything.
+fork lock is held, and a thread that waits may hold anything. No signal handler runs on the caller's thread
+meanwhile (see forks.pxd): it would wait for ever, if it wrote into the window.
 """
 
 from libc.stdint cimport uint32_t
@@ -22,6 +23,7 @@ cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil
 cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      # or the next weaker one
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
+cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
 cdef bint guard_drops(const window_t* w) noexcept nogil
 cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil

@@ -9,13 +9,14 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
 from ksmcore._guard.mprotect cimport (
-    mprotect_enter, mprotect_leave, mprotect_n_waits, mprotect_ready, mprotect_release, mprotect_shut,
+    mprotect_enter, mprotect_leave, mprotect_may_shut, mprotect_n_waits, mprotect_ready, mprotect_release,
+    mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
     userfaultfd_drop, userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits,
     userfaultfd_probe, userfaultfd_release, userfaultfd_shut,
 )
-from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
+from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.syscalls cimport ADVISE_DONTNEED, sys_advise, sys_error, sys_error_clear
 
@@ -52,14 +53,27 @@ cdef void guard_leave(guard_kind kind) noexcept nogil:
     mprotect_leave()
 
 
+cdef bint guard_is_barred(guard_kind kind) noexcept nogil:
+    """Asked before work that windows are the end of. What it says may be over by then: guard_open asks again."""
+    cdef bint may_shut
+    if kind != GUARD_MPROTECT:
+        return False
+    forks_lock()
+    may_shut = mprotect_may_shut(False)
+    forks_unlock()
+    return not may_shut
+
+
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
-    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
-    shut be opened again; the caller must report that."""
+    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_BARRED: nothing happened.
+    WINDOW_STUCK: nor can what was shut be opened again; the caller must report that."""
     cdef int rc
     if w.guard == GUARD_MPROTECT and mprotect_ready(err) != 0:
         return -1
     forks_lock()
-    if w.guard == GUARD_MPROTECT:
+    if w.guard == GUARD_MPROTECT and not mprotect_may_shut(w.is_way_back):
+        rc = WINDOW_BARRED
+    elif w.guard == GUARD_MPROTECT:
         memset(w.outcomes, DONE, w.n_pages)
         w.bytes = <const uint8_t*>w.addr
         rc = mprotect_shut(w.addr, w.n_pages * w.page_bytes, err)

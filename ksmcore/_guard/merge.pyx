@@ -15,16 +15,18 @@ that must be reported at once); everything else is told by page in `outcomes`. N
 allocates inside a window. The store is read only; whoever hands it in holds its engine's lock.
 """
 
-from libc.errno cimport EFAULT, EINVAL
+from libc.errno cimport EAGAIN, EFAULT, EINVAL
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
-from ksmcore._guard.window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
+from ksmcore._guard.window cimport (
+    BARRED, CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_BARRED, WINDOW_PAGES, WINDOW_STUCK, window_t,
+)
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE,
-    CALL_MREMAP, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at,
+    CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at,
     sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
@@ -107,7 +109,7 @@ cdef int _window(
         kind = MAP_ZERO
     rc = guard_open(w, err)
     if rc != 0:
-        memset(w.outcomes, REFUSED, w.n_pages)
+        memset(w.outcomes, BARRED if rc == WINDOW_BARRED else REFUSED, w.n_pages)
         return -1 if rc == WINDOW_STUCK else 0
     for i in range(w.n_pages):
         if w.outcomes[i] != DONE:
@@ -188,6 +190,7 @@ cdef int _windows(
     w.guard = run.guard
     w.over_store = run.over_store
     w.page_bytes = run.page_bytes
+    w.is_way_back = False
     while done < run.n_pages and rc == 0:
         w.addr = run.addr + done * run.page_bytes
         w.n_pages = _window_pages(
@@ -271,6 +274,7 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
     w.over_store = True
     w.page_bytes = run.page_bytes
     w.is_huge = False
+    w.is_way_back = True
     w.outcomes = outcomes
     while n_restored[0] < run.n_pages:
         w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)
@@ -283,7 +287,13 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
             err[0] = ignored
             rc = -1
             break
-        if guard_open(&w, err) != 0:
+        rc = guard_open(&w, err)
+        if rc != 0:
+            if rc == WINDOW_BARRED:
+                err.code = EAGAIN
+                err.call = <int>CALL_SIGNAL_MASKS
+                err.addr = w.addr
+                err.len_bytes = window_bytes
             rc = -1
             break
         reader = reader_here()

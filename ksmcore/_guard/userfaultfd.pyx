@@ -15,8 +15,8 @@ Where a move reports an error, what really happened is asked of pagemap, never t
 target was empty before and nobody else can reach it, so a page that is there was moved. (Linux 6.18 moves
 pages and then says EEXIST, after it had to try one of them again.)
 
-Signals are blocked on the scanning thread while pages are away: a handler that read one would wait for
-the thread that it has interrupted.
+No signal handler runs on the thread that has a window open (see forks.pxd): one that wrote into it, or read a
+page that is away, would wait for the thread that it has interrupted.
 
 A page that is shared with a child since a fork is refused like a pinned one. A write fault tells the two
 apart: it gives the page back to this process alone, and such a page cannot have been pinned for writing.
@@ -54,26 +54,10 @@ cdef extern from *:
     static void userfaultfd_install_lock(void) { pthread_mutex_lock(&userfaultfd_install); }
     static void userfaultfd_install_unlock(void) { pthread_mutex_unlock(&userfaultfd_install); }
     static void userfaultfd_install_renew(void) { pthread_mutex_init(&userfaultfd_install, 0); }
-
-    #include <signal.h>
-    /* All that may come at any time; not those that an instruction of this thread raises. */
-    static sigset_t userfaultfd_mask_before;
-    static void userfaultfd_block_signals(void) {
-        sigset_t all;
-        sigfillset(&all);
-        sigdelset(&all, SIGSEGV);
-        sigdelset(&all, SIGBUS);
-        sigdelset(&all, SIGFPE);
-        sigdelset(&all, SIGILL);
-        pthread_sigmask(SIG_BLOCK, &all, &userfaultfd_mask_before);
-    }
-    static void userfaultfd_unblock_signals(void) { pthread_sigmask(SIG_SETMASK, &userfaultfd_mask_before, 0); }
     """
     void userfaultfd_install_lock() nogil
     void userfaultfd_install_unlock() nogil
     void userfaultfd_install_renew() nogil
-    void userfaultfd_block_signals() nogil      # in a window: the fork lock is held, so there is one mask to remember
-    void userfaultfd_unblock_signals() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -356,11 +340,8 @@ cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noe
         memcpy(state.stuck_outcomes, w.outcomes, w.n_pages)
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
-        if userfaultfd_moves(w):
-            userfaultfd_unblock_signals()
         return WINDOW_STUCK
     if userfaultfd_moves(w):
-        userfaultfd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
         scratch_empty(_scratch_of(state, w), w.n_pages * w.page_bytes)
     return 0
@@ -394,7 +375,6 @@ cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexce
     for attempt in range(2):
         if scratch_ready(scratch, state.file.fd, err) != 0:
             return -1
-        userfaultfd_block_signals()
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)
         n_busy = _move_out(state, w)

@@ -4,7 +4,8 @@ from libc.stdint cimport uint32_t
 
 
 # The fork lock: held by whoever must not be interrupted by a fork of this process (an open guard
-# window, a change of the store). fork() itself waits for it. No other lock is taken inside it.
+# window, a change of the store). fork() itself waits for it. No other lock is taken inside it, and no signal
+# handler runs on the thread that holds it, but for faults of its own.
 cdef void forks_lock() noexcept nogil
 cdef void forks_unlock() noexcept nogil
 cdef uint32_t forks_count() noexcept nogil           # forks of this process so far; stable while the lock is held

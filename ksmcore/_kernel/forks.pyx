@@ -20,17 +20,33 @@ from ksmcore._kernel.syscalls cimport (
 cdef extern from *:
     """
     #include <pthread.h>
+    #include "_kernel/signals.h"
 
     static pthread_mutex_t forks_mutex = PTHREAD_MUTEX_INITIALIZER;
-    static void forks_mutex_lock(void) { pthread_mutex_lock(&forks_mutex); }
-    static void forks_mutex_unlock(void) { pthread_mutex_unlock(&forks_mutex); }
+    static sigset_t forks_signals_before;    /* of the thread that holds the lock */
+
+    /* No signal from before the lock is taken until after it is given back: a handler that forks, or
+       writes into a window, would wait for the thread that it has interrupted. */
+    static void forks_mutex_lock(void) {
+        sigset_t before;
+        ksm_block_signals(&before);
+        pthread_mutex_lock(&forks_mutex);
+        forks_signals_before = before;
+    }
+    static void forks_mutex_unlock(void) {
+        sigset_t before = forks_signals_before;
+        pthread_mutex_unlock(&forks_mutex);
+        ksm_restore_signals(&before);
+    }
     /* In the child only the forking thread exists, so the lock is made anew rather than released: the
        thread that prepared the fork holds it, and nobody can wait for it. */
     static void forks_mutex_renew(void) { pthread_mutex_init(&forks_mutex, 0); }
+    static void forks_let_signals_in(void) { ksm_restore_signals(&forks_signals_before); }
     """
     void forks_mutex_lock() nogil
     void forks_mutex_unlock() nogil
     void forks_mutex_renew() nogil
+    void forks_let_signals_in() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -145,6 +161,7 @@ cdef void _in_child() noexcept nogil:
     _untold = UINT32_MAX
     _handed_over = 0
     __atomic_add_fetch(&_generation, 1, __ATOMIC_SEQ_CST)
+    forks_let_signals_in()
 
 
 # ---- afterwards -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ that ends takes away before the last engine is closed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ __all__ = [
     "sizes",
     "sizes_of",
     "text_of",
+    "threads_blocking",
     "words",
 ]
 
@@ -31,6 +33,9 @@ DEFAULT_MAX_MAP_COUNT = 65_530
 RESERVE_BYTES = 16 << 20
 
 CGROUPS = Path("/sys/fs/cgroup")
+TASKS = Path("/proc/self/task")
+# Signals 32 and 33, in a mask.
+OF_THE_LIBRARY = 3 << 31
 
 # More than most of these files have.
 READ_BYTES = 64 << 10
@@ -113,6 +118,24 @@ def locked_bytes() -> int | None:
         OSError: status cannot be opened or read.
     """
     return dict(sizes(read("/proc/self/status").split("\n"))).get("VmLck")
+
+
+def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
+    """The threads that block a signal, by the names that Python gives them, or else by number; None
+    where the kernel does not tell.
+
+    Not those that also block what the C library keeps for itself, which no program can: they are
+    about to be made, or threads of the kernel's.
+    """
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    threads = sorted(tasks.glob("*/status"))
+    found = []
+    for status in threads:
+        # Nothing of a thread that has ended meanwhile.
+        mask = int(words(status).get("SigBlk", "0"), 16)
+        if mask >> (signum - 1) & 1 and mask & OF_THE_LIBRARY != OF_THE_LIBRARY:
+            found.append(names.get(status.parent.name, status.parent.name))
+    return found if threads else None
 
 
 # ---- headroom: how much more memory there is before the kernel begins to kill --------------------

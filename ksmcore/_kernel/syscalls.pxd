@@ -1,7 +1,6 @@
 """System calls; see syscalls.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from posix.signal cimport sigaction_t
 from posix.types cimport off_t
 
 
@@ -30,6 +29,7 @@ cdef enum sys_call:
     CALL_UFFD_WAKE
     CALL_PAGEMAP_SCAN
     CALL_TRACKER
+    CALL_SIGNAL_MASKS              # of the threads: not one call, and what they are may forbid others
     CALL_UFFD_REGISTER_THEN_FAIL   # for tests only: done, and reported as failed
     CALL_UFFD_MOVE_THEN_FAIL
     N_CALLS
@@ -88,7 +88,6 @@ cdef void sys_close(int fd) noexcept nogil
 cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember what an open descriptor is
 cdef bint sys_is_kept(const sys_file* file) noexcept nogil        # is it still that?
 cdef void sys_drop(sys_file* file) noexcept nogil                 # close it if so
-cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil
 cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil
 cdef size_t sys_page_bytes() noexcept nogil
 cdef uint64_t sys_now_ns() noexcept nogil            # monotonic

@@ -9,7 +9,6 @@ import os
 from libc.errno cimport EINTR, EIO, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.signal cimport sigaction, sigaction_t
 from posix.types cimport off_t
 
 cdef extern from "_kernel/syscalls.h":
@@ -54,7 +53,7 @@ CALL_NAMES = (
     "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
     "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
     "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
-    "pagemap_scan", "tracker",
+    "pagemap_scan", "tracker", "signal_masks",
     "uffd_register_then_fail", "uffd_move_then_fail",
 )
 
@@ -102,6 +101,11 @@ cdef object sys_error_raise(sys_error* err, str what):
     cdef str where = ""
     if err.len_bytes:
         where = f" of {err.len_bytes} bytes at {err.addr:#x}" if err.addr else f" of {err.len_bytes} bytes"
+    if err.call == CALL_SIGNAL_MASKS:
+        raise RuntimeError(
+            f"{what}: a thread of this process blocks SIGSEGV, and would end it if it wrote there meanwhile; unblock "
+            "that signal, or use another guard than 'mprotect' (memory is as it was, all bytes are right)"
+        )
     message = f"{what}: {call}{where} failed: {os.strerror(err.code)}"
     if err.code == errno_names.ENOMEM:
         raise MemoryError(
@@ -361,14 +365,6 @@ cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_mi
     """The device of a kept file, as /proc/self/maps shows it."""
     dev_major[0] = major(file.dev)
     dev_minor[0] = minor(file.dev)
-
-
-# ---- signals --------------------------------------------------------------------------------
-
-cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil:
-    if sys_injected(CALL_SIGACTION, 0, 0, err):
-        return -1
-    return sys_check(sigaction(signum, new, old) != 0, CALL_SIGACTION, 0, 0, err)
 
 
 def page_bytes():
