@@ -55,8 +55,9 @@ cdef class PageMemory:
             if self.core is not None:
                 # False when it was unregistered before, or belongs to a forked child's parent.
                 self.core.remove(self.region_id, self.addr, False)
-        except MemoryError:
-            # In a forked child that cannot make an engine of its own: nothing is registered there.
+        except (MemoryError, OSError):
+            # In a forked child that cannot make an engine of its own: nothing is registered there. Of what is, this
+            # fails for nothing.
             pass
         if self.addr != 0:
             # Unchecked: a whole mapping of our own.

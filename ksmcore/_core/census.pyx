@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
-from ksmcore._kernel.syscalls cimport sys_device, sys_error
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.batch cimport batch_drop_sharer
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
@@ -28,14 +28,13 @@ from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state,
     rmap_slot,
 )
-from ksmcore._records.store cimport store_lose
+from ksmcore._records.store cimport store_lose, store_slot_at
+from ksmcore._records.store_files cimport files_begin_census, files_end_census
 
 
 # All mappings, and the regions in them.
 ctypedef struct counting:
     engine_core* c
-    uint64_t dev_major           # of the store's file
-    uint64_t dev_minor
     int64_t n_maps
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
@@ -46,19 +45,15 @@ ctypedef struct looking:
     engine_core* c
     uintptr_t addr
     uintptr_t end
-    uint64_t dev_major
-    uint64_t dev_minor
     uint32_t* under              # slot at each page, or NULL
     size_t n_store_pages
     size_t n_blocked             # store pages that cannot be read and written
     uintptr_t covered            # up to here they are mapped as they should be
 
 
-cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, uint64_t minor) noexcept nogil:
-    return (
-        c.store.file.ino != 0 and vma.inode == c.store.file.ino
-        and vma.dev_major == major and vma.dev_minor == minor
-    )
+cdef bint _is_our_store(engine_core* c, const vma_t* vma, uint32_t* slot) noexcept nogil:
+    """*slot: the one at the beginning of the mapping."""
+    return store_slot_at(&c.store, vma.dev_major, vma.dev_minor, vma.inode, vma.offset, slot)
 
 
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
@@ -71,7 +66,8 @@ cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
 cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     cdef counting* all = <counting*>context
     cdef engine_core* c = all.c
-    cdef bint is_ours = _is_our_store(c, vma, all.dev_major, all.dev_minor)
+    cdef uint32_t slot
+    cdef bint is_ours = _is_our_store(c, vma, &slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef region_t* region
     cdef uintptr_t start, end
@@ -102,15 +98,16 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     cdef size_t i, n_blocked
     cdef int rc
     all.c = c
-    sys_device(&c.store.file, &all.dev_major, &all.dev_minor)
     all.n_maps = all.n_ours = 0
     all.end_of_store = 0
     all.n_store_pages = 0
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
+    files_begin_census(&c.store)
     if maps_each(_count, &all, err) != 0:
         budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
+    files_end_census(&c.store)
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
@@ -130,11 +127,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
 cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     cdef looking* one = <looking*>context
     cdef size_t page_bytes = one.c.page_bytes
-    cdef bint is_ours = _is_our_store(one.c, vma, one.dev_major, one.dev_minor)
+    cdef uint32_t first_slot
+    cdef bint is_ours = _is_our_store(one.c, vma, &first_slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef uintptr_t start = max(vma.start, one.addr)
     cdef uintptr_t end = min(vma.end, one.end)
-    cdef uint64_t first_slot
     cdef size_t page, i
     if is_plain and one.covered == start:
         one.covered = end
@@ -144,10 +141,10 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     if not is_plain:
         one.n_blocked += (end - start) // page_bytes
     if one.under != NULL:
-        first_slot = (vma.offset + (start - vma.start)) // page_bytes
+        first_slot += <uint32_t>((start - vma.start) // page_bytes)
         page = (start - one.addr) // page_bytes
         for i in range((end - start) // page_bytes):
-            one.under[page + i] = <uint32_t>(first_slot + i)
+            one.under[page + i] = first_slot + <uint32_t>i
 
 
 cdef size_t _n_over_store(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
@@ -184,7 +181,6 @@ cdef int census_of_range(
     one.c = c
     one.addr = addr
     one.end = end
-    sys_device(&c.store.file, &one.dev_major, &one.dev_minor)
     one.under = NULL
     one.n_store_pages = one.n_blocked = 0
     one.covered = addr

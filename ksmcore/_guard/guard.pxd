@@ -21,6 +21,9 @@ from ksmcore._kernel.syscalls cimport sys_error
 # tens of microseconds, so it is done once for a batch of windows.
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil
 cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      # or the next weaker one
+# For the way back, which must not depend on one guard: when it could not be entered, or a window failed that it had
+# been entered for, is it to blame, and is there a weaker one to try?
+cdef bint guard_weaker(guard_kind* kind, bint entered, const sys_error* err) noexcept nogil
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?

@@ -38,8 +38,8 @@ from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, 
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
-    sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_OPEN, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
+    sys_error_clear, sys_file, sys_is_kept, sys_is_passing, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.uffd cimport (
     UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect, uffd_register,
@@ -100,13 +100,16 @@ cdef int _begin(guard_state* state, bint user_mode_only, sys_error* err) noexcep
         return -1
     if not state.moves:
         return 0
-    pagemap_open(&state.pm, sys_page_bytes(), True)
-    if state.pm.file.fd < 0:
+    err.code = pagemap_open(&state.pm, sys_page_bytes(), True)
+    if state.pm.file.fd < 0 and not sys_is_passing(err.code):
         # Without it nobody knows where a page is when a move fails.
         state.moves = False
+        err.code = 0
         return 0
+    err.call = <int>CALL_OPEN
     if (
-        scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
+        state.pm.file.fd >= 0
+        and scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
         and scratch_ready(&state.scratch, state.file.fd, err) == 0
     ):
         return 0
@@ -437,7 +440,7 @@ cdef void _before_fork() noexcept nogil:
 
 
 cdef void _in_child() noexcept nogil:
-    """The descriptors mean the parent's memory, and the scratch was not inherited. Pages that are stuck in
+    """The descriptors are closed (see forks), and the scratch was not inherited. Pages that are stuck in
     it are lost to the child: better that it faults there than that it reads zeros."""
     cdef sys_error ignored
     cdef uint32_t i
@@ -450,10 +453,6 @@ cdef void _in_child() noexcept nogil:
         for i in range(stuck.n_pages if _states[kind].is_stuck else 0):
             if stuck.away[i] and stuck.outcomes[i] != DONE:
                 sys_unmap(stuck.addr + i * stuck.page_bytes, stuck.page_bytes, &ignored)
-        if _states[kind].n_users > 0:
-            pagemap_close(&_states[kind].pm)
-        if _states[kind].n_users > 0 or _states[kind].is_stuck:
-            sys_drop(&_states[kind].file)
         memset(&_states[kind], 0, sizeof(guard_state))
         _states[kind].file.fd = -1
         _states[kind].pm.file.fd = -1
