@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ksmcore._core.core import Core
     from ksmcore._engine.settings import InForce
 
-__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "EngineClosed", "Passes"]
+__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "EngineClosedError", "Passes"]
 
 log = logging.getLogger("ksmcore")
 
@@ -42,7 +42,7 @@ END_OF_MEMORY = 2**64 - 1
 EVERYTHING = [(0, END_OF_MEMORY)]
 
 
-class EngineClosed(ValueError):
+class EngineClosedError(ValueError):
     """For who holds an engine that another thread has closed."""
 
 
@@ -83,7 +83,7 @@ class Passes:
 
     def check_open(self) -> None:
         if self.ended:
-            raise EngineClosed("this engine is closed")
+            raise EngineClosedError("this engine is closed")
 
     # ---- at once --------------------------------------------------------------------------------
 
@@ -268,8 +268,8 @@ class Passes:
         if blocking:
             who = f"SIGSEGV is blocked by {', '.join(blocking[:MOST_NAMES])}"
         log.warning(
-            "%d pages were not merged, because %s. With the guard 'mprotect' a thread that does, and "
-            "writes to a page that is being merged, would end the process. Unblock that signal, or "
+            "%d pages were not merged, because %s. With the guard 'mprotect' a thread that does, "
+            "and writes to a page that is being merged, would end the process. Unblock it, or "
             "see `ksmcore doctor` for a better guard. (This is said once.)",
             n_pages,
             who,

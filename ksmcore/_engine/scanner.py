@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ksmcore._engine.hidden_thread import HiddenThread, hide
 from ksmcore._engine.pacing import Pacer
-from ksmcore._engine.passes import END_OF_MEMORY, Begun, EngineClosed, Passes
+from ksmcore._engine.passes import END_OF_MEMORY, Begun, EngineClosedError, Passes
 from ksmcore._kernel import forks
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Scanner:
                 hide()
                 if self._is_wanted():
                     self._rest(rest, n_enlisted)
-        except EngineClosed:
+        except EngineClosedError:
             pass  # by another thread, which waits for the end of this one
         except BaseException as error:
             log.exception("the scanner has ended")
