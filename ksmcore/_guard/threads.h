@@ -154,16 +154,22 @@ static uint32_t threads_count(void) {
     return stat(THREADS_DIRECTORY, &st) == 0 && st.st_nlink > 2 ? (uint32_t)st.st_nlink - 2 : 0;
 }
 
-/* This thread has just been seen to block SIGSEGV: is that no matter? It is none any more; or it also blocks the
-   two signals that the C library keeps for itself, as no program can through the library. Then it is a moment in
-   which the library makes a thread or a process, or a thread of the kernel's (io_uring): neither writes into
-   memory of the program's. */
+/* Names of threads that block all signals, and write into no memory but their own: ZeroMQ's, of which every
+   Jupyter kernel has some. `_kernel/procfs.py` knows them too. */
+static const char *const threads_known[] = {"ZMQbg/"};
+
+/* This thread has just been seen to block SIGSEGV: is that no matter? It does not any more; or it is one of those
+   above; or it also blocks the two signals that the C library keeps for itself, as no program can through
+   the library. Then it is a moment in which the library makes a thread or a process, or a thread of the kernel's
+   (io_uring): neither writes into memory of the program's. */
 static int threads_is_harmless(int dir, const char *tid) {
     char text[4096];
     const char *line;
     uint64_t mask;
     int known = threads_read(dir, tid, "status", text, sizeof text);
     if (known <= 0) return known == 0;
+    for (size_t i = 0; i < sizeof threads_known / sizeof *threads_known; i++)
+        if (!strncmp(text, "Name:\t", 6) && !strncmp(text + 6, threads_known[i], strlen(threads_known[i]))) return 1;
     line = strstr(text, "\nSigBlk:");
     if (!line) return 0;
     mask = strtoull(line + 8, 0, 16);

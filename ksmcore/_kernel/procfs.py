@@ -36,6 +36,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 TASKS = Path("/proc/self/task")
 # Signals 32 and 33, in a mask.
 OF_THE_LIBRARY = 3 << 31
+# How the names of threads begin that write into no memory but their own: ZeroMQ's, of which every
+# Jupyter kernel has some. `_guard/threads.h` knows them too.
+HARMLESS_THREADS = ("ZMQbg/",)
 
 # More than most of these files have.
 READ_BYTES = 64 << 10
@@ -124,16 +127,20 @@ def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
     """The threads that block a signal, by the names that Python gives them, or else by number; None
     where the kernel does not tell.
 
-    Not those that also block what the C library keeps for itself, which no program can: they are
-    about to be made, or threads of the kernel's.
+    Not those that write into no memory but their own. They are known by name; or they also block
+    what the C library keeps for itself, which no program can: they are about to be made, or threads
+    of the kernel's.
     """
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
     threads = sorted(tasks.glob("*/status"))
     found = []
     for status in threads:
         # Nothing of a thread that has ended meanwhile.
-        mask = int(words(status).get("SigBlk", "0"), 16)
-        if mask >> (signum - 1) & 1 and mask & OF_THE_LIBRARY != OF_THE_LIBRARY:
+        told = words(status)
+        mask = int(told.get("SigBlk", "0"), 16)
+        is_harmless = told.get("Name", "").startswith(HARMLESS_THREADS)
+        is_harmless |= mask & OF_THE_LIBRARY == OF_THE_LIBRARY
+        if mask >> (signum - 1) & 1 and not is_harmless:
             found.append(names.get(status.parent.name, status.parent.name))
     return found if threads else None
 
