@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from ksmcore._kernel import files
+
 __all__ = [
     "available_bytes",
     "control_groups",
@@ -40,23 +42,13 @@ OF_THE_LIBRARY = 3 << 31
 # Jupyter kernel has some. `_guard/threads.h` knows them too.
 HARMLESS_THREADS = ("ZMQbg/",)
 
-# More than most of these files have.
-READ_BYTES = 64 << 10
-
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> str:
     """All text of a file. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        pieces = []
-        while piece := os.read(fd, READ_BYTES):
-            pieces.append(piece)
-    finally:
-        os.close(fd)
-    return os.fsdecode(b"".join(pieces))
+    return os.fsdecode(files.read_all(path))
 
 
 def text_of(path: str | Path) -> str:
