@@ -486,7 +486,7 @@ class Engine(Closing):
 
     def __del__(self) -> None:
         # When the interpreter ends, what could not be closed at exit ends with the process.
-        if getattr(self, "_closed", True) or sys is None or sys.is_finalizing():
+        if getattr(self, "_closed", True) or sys.is_finalizing():
             return
         registrar = self._parts.registrar
         if registrar.regions and registrar.is_current():

@@ -60,7 +60,7 @@ class NotNowError(OSError):
 def _not_now(error: OSError | MemoryError) -> NotNowError:
     code, why = errno.ENOMEM, str(error)
     if isinstance(error, OSError):
-        code = error.errno
+        code = error.errno or code
         why = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return NotNowError(code, f"nothing can be merged now ({why}); what is merged stays so")
 

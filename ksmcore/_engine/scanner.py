@@ -210,7 +210,9 @@ class Scanner:
 
     def _put_off(self, error: NotNowError) -> float:
         """For how long to rest then."""
-        log.log(logging.DEBUG if self._is_put_off else logging.WARNING, "the scanner waits: %s", error)
+        log.log(
+            logging.DEBUG if self._is_put_off else logging.WARNING, "the scanner waits: %s", error
+        )
         self._is_put_off = True
         self.n_put_off += 1
         return PUT_OFF_SECONDS

@@ -145,6 +145,7 @@ def _bind(server: socket.socket, directory: Path) -> Path:
 
 # ---- the server ----------------------------------------------------------------------------------
 
+
 class Server:
     """Serves this process's snapshots until `stop`. A forked child has none, and leaves the parent's
     alone. Its descriptors are closed there at once (see `files`), so no socket object that the
