@@ -253,8 +253,8 @@ SKIPPED = {
         "names the threads.",
     ),
     "altered": Reason(
-        "lies in memory that the program has since unmapped, moved, protected or locked, or in any, "
-        "where all new memory is locked (mlockall with MCL_FUTURE)",
+        "lies in memory that the program has since unmapped, moved, protected or locked, or in "
+        "any, where all new memory is locked (mlockall with MCL_FUTURE)",
         "Undo that, or close the region and register the memory anew.",
     ),
     "held": Reason(

@@ -29,7 +29,7 @@ from ksmcore._engine.passes import EVERYTHING, Passes
 from ksmcore._engine.progress import Progress
 from ksmcore._engine.region import Region
 from ksmcore._engine.registrar import Registrar
-from ksmcore._engine.scanner import Scanner
+from ksmcore._engine.scanner import Scanner, Scanning
 from ksmcore._engine.settings import InForce, Settings
 from ksmcore._engine.stats import Estimate, PassReport
 from ksmcore._kernel import forks
@@ -41,19 +41,6 @@ if TYPE_CHECKING:
     from ksmcore._arrays.making import Order
 
 __all__ = ["Engine"]
-
-
-class Scanning(contextlib.AbstractContextManager["Engine"]):
-    """The background scanner, running: `with engine.start(): ...` stops it at the end."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> Engine:
-        return self._engine
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.stop()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,15 @@
   has registered memory in the midst of NumPy's work, when it looks for that the next time.
 - Its thread is hidden (see `HiddenThread`). A fork does not wait for it, except for an open window;
   in the child there is no scanner.
-- Where there is no descriptor or no memory at the moment, or the kernel does not tell what is mapped,
-  it waits and tries again; that is counted.
+- Where there is no descriptor or no memory at the moment, or the kernel does not tell what is
+  mapped, it waits and tries again; that is counted.
 - What else goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the
   core, whatever happens here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -31,9 +32,10 @@ from ksmcore._engine.passes import (
 from ksmcore._kernel import forks
 
 if TYPE_CHECKING:
+    from ksmcore._engine.engine import Engine
     from ksmcore._engine.settings import InForce
 
-__all__ = ["Scanner"]
+__all__ = ["Scanner", "Scanning"]
 
 log = logging.getLogger("ksmcore")
 
@@ -227,3 +229,16 @@ class Scanner:
         log.debug("pass: %r", report)
         passes.tell(report)
         return report.pages_hashed == 0
+
+
+class Scanning(contextlib.AbstractContextManager["Engine"]):
+    """The background scanner, running: `with engine.start(): ...` stops it at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> Engine:
+        return self._engine
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.stop()
