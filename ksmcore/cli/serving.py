@@ -148,8 +148,8 @@ def _bind(server: socket.socket, directory: Path) -> Path:
 
 class Server:
     """Serves this process's snapshots until `stop`. A forked child has none, and leaves the
-    parent's alone. Its descriptors are closed there at once (see `files`), so no socket object that the
-    child inherits may own one, or it would close whatever has the number by then."""
+    parent's alone. Its descriptors are closed there at once (see `files`), so no socket object that
+    the child inherits may own one, or it would close whatever has the number by then."""
 
     def __init__(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Raises OSError where there can be no socket."""
