@@ -11,7 +11,8 @@ hand out a shared page that is still mapped elsewhere. So:
     go on seeing its bytes.
   - Where the store is mapped although no item says so, the slot is lost as well.
 
-To find that out page by page is slow, so first only the number of store pages in each region is compared.
+To find that out the records of all pages over the store are compared with what is mapped; only where one differs
+are the mappings of each region put down page by page.
 The caller holds the engine's lock.
 """
 
@@ -39,6 +40,7 @@ ctypedef struct counting:
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
     size_t n_store_pages         # in regions
+    size_t n_astray              # of those: taken to map something else
 
 # The mappings of whole pages of one region.
 ctypedef struct looking:
@@ -48,6 +50,7 @@ ctypedef struct looking:
     uint32_t* under              # slot at each page, or NULL
     size_t n_store_pages
     size_t n_blocked             # store pages that cannot be read and written
+    size_t n_astray              # store pages that are taken to map something else
     uintptr_t covered            # up to here they are mapped as they should be
 
 
@@ -59,6 +62,23 @@ cdef bint _is_our_store(engine_core* c, const vma_t* vma, uint32_t* slot) noexce
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     """Private memory that can be read and written, of no file but ours."""
     return maps_is_private_data(vma) and (vma.inode == 0 or is_our_store)
+
+
+cdef size_t _n_astray(engine_core* c, uintptr_t addr, uint32_t slot, size_t n_pages) noexcept nogil:
+    """How many of these pages, which map the store from `slot` on, are taken to map something else. Two merged
+    pages that have changed places leave every number of pages as it was, so each is looked at."""
+    cdef size_t i, n = 0
+    cdef uint32_t item, remembered, hint = 0
+    cdef uint64_t first_no = addr // c.page_bytes
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, first_no + i, hint)
+        if item == 0 or not c.rmap.tags[item].over_store:
+            n += 1
+            continue
+        hint = item
+        remembered = rmap_slot(&c.rmap, item)
+        n += remembered != 0 and remembered != slot + <uint32_t>i
+    return n
 
 
 # ---- all mappings -----------------------------------------------------------------------------------
@@ -85,6 +105,9 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
         if is_ours:
             region.n_store_pages += (end - start) // c.page_bytes
             all.n_store_pages += (end - start) // c.page_bytes
+            all.n_astray += _n_astray(
+                c, start, slot + <uint32_t>((start - vma.start) // c.page_bytes), (end - start) // c.page_bytes
+            )
         region = regions_next(&c.regions, region)
 
 
@@ -100,7 +123,7 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     all.c = c
     all.n_maps = all.n_ours = 0
     all.end_of_store = 0
-    all.n_store_pages = 0
+    all.n_store_pages = all.n_astray = 0
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
     files_begin_census(&c.store)
@@ -114,7 +137,7 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
-    if all.n_store_pages != c.rmap.n_over_store:
+    if all.n_store_pages != c.rmap.n_over_store or all.n_astray != 0:
         for i in range(c.regions.n):
             rc = census_of_region(c, &c.regions.all[i], &n_blocked, err)
             if rc != 0:
@@ -140,8 +163,10 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     one.n_store_pages += (end - start) // page_bytes
     if not is_plain:
         one.n_blocked += (end - start) // page_bytes
-    if one.under != NULL:
-        first_slot += <uint32_t>((start - vma.start) // page_bytes)
+    first_slot += <uint32_t>((start - vma.start) // page_bytes)
+    if one.under == NULL:
+        one.n_astray += _n_astray(one.c, start, first_slot, (end - start) // page_bytes)
+    else:
         page = (start - one.addr) // page_bytes
         for i in range((end - start) // page_bytes):
             one.under[page + i] = first_slot + <uint32_t>i
@@ -182,14 +207,14 @@ cdef int census_of_range(
     one.addr = addr
     one.end = end
     one.under = NULL
-    one.n_store_pages = one.n_blocked = 0
+    one.n_store_pages = one.n_blocked = one.n_astray = 0
     one.covered = addr
     n_blocked[0] = 0
     if maps_each_in(addr, end, _look, &one, err) != 0:
         return -1
     is_plain[0] = one.covered == end
     n_blocked[0] = one.n_blocked
-    if one.n_store_pages == _n_over_store(c, first_no, n_pages):
+    if one.n_astray == 0 and one.n_store_pages == _n_over_store(c, first_no, n_pages):
         return 0
     one.under = <uint32_t*>calloc(n_pages, sizeof(uint32_t))
     if one.under == NULL:
