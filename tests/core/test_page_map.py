@@ -1,14 +1,11 @@
 """Region.page_map: what each page is, as the kernel and the engine know it."""
 
-import mmap
-
 import numpy as np
 import pytest
 
-from helpers.memory import PAGE
 import ksmcore
+from helpers.memory import PAGE
 from ksmcore import PageState
-
 
 
 @pytest.fixture
