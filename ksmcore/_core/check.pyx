@@ -4,7 +4,8 @@ Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 4
 the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
 pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
 18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong, 20: a
-shared page that has room for a sharer, and that no search finds.
+shared page that has room for a sharer, and that no search finds, 28: pages over a slot counted wrong, 29: idle or
+hollow, and not as such should be.
 
 The caller holds the engine's lock.
 """
@@ -33,10 +34,27 @@ cdef bint _is_hidden(engine_core* c, uint32_t slot) noexcept nogil:
     return False
 
 
-cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
-    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
+cdef bint _is_odd(engine_core* c, uint32_t slot) noexcept nogil:
+    if c.store.uses[slot].hollow:
+        return (
+            not c.store.uses[slot].used or c.store.uses[slot].copy or c.store.uses[slot].frozen
+            or c.store.uses[slot].number != 0 or (c.store.claims[slot] == 0 and not c.store.uses[slot].lost)
+        )
+    if c.store.uses[slot].idle:
+        return not c.store.uses[slot].used or store_block_sharers(&c.store, slot) != 0
+    return c.store.claims[slot] != 0 and not c.store.uses[slot].used
+
+
+cdef int _check_slots(engine_core* c, const uint32_t* n_sharers, const uint32_t* n_over) noexcept nogil:
+    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0, n_idle = 0, n_hollow = 0
     for slot in range(1, c.store.top):
         n_frozen += c.store.uses[slot].frozen
+        n_idle += c.store.uses[slot].idle
+        n_hollow += c.store.uses[slot].hollow
+        if c.store.claims[slot] != n_over[slot]:
+            return 28
+        if _is_odd(c, slot):
+            return 29
         if store_is_dead(&c.store, slot):
             if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
                 return 15
@@ -58,6 +76,8 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
     # Frozen at a fork that the store has not seen yet: not marked, and not counted.
     if n_frozen != c.store.n_frozen or n_dead != c.store.n_dead:
         return 16
+    if n_idle != c.store.n_idle or n_hollow != c.store.n_hollow:
+        return 29
     return 0
 
 
@@ -89,6 +109,7 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     cdef uint64_t page_no
     cdef int rc
     cdef uint32_t* n_sharers
+    cdef uint32_t* n_over
     rc = forest_check(&c.stable, True)
     if rc != 0:
         return rc
@@ -102,15 +123,17 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     rc = rmap_check(&c.rmap)
     if rc != 0:
         return 30 + rc
-    n_sharers = <uint32_t*>calloc(c.store.top, sizeof(uint32_t))
+    n_sharers = <uint32_t*>calloc(2 * <size_t>c.store.top, sizeof(uint32_t))
     if n_sharers == NULL:
         return -1
+    n_over = n_sharers + c.store.top
     for item in range(1, c.rmap.top):
         page_no = c.rmap.tags[item].page_no
         if page_no == 0:
             continue
         if not _in_region(c, page_no):
             rc = 11
+        n_over[rmap_slot(&c.rmap, item)] += 1
         if c.rmap.tags[item].state == PAGE_SHARED:
             n_sharers[rmap_slot(&c.rmap, item)] += 1
             if not c.rmap.tags[item].over_store:
@@ -123,7 +146,7 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     if rc == 0 and (n_unstable != c.unstable.n_nodes or n_quiet != c.quiet.n_nodes):
         rc = 19
     if rc == 0:
-        rc = _check_slots(c, n_sharers)
+        rc = _check_slots(c, n_sharers, n_over)
     if rc == 0:
         rc = _check_stable(c)
     free(n_sharers)

@@ -20,13 +20,18 @@ from ksmcore._core.census cimport census_of_region
 from ksmcore._core.region_numbers cimport (
     region_counts, region_numbers_as_dict, region_numbers_map, region_numbers_read,
 )
-from ksmcore._core.unmerge cimport unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_region
+from ksmcore._core.release cimport release_if_worth
+from ksmcore._core.unmerge cimport (
+    unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_is_due, unmerge_lose, unmerge_region,
+)
 from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave
 from ksmcore._guard.merge cimport merge_restore_range, run_t
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
-from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_page_bytes, sys_pause
+from ksmcore._kernel.syscalls cimport (
+    sys_error, sys_error_clear, sys_error_raise, sys_map_anon_at, sys_page_bytes, sys_pause,
+)
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._pass.quiet cimport quiet_unwatch
 from ksmcore._pass.state cimport state_destroy, state_init
@@ -159,21 +164,31 @@ cdef class Registry:
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
         """Forget a region that is about to be unmapped; nothing where it is not, or in a forked child."""
         cdef region_t* region
-        cdef size_t n_blocked = 0
-        cdef sys_error ignored
         if self.generation != forks_generation():
             return
-        sys_error_clear(&ignored)
         self._lock()
         region = self._region(region_id, addr)
         if region != NULL:
-            # So that what the program has mapped elsewhere is not released. Where it cannot be known it is kept.
-            if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
-                unmerge_abandon(&self.c, region)
-            quiet_unwatch(&self.c, region)
-            unmerge_forget(&self.c, region)
-            regions_drop(&self.c.regions, region)
+            self._drop(region)
         self._unlock()
+
+    cdef void _drop(self, region_t* region) noexcept nogil:
+        """Forget a region that is about to be unmapped. The caller holds the lock."""
+        cdef size_t n_blocked = 0
+        cdef sys_error ignored
+        sys_error_clear(&ignored)
+        quiet_unwatch(&self.c, region)
+        if self.c.rmap.n_over_store != 0:
+            # So that what the program has mapped elsewhere is not released, where it can be known. And nobody looks
+            # there any more: from here on nothing maps what is to be released.
+            if census_of_region(&self.c, region, &n_blocked, &ignored) < 0 or (
+                unmerge_is_due(&self.c, region)
+                and sys_map_anon_at(region.addr, region.n_pages * self.c.page_bytes, &ignored) != 0
+            ):
+                unmerge_abandon(&self.c, region)
+        unmerge_forget(&self.c, region)
+        regions_drop(&self.c.regions, region)
+        release_if_worth(&self.c)
 
     cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil:
         """Empty pages of the region with this id, which nobody uses; *emptied: all of them. False where they are
@@ -219,11 +234,12 @@ cdef class Registry:
         """
         cdef region_t* region
         cdef size_t n_blocked = 0
-        cdef sys_error err
+        cdef sys_error err, ignored
         cdef bint found, held, entered = False
         cdef guard_kind guard = self.guard
         cdef int rc = 0
         sys_error_clear(&err)
+        sys_error_clear(&ignored)
         self._own()
         with nogil:
             reader_enter()
@@ -234,30 +250,32 @@ cdef class Registry:
             region = self._region(region_id, addr)
             found = region != NULL
             held = found and restore and region.n_holds != 0
-            if found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
-                rc = census_of_region(&self.c, region, &n_blocked, &err)
-            if found and not held and rc == 0 and not (restore and n_blocked != 0):
+            if found and not restore:
+                self._drop(region)
+            elif found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
+                # Where nothing tells what is mapped, the bytes that are shown are restored, and nothing is released.
+                if census_of_region(&self.c, region, &n_blocked, &ignored) < 0:
+                    unmerge_lose(&self.c, region)
+            if found and restore and not held and rc == 0 and n_blocked == 0:
                 if not keep:
                     quiet_unwatch(&self.c, region)   # so that no window need let go of it
-                if restore:
-                    rc = unmerge_region(&self.c, region, &err)
+                rc = unmerge_region(&self.c, region, &err)
                 if rc == 0 and not keep:
                     unmerge_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
+                release_if_worth(&self.c)
             self._unlock()
             if entered:
                 guard_leave(guard)
             reader_leave()
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
-        if restore and n_blocked != 0:
+        if n_blocked != 0:
             raise RuntimeError(
                 f"{n_blocked} pages of this memory cannot be read and written any more, so they cannot be "
                 "unmerged: undo the mprotect(2) first"
             )
         if rc != 0:
-            if err.code == 0:
-                raise MemoryError("unregister: no memory to look at the mappings")
             sys_error_raise(&err, "unregister")
         return bool(found)
 

@@ -7,7 +7,9 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
 
 
+cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil
 cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) noexcept nogil
+cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil
 cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil
 cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil
 cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr, size_t n_pages) noexcept nogil

@@ -10,6 +10,7 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pa
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
+from ksmcore._records.advice cimport advice_destroy
 from ksmcore._records.forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
 from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
 from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
@@ -60,6 +61,8 @@ cdef int state_init(
     memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
     memset(&c.budget, 0, sizeof(c.budget))
+    memset(&c.advice, 0, sizeof(c.advice))
+    c.n_maps = c.n_idle_left = 0
     c.guard = guard
     c.b.tracker = &c.tracker
     c.b.store = &c.store
@@ -123,6 +126,7 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
     tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
+    advice_destroy(&c.advice)
     free(c.marks)
     free(c.items)
     free(c.pages)
@@ -138,7 +142,7 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
     cdef size_t i, n_pages = 0
     for i in range(c.regions.n):
         n_pages += c.regions.all[i].n_pages
-    store_thaw(&c.store)
+    store_thaw(&c.store, &c.pm)
     forest_clear(&c.unstable)
     forest_expect(&c.unstable, n_pages // 2)
     forest_expect(&c.stable, n_pages // 2)

@@ -20,9 +20,13 @@ A frozen slot that is released is dead: used by nobody here, and remembering (in
 does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
 thaws the others, as the children end.
 
+A slot whose memory is given back while pages of this process still lie over it, all of them private copies, is
+hollow: it is handed out again when nothing lies over it any more. So a copy that the program throws away (madvise)
+uncovers zeros, never the bytes of somebody else.
+
 Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
-that is not used has no sharers and no other flag; `copy` slots follow their block without a gap; a dead
-slot is frozen, and has DEAD in place of its sharers.
+that is not used has no sharers, no claims and no other flag; `copy` slots follow their block without a gap; a dead
+slot is frozen, and has DEAD in place of its sharers; a hollow one has none, and claims unless it is lost.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
@@ -30,12 +34,19 @@ from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset, strstr
 
 from ksmcore._kernel.forks cimport forks_count, forks_gone, forks_lock, forks_unlock, forks_watch
+from ksmcore._kernel.pagemap cimport PAGE_OWNED, PAGE_UNSURE, SPAN_PAGES, pagemap, pagemap_query
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTFORK, sys_advise, sys_close, sys_drop, sys_error, sys_error_clear, sys_grow, sys_is_kept, sys_keep,
     sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
     sys_write_at,
 )
 from ksmcore._trees cimport rb_node
+
+cdef extern from *:
+    """
+    static void touch(const void *page) { (void)*(const volatile char *)page; }
+    """
+    void touch(const void* page) nogil
 
 cdef enum:
     MAX_SLOTS = 0x7fffffff     # a tree link holds 31 bits
@@ -96,6 +107,8 @@ cdef void store_destroy(store_t* store) noexcept nogil:
         sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
     if store.uses != NULL:
         sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
+    if store.claims != NULL:
+        sys_unmap(<uintptr_t>store.claims, <size_t>store.capacity * sizeof(uint32_t), &ignored)
     free(store.views)
     if store.file.fd >= 0:
         forks_watch(-1)
@@ -142,29 +155,33 @@ cdef int _add_segment(store_t* store, sys_error* err) noexcept nogil:
 
 
 cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) noexcept nogil:
-    cdef void* nodes
-    cdef void* uses
-    if old == 0:
-        nodes = sys_map_anon(new * sizeof(rb_node), err)
-        if nodes == NULL:
-            return -1
-        uses = sys_map_anon(new * sizeof(store_use), err)
-        if uses == NULL:
-            sys_unmap(<uintptr_t>nodes, new * sizeof(rb_node), err)
-            return -1
-    else:
-        nodes = sys_grow(store.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
-        if nodes == NULL:
-            return -1
-        store.nodes = <rb_node*>nodes
-        uses = sys_grow(store.uses, old * sizeof(store_use), new * sizeof(store_use), err)
-        if uses == NULL:
-            # Cut the nodes back, so that both arrays have the length that `capacity` tells.
-            sys_unmap(<uintptr_t>nodes + old * sizeof(rb_node), (new - old) * sizeof(rb_node), err)
-            return -1
-    store.nodes = <rb_node*>nodes
-    store.uses = <store_use*>uses
-    return 0
+    """All three, or none: what has grown before one fails is cut back to the length that `capacity` tells."""
+    cdef void** arrays[3]
+    cdef size_t item_bytes[3]
+    cdef void* grown
+    cdef int i, n_grown = 0
+    arrays[0] = <void**>&store.nodes
+    arrays[1] = <void**>&store.uses
+    arrays[2] = <void**>&store.claims
+    item_bytes[0] = sizeof(rb_node)
+    item_bytes[1] = sizeof(store_use)
+    item_bytes[2] = sizeof(uint32_t)
+    while n_grown < 3:
+        if old == 0:
+            grown = sys_map_anon(new * item_bytes[n_grown], err)
+        else:
+            grown = sys_grow(arrays[n_grown][0], old * item_bytes[n_grown], new * item_bytes[n_grown], err)
+        if grown == NULL:
+            break
+        arrays[n_grown][0] = grown
+        n_grown += 1
+    if n_grown == 3:
+        return 0
+    for i in range(n_grown):
+        sys_unmap(<uintptr_t>arrays[i][0] + old * item_bytes[i], (new - old) * item_bytes[i], err)
+        if old == 0:
+            arrays[i][0] = NULL
+    return -1
 
 
 cdef uint32_t _free_run(store_t* store, uint32_t start, uint32_t n_slots) noexcept nogil:
@@ -240,13 +257,12 @@ cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
     store.uses[slot].number += 1
     if store.uses[slot].number == 1:
         store.n_shared += 1
+        if store.uses[slot].idle:
+            store_wake(store, slot)
 
 
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
-    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0.
-
-    The caller then takes that slot out of the stable tree and releases it.
-    """
+    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0."""
     cdef uint32_t first, n_copies, i
     store.uses[slot].number -= 1
     if store.uses[slot].number != 0:
@@ -257,6 +273,68 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
         if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
             return 0
     return first
+
+
+cdef void store_idle(store_t* store, uint32_t first) noexcept nogil:
+    """The block that begins here has lost its last sharer: it stands in the stable tree, to be shared again or
+    released (see core's release)."""
+    cdef uint32_t n_copies, i
+    store_block(store, first, &n_copies)
+    for i in range(n_copies):
+        store.n_idle += not store.uses[first + i].idle
+        store.uses[first + i].idle = 1
+
+
+cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil:
+    """The block of this slot does not wait for its release any more."""
+    cdef uint32_t n_copies, i
+    cdef uint32_t first = store_block(store, slot, &n_copies)
+    for i in range(n_copies):
+        store.n_idle -= store.uses[first + i].idle
+        store.uses[first + i].idle = 0
+
+
+cdef void store_claim(store_t* store, uint32_t slot) noexcept nogil:
+    """One page more lies over a slot. One that is free (the program has kept a mapping of it) is so no more."""
+    store.claims[slot] += 1
+    if not store.uses[slot].used:
+        store.uses[slot].used = store.uses[slot].hollow = 1
+        store.n_used += 1
+        store.n_hollow += 1
+
+
+cdef void store_unclaim(store_t* store, uint32_t slot) noexcept nogil:
+    """One page less: a hollow slot under which nothing lies any more can be handed out again."""
+    store.claims[slot] -= 1
+    if store.claims[slot] == 0 and store.uses[slot].hollow and not store.uses[slot].lost:
+        memset(&store.uses[slot], 0, sizeof(store_use))
+        store.n_hollow -= 1
+        store.n_used -= 1
+
+
+cdef uint32_t store_unshown(store_t* store, pagemap* pm, uint32_t slot, uint32_t n_slots) noexcept nogil:
+    """How many of these slots, from the first one on, no page table shows but that of our own view.
+
+    The kernel counts the entries that show a page, and tells whether there is but one. Moving a mapping does not change
+    that number: so it is right whatever moves meanwhile, and of other processes too. It leaves out mappings through
+    which nobody has read yet. All of them where there is no page map to ask.
+    """
+    cdef uint8_t flags[<int>SPAN_PAGES]
+    cdef sys_error ignored
+    cdef uint32_t done = 0, n, i
+    sys_error_clear(&ignored)
+    while done < n_slots:
+        n = min(n_slots - done, <uint32_t>SPAN_PAGES)
+        n = min(n, store.slots_per_segment - (slot + done) % store.slots_per_segment)
+        for i in range(n):
+            touch(store_page(store, slot + done + i))
+        if pagemap_query(pm, <uintptr_t>store_page(store, slot + done), n, flags, &ignored) != 0:
+            return done
+        for i in range(n):
+            if not flags[i] & (PAGE_OWNED | PAGE_UNSURE):
+                return done + i
+        done += n
+    return n_slots
 
 
 cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
@@ -288,8 +366,9 @@ cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
 
 
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
-    """Give back the whole block that begins at `slot`. Carried out by store_trim, for all of it at once:
-    were its first slot free before the others, a new block there would be taken to go on over them."""
+    """Give back the whole block that begins at `slot`, which is in no tree, and whose bytes nobody shows. Carried out
+    by store_trim, for all of it at once: were its first slot free before the others, a new block there would be taken
+    to go on over them."""
     cdef uint32_t n_copies, i
     store_block(store, slot, &n_copies)
     if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
@@ -326,14 +405,18 @@ cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil
     writing it again replaces its bytes.
     """
     cdef sys_error ignored
+    cdef uint32_t slot
     sys_error_clear(&ignored)
-    if store_is_there(store):
+    if n > 0 and store_is_there(store):
         sys_punch(
             store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
             &ignored
         )
-    memset(&store.uses[first], 0, n * sizeof(store_use))
-    store.n_used -= n
+    memset(store.uses + first, 0, n * sizeof(store_use))
+    for slot in range(first, first + n):
+        store.uses[slot].used = store.uses[slot].hollow = store.claims[slot] != 0
+        store.n_hollow += store.uses[slot].hollow
+        store.n_used -= not store.uses[slot].used
 
 
 cdef void store_trim(store_t* store) noexcept nogil:
@@ -363,10 +446,10 @@ cdef void store_trim(store_t* store) noexcept nogil:
 
 
 cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
-    return store_is_dead(store, slot) and store.nodes[slot].digest <= gone
+    return store_is_dead(store, slot) and not store.uses[slot].lost and store.nodes[slot].digest <= gone
 
 
-cdef void store_thaw(store_t* store) noexcept nogil:
+cdef void store_thaw(store_t* store, pagemap* pm) noexcept nogil:
     """Give back, or let be written again, what was frozen for children that are gone by now."""
     cdef uint32_t slot = 1, n, gone
     forks_lock()
@@ -380,20 +463,24 @@ cdef void store_thaw(store_t* store) noexcept nogil:
                 while slot + n < store.top and _is_dead_since(store, slot + n, gone):
                     n += 1
                 if n > 0:
+                    # What is still shown stays dead: by what the program has moved, or by a child that nobody told of.
+                    n = store_unshown(store, pm, slot, n)
                     _free_slots(store, slot, n)
                     store.n_dead -= n
                     store.n_frozen -= n
-                elif gone == store.seen_forks and store.uses[slot].frozen:
+                    slot += max(n, <uint32_t>1)
+                    continue
+                if gone == store.seen_forks and store.uses[slot].frozen:
                     store.uses[slot].frozen = 0
                     store.n_frozen -= 1
-                slot += max(n, <uint32_t>1)
+                slot += 1
     forks_unlock()
 
 
 cdef size_t store_bytes(store_t* store) noexcept nogil:
     """Bytes of metadata in use."""
     return (
-        <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
+        <size_t>store.top * (sizeof(rb_node) + sizeof(store_use) + sizeof(uint32_t))
         + store.n_segments * sizeof(uint8_t*)
         + sizeof(store_t)
     )
