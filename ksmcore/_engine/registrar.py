@@ -20,6 +20,7 @@ from ksmcore._arrays.page_memory import PageMemory
 from ksmcore._core.core import Core
 from ksmcore._core.scopes import HoldScope
 from ksmcore._engine.region import Region
+from ksmcore._gate.admitted import Admitted
 from ksmcore._gate.buffers import Admission, Export, Known, admit, release_all
 from ksmcore._gate.phase import Phases
 from ksmcore._gate.ranges import disjoint
@@ -33,6 +34,7 @@ _Memories = weakref.WeakValueDictionary[int, PageMemory]  # by address of the fi
 
 _registrars: weakref.WeakSet[Registrar] = weakref.WeakSet()
 _registering = PerProcess(threading.RLock)
+_admitted = PerProcess(Admitted)  # used under the registration lock
 _region_ids = itertools.count(1)
 
 
@@ -90,8 +92,7 @@ class Registrar:
             except BaseException:
                 export.release()
                 raise
-            admissions = admit([export], page_bytes=self.page_bytes, privatize=privatize)
-            return self._add_all(admissions)[0]
+            return self._add_all(self._admit([export], privatize))[0]
 
     def register_all(self, buffers: Sequence[object]) -> list[tuple[int, int]]:
         """Register the buffers that are not, all or none of them; returns all page ranges."""
@@ -113,8 +114,14 @@ class Registrar:
             except BaseException:
                 release_all(missing)
                 raise
-            self._add_all(admit(_outermost(missing), page_bytes=self.page_bytes))
+            self._add_all(self._admit(_outermost(missing)))
         return disjoint(ranges)
+
+    def _admit(self, exports: list[Export], privatize: bool = False) -> list[Admission]:
+        """Let in, or go. The caller holds the registration lock."""
+        return admit(
+            exports, page_bytes=self.page_bytes, privatize=privatize, admitted=_admitted.get()
+        )
 
     def _add_all(self, admissions: list[Admission]) -> list[Region]:
         """Register what the gate has let in, all or none of it; the others are let go."""
@@ -142,6 +149,7 @@ class Registrar:
             region = Region(region_id, export, core=self._core, holder=self, engine=self._engine())
             self._regions[region_id] = region
             self._phases.add(export)
+            _admitted.get().add(admission)
         except BaseException:
             # Once it is in the core another thread's pass may have merged it already.
             self._stranded.append(admission)
@@ -254,7 +262,8 @@ class Registrar:
             ranges.append((export.addr, export.end))
             if self._find(export) is None:
                 unknown.append(export)
-        admit(unknown, page_bytes=self.page_bytes)
+        with _registering.get():
+            self._admit(unknown)
         return ranges
 
     def _all_ranges(self, held: contextlib.ExitStack) -> Iterator[tuple[int, int]]:

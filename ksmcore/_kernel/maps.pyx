@@ -135,6 +135,27 @@ cdef int maps_each_in(
     return rc
 
 
+# ---- for Python -------------------------------------------------------------------------------------
+
+cdef void _keep(const vma_t* vma, void* context) noexcept nogil:
+    (<vma_t*>context)[0] = vma[0]
+
+
+def plain_mapping_at(uintptr_t addr):
+    """(start, end) of the mapping at an address, if it is private memory of no file, to be read and written and
+    not executed; else None, also where the kernel does not tell."""
+    cdef vma_t found
+    cdef sys_error ignored
+    cdef int rc
+    sys_error_clear(&ignored)
+    found.end = 0
+    with nogil:
+        rc = maps_each_in(addr, addr + 1, _keep, &found, &ignored)
+    if rc != 0 or found.end == 0 or found.inode != 0 or not maps_is_private_data(&found):
+        return None
+    return found.start, found.end
+
+
 cdef void _in_child() noexcept nogil:
     global _n_users
     maps_renew()

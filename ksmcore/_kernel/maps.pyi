@@ -1,0 +1,3 @@
+__pyx_capi__: dict[str, object]  # the C functions, for other Cython modules
+
+def plain_mapping_at(addr: int) -> tuple[int, int] | None: ...
