@@ -116,7 +116,7 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
     if all.n_store_pages != c.rmap.n_over_store:
         for i in range(c.regions.n):
-            rc = census_of_region(c, &c.regions.all[i], &n_blocked, err)
+            rc = census_of_region(c, c.regions.all[i], &n_blocked, err)
             if rc != 0:
                 return rc
     return 0

@@ -391,7 +391,7 @@ cdef class Registry:
         with nogil:
             self._lock()
             for i in range(self.c.regions.n):
-                region = &self.c.regions.all[i]
+                region = self.c.regions.all[i]
                 n_pages += region.n_pages
                 if region.addr < addr:
                     n_before += min(region.n_pages, (addr - region.addr) // self.c.page_bytes)

@@ -224,7 +224,7 @@ def _chunks_of(path: str) -> Iterator[tuple[int, bytes]]:
         files.close(fd)
 
 
-def _first_address(chunk: bytes) -> int:
+def _first_address(chunk: bytes | bytearray) -> int:
     """Address in the head that `chunk` begins with; 0 for other text, which the parser refuses."""
     head = _HEADER_START.match(chunk)
     return int(head[1], 16) if head else 0

@@ -136,7 +136,7 @@ cdef void quiet_begin_pass(engine_core* c) noexcept nogil:
     cdef size_t i
     if not tracker_is_there(&c.tracker):
         for i in range(c.regions.n):
-            quiet_unwatch(c, &c.regions.all[i])
+            quiet_unwatch(c, c.regions.all[i])
 
 
 cdef void quiet_stop(engine_core* c) noexcept nogil:

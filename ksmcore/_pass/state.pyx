@@ -14,7 +14,7 @@ from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
 from ksmcore._records.forest cimport (
     forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
 )
-from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
+from ksmcore._records.regions cimport regions_bytes, regions_destroy, regions_init
 from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
 from ksmcore._records.store cimport store_begin_pass, store_bytes, store_destroy, store_init
 
@@ -169,6 +169,5 @@ cdef size_t state_bytes(engine_core* c) noexcept nogil:
     """Bytes of metadata that grow with the pages tracked."""
     return (
         rmap_bytes(&c.rmap) + store_bytes(&c.store) + forest_bytes(&c.stable) + forest_bytes(&c.unstable)
-        + forest_bytes(&c.quiet)
-        + c.regions.capacity * sizeof(region_t)
+        + forest_bytes(&c.quiet) + regions_bytes(&c.regions)
     )

@@ -29,7 +29,7 @@ ctypedef struct region_t:
 
 # By address, disjoint.
 ctypedef struct region_list:
-    region_t* all
+    region_t** all
     size_t n
     size_t capacity
     size_t page_bytes
@@ -44,3 +44,4 @@ cdef region_t* regions_insert(
     region_list* regions, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags
 ) noexcept nogil
 cdef void regions_drop(region_list* regions, region_t* region) noexcept nogil
+cdef size_t regions_bytes(const region_list* regions) noexcept nogil
