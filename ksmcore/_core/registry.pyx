@@ -385,18 +385,21 @@ cdef class Registry:
 
     def pages_before(self, uintptr_t addr):
         """Registered pages below `addr`, and in all."""
-        cdef size_t i, n_before = 0, n_pages = 0
+        cdef size_t i, n_pages, n_after = 0
         cdef const region_t* region
         self._own()
         with nogil:
             self._lock()
-            for i in range(self.c.regions.n):
-                region = self.c.regions.all[i]
-                n_pages += region.n_pages
+            n_pages = self.c.regions.n_pages
+            for i in range(self.c.regions.n, 0, -1):
+                region = self.c.regions.all[i - 1]
+                if region.addr + region.n_pages * self.c.page_bytes <= addr:
+                    break
+                n_after += region.n_pages
                 if region.addr < addr:
-                    n_before += min(region.n_pages, (addr - region.addr) // self.c.page_bytes)
+                    n_after -= (addr - region.addr) // self.c.page_bytes
             self._unlock()
-        return n_before, n_pages
+        return n_pages - n_after, n_pages
 
     def regions(self):
         """(id, address, number of pages) of every region, by address."""

@@ -148,14 +148,11 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 cdef void state_begin_pass(engine_core* c) noexcept nogil:
     """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
-    cdef size_t i, n_pages = 0
-    for i in range(c.regions.n):
-        n_pages += c.regions.all[i].n_pages
     pagemap_reopen(&c.pm)
     store_begin_pass(&c.store, _forget_slot, c)
     forest_clear(&c.unstable)
-    forest_expect(&c.unstable, n_pages // 2)
-    forest_expect(&c.stable, n_pages // 2)
+    forest_expect(&c.unstable, c.regions.n_pages // 2)
+    forest_expect(&c.stable, c.regions.n_pages // 2)
     c.last_epoch = c.epoch
     c.epoch += 1
     if c.epoch > LAST_EPOCH:

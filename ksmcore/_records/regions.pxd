@@ -32,6 +32,7 @@ ctypedef struct region_list:
     region_t** all
     size_t n
     size_t capacity
+    size_t n_pages           # of all of them
     size_t page_bytes
 
 

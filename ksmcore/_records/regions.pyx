@@ -72,12 +72,14 @@ cdef region_t* regions_insert(
     memmove(&regions.all[index + 1], &regions.all[index], (regions.n - index) * sizeof(region_t*))
     regions.all[index] = new
     regions.n += 1
+    regions.n_pages += n_pages
     return new
 
 
 cdef void regions_drop(region_list* regions, region_t* region) noexcept nogil:
     cdef size_t index = _index_at(regions, region.addr)
     regions.n -= 1
+    regions.n_pages -= region.n_pages
     memmove(&regions.all[index], &regions.all[index + 1], (regions.n - index) * sizeof(region_t*))
     free(region)
 
