@@ -41,6 +41,7 @@ LEFT_OUT = {
         "core/test_altered.py::test_mlock",
         "gate/test_mapping_rules.py::test_locked_memory",
     ),
+    "it writes no core files": ("doctor/test_core_files.py",),
     "it needs a mapping where none are left": (
         "doctor/test_processes.py::test_no_mappings_left_to_speak_of",
     ),
