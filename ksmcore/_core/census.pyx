@@ -30,7 +30,7 @@ from ksmcore._records.rmap cimport (
     rmap_slot,
 )
 from ksmcore._records.store cimport store_lose, store_slot_at
-from ksmcore._records.store_files cimport files_begin_census, files_end_census
+from ksmcore._records.store_files cimport store_files_begin_census, store_files_end_census
 
 
 # All mappings, and the regions in them.
@@ -126,11 +126,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     all.n_store_pages = all.n_astray = 0
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
-    files_begin_census(&c.store)
+    store_files_begin_census(&c.store)
     if maps_each(_count, &all, err) != 0:
         budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
-    files_end_census(&c.store)
+    store_files_end_census(&c.store)
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)

@@ -98,6 +98,13 @@ static int ksm_uffd_protect(int fd, uintptr_t addr, size_t len, int on) {
     return ioctl(fd, KSM_UFFD_PROTECT, &p);
 }
 
+static int ksm_uffd_move(int fd, uintptr_t target, uintptr_t source, size_t len, size_t *moved) {
+    struct ksm_uffd_move m = {target, source, len, 0, 0};
+    int rc = ioctl(fd, KSM_UFFD_MOVE, &m);
+    *moved = m.moved > 0 ? (size_t)m.moved : 0;
+    return rc;
+}
+
 /* Can pages be protected with it? A filter may refuse what comes after the handshake. -1 and errno: they cannot. */
 static int ksm_uffd_try(int fd) {
     size_t len = (size_t)sysconf(_SC_PAGESIZE);
@@ -113,6 +120,20 @@ static int ksm_uffd_try(int fd) {
     return failed ? -1 : 0;
 }
 
+/* Can pages be moved with it? What may pass is no answer. */
+static int ksm_uffd_try_moving(int fd) {
+    size_t len = (size_t)sysconf(_SC_PAGESIZE), moved;
+    char *pages = mmap(0, 2 * len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int moves;
+    if (pages == MAP_FAILED) return 1;
+    pages[0] = 1;
+    moves = ksm_uffd_register(fd, (uintptr_t)pages, 2 * len, 2) == 0
+         && (ksm_uffd_move(fd, (uintptr_t)pages + len, (uintptr_t)pages, len, &moved) == 0 || errno == EAGAIN
+             || errno == EBUSY || errno == ENOMEM);
+    munmap(pages, 2 * len);
+    return moves;
+}
+
 /* A descriptor with the features that a guard needs; *moves: and with those for moving pages, if the
    kernel has them and `*moves` asked for them. A descriptor whose handshake failed is of no more use, so
    every attempt takes a new one. */
@@ -121,7 +142,10 @@ static int ksm_uffd_open(int user_mode_only, int *moves) {
         int fd = ksm_uffd_new(user_mode_only), saved;
         if (fd < 0) return -1;
         if (ksm_uffd_shake(fd, KSM_UFFD_NEEDED | (*moves ? KSM_UFFD_MOVES : 0)) == 0) {
-            if (ksm_uffd_try(fd) == 0) return fd;
+            if (ksm_uffd_try(fd) == 0) {
+                *moves = *moves && ksm_uffd_try_moving(fd);
+                return fd;
+            }
             *moves = 0;
         }
         saved = errno;
@@ -142,13 +166,6 @@ static int ksm_uffd_open_async(void) {
     close(fd);
     errno = saved;
     return -1;
-}
-
-static int ksm_uffd_move(int fd, uintptr_t target, uintptr_t source, size_t len, size_t *moved) {
-    struct ksm_uffd_move m = {target, source, len, 0, 0};
-    int rc = ioctl(fd, KSM_UFFD_MOVE, &m);
-    *moved = m.moved > 0 ? (size_t)m.moved : 0;
-    return rc;
 }
 
 static int ksm_uffd_copy(int fd, uintptr_t target, uintptr_t source, size_t len) {

@@ -9,7 +9,8 @@ from ksmcore._kernel.syscalls cimport sys_error_clear
 from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
 from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
 from ksmcore._records.store cimport (
-    store_block, store_is_orphan, store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
+    store_block, store_is_orphan, store_is_pending, store_page, store_pending, store_release, store_sharers,
+    store_unshare,
 )
 
 

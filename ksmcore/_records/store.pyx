@@ -35,8 +35,8 @@ from ksmcore._kernel.syscalls cimport (
     sys_close, sys_device, sys_error, sys_error_clear, sys_is_kept, sys_open_read, sys_punch, sys_read_at, sys_write_at,
 )
 from ksmcore._records.store_files cimport (
-    MAX_RELEASES, SEGMENT_BYTES, files_can_be_written, files_close_all, files_look_after, files_make_room,
-    store_segment, store_use,
+    MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after,
+    store_files_make_room, store_segment, store_use,
 )
 from ksmcore._trees cimport rb_node
 
@@ -80,7 +80,7 @@ cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
 
 
 cdef void store_destroy(store_t* store) noexcept nogil:
-    files_close_all(store)
+    store_files_close_all(store)
     store_init(store, store.page_bytes)
 
 
@@ -130,12 +130,12 @@ cdef uint32_t _free_anywhere(store_t* store, uint32_t n_slots) noexcept nogil:
     cdef uint32_t i, slot, n_handed = 0, n_free = 0
     for i in range(store.n_files):
         file = &store.files[i]
-        if files_can_be_written(store, file):
+        if store_files_can_be_written(store, file):
             n_handed += file.top - file.first
             n_free += file.top - file.first - 1 - file.n_used
     for i in range(store.n_files if n_free > n_handed // REUSE_SHARE else 0):
         file = &store.files[i]
-        if files_can_be_written(store, file):
+        if store_files_can_be_written(store, file):
             slot = _free_run(store, file.first + 1, file.top, n_slots)
             if slot != 0:
                 store.current = i
@@ -147,13 +147,13 @@ cdef uint32_t _at_the_end(store_t* store, uint32_t n_slots, sys_error* err) noex
     """Slots behind all that were ever handed out, or 0 with *err."""
     cdef store_file* file = NULL
     cdef uint32_t slot = 0
-    if store.n_open != 0 and files_can_be_written(store, &store.files[store.growing]):
+    if store.n_open != 0 and store_files_can_be_written(store, &store.files[store.growing]):
         file = &store.files[store.growing]
     while file == NULL or file.top + n_slots > file.end:
-        if files_make_room(store, err) != 0:
+        if store_files_make_room(store, err) != 0:
             return 0
         file = &store.files[store.growing]
-        if not files_can_be_written(store, file) or file.first + 1 + n_slots > file.end:
+        if not store_files_can_be_written(store, file) or file.first + 1 + n_slots > file.end:
             # The process has just forked, or the files are not allowed to become as large as that.
             err.code = EFBIG if file.made == store.seen_forks else EAGAIN
             return 0
@@ -183,7 +183,7 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     _notice_forks(store)
     if store.n_open != 0:
         file = &store.files[store.current]
-        if files_can_be_written(store, file) and store.cursor < file.top:
+        if store_files_can_be_written(store, file) and store.cursor < file.top:
             slot = _free_run(store, store.cursor, file.top, n_slots)
         elif store.top >= store.aligned_end:
             slot = _free_anywhere(store, n_slots)
@@ -212,8 +212,8 @@ cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
         return
     _notice_forks(store)
     sys_error_clear(&ignored)
-    if store.n_open == 0 or not files_can_be_written(store, &store.files[store.growing]):
-        if files_make_room(store, &ignored) != 0:
+    if store.n_open == 0 or not store_files_can_be_written(store, &store.files[store.growing]):
+        if store_files_make_room(store, &ignored) != 0:
             return
     file = &store.files[store.growing]
     file.top = min((file.top + n_slots - 1) & ~(n_slots - 1), file.end)
@@ -415,7 +415,7 @@ cdef void store_begin_pass(store_t* store, store_forget forget, void* context) n
             if store.files[i].is_frozen:
                 _thaw(store, &store.files[i])
     forks_unlock()
-    files_look_after(store, forget, context)
+    store_files_look_after(store, forget, context)
 
 
 cdef uint32_t store_frozen(const store_t* store) noexcept nogil:

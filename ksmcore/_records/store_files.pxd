@@ -88,13 +88,13 @@ cdef inline store_file* store_file_of(const store_t* store, uint32_t slot) noexc
     return &store.files[store.segments[slot // store.slots_per_segment].file]
 
 
-cdef inline bint files_can_be_written(const store_t* store, const store_file* file) noexcept nogil:
+cdef inline bint store_files_can_be_written(const store_t* store, const store_file* file) noexcept nogil:
     """May slots of this file be handed out? Not of one that existed at a fork."""
     return file.file.fd >= 0 and file.made == store.seen_forks and not file.is_full
 
 
-cdef int files_make_room(store_t* store, sys_error* err) noexcept nogil
-cdef void files_look_after(store_t* store, store_forget forget, void* context) noexcept nogil
-cdef void files_begin_census(store_t* store) noexcept nogil
-cdef void files_end_census(store_t* store) noexcept nogil
-cdef void files_close_all(store_t* store) noexcept nogil
+cdef int store_files_make_room(store_t* store, sys_error* err) noexcept nogil
+cdef void store_files_look_after(store_t* store, store_forget forget, void* context) noexcept nogil
+cdef void store_files_begin_census(store_t* store) noexcept nogil
+cdef void store_files_end_census(store_t* store) noexcept nogil
+cdef void store_files_close_all(store_t* store) noexcept nogil

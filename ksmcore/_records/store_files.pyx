@@ -149,14 +149,14 @@ cdef int _new_file(store_t* store, sys_error* err) noexcept nogil:
     return 0
 
 
-cdef int files_make_room(store_t* store, sys_error* err) noexcept nogil:
+cdef int store_files_make_room(store_t* store, sys_error* err) noexcept nogil:
     """More room at the end of all slots: in the file that is there, or in a new one. -1 with *err (code 0: malloc
     failed, or there are no numbers left)."""
     cdef store_file* file
     cdef uint32_t full_end
     if store.n_open != 0:
         file = &store.files[store.growing]
-        if files_can_be_written(store, file):
+        if store_files_can_be_written(store, file):
             full_end = file.first + file.n_segments * store.slots_per_segment
             if file.end < full_end:
                 # It met a limit, which may be a higher one by now.
@@ -226,14 +226,14 @@ cdef void _vacate(store_t* store, store_file* file) noexcept nogil:
     file.is_frozen = False
 
 
-cdef void files_begin_census(store_t* store) noexcept nogil:
+cdef void store_files_begin_census(store_t* store) noexcept nogil:
     """Whoever finds a file mapped somewhere says so in `is_mapped`."""
     cdef uint32_t i
     for i in range(store.n_files):
         store.files[i].is_mapped = False
 
 
-cdef void files_end_census(store_t* store) noexcept nogil:
+cdef void store_files_end_census(store_t* store) noexcept nogil:
     """All mappings have been looked at: what has gone and is not mapped either can be forgotten."""
     cdef uint32_t i
     for i in range(store.n_files):
@@ -248,14 +248,14 @@ cdef store_file* _least_used(store_t* store) noexcept nogil:
     cdef uint32_t i
     for i in range(store.n_files):
         file = &store.files[i]
-        if file.file.fd >= 0 and not files_can_be_written(store, file) and (
+        if file.file.fd >= 0 and not store_files_can_be_written(store, file) and (
             least == NULL or file.n_used < least.n_used
         ):
             least = file
     return least
 
 
-cdef void files_look_after(store_t* store, store_forget forget, void* context) noexcept nogil:
+cdef void store_files_look_after(store_t* store, store_forget forget, void* context) noexcept nogil:
     """When a pass begins: see which files are out of reach, have room for another, and let go of what is empty."""
     cdef store_file* file
     cdef uint32_t i
@@ -269,7 +269,7 @@ cdef void files_look_after(store_t* store, store_forget forget, void* context) n
         file = &store.files[i]
         if file.n_segments != 0 and (
             file.n_shared == 0 if file.file.fd < 0
-            else file.n_used == 0 and not files_can_be_written(store, file)
+            else file.n_used == 0 and not store_files_can_be_written(store, file)
         ):
             _vacate(store, file)
     if store.n_open >= <uint32_t>MAX_FILES:
@@ -279,7 +279,7 @@ cdef void files_look_after(store_t* store, store_forget forget, void* context) n
             _orphan(store, file, forget, context)
 
 
-cdef void files_close_all(store_t* store) noexcept nogil:
+cdef void store_files_close_all(store_t* store) noexcept nogil:
     """Drop the descriptors, the views and the arrays; mappings of the files elsewhere stay right."""
     cdef sys_error ignored
     cdef uint32_t i
