@@ -120,42 +120,71 @@ static int ksm_uffd_try(int fd) {
     return failed ? -1 : 0;
 }
 
-/* Can pages be moved with it? What may pass is no answer. */
+/* Can pages be moved with it? -1 and errno where there is no memory to try it. */
 static int ksm_uffd_try_moving(int fd) {
     size_t len = (size_t)sysconf(_SC_PAGESIZE), moved;
     char *pages = mmap(0, 2 * len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    int moves;
-    if (pages == MAP_FAILED) return 1;
+    int moves, saved;
+    if (pages == MAP_FAILED) return -1;
     pages[0] = 1;
     moves = ksm_uffd_register(fd, (uintptr_t)pages, 2 * len, 2) == 0
-         && (ksm_uffd_move(fd, (uintptr_t)pages + len, (uintptr_t)pages, len, &moved) == 0 || errno == EAGAIN
-             || errno == EBUSY || errno == ENOMEM);
+         && ksm_uffd_move(fd, (uintptr_t)pages + len, (uintptr_t)pages, len, &moved) == 0;
+    saved = errno;
     munmap(pages, 2 * len);
-    return moves;
+    errno = saved;
+    return moves ? 1 : saved == ENOMEM || saved == EAGAIN ? -1 : 0;
 }
 
-/* A descriptor with the features that a guard needs; *moves: and with those for moving pages, if the
-   kernel has them and `*moves` asked for them. A descriptor whose handshake failed is of no more use, so
-   every attempt takes a new one. */
-static int ksm_uffd_open(int user_mode_only, int *moves) {
+/* A descriptor whose handshake failed is of no more use, so every attempt takes a new one. */
+static int ksm_uffd_open_once(int user_mode_only, int *moves) {
     for (;;) {
         int fd = ksm_uffd_new(user_mode_only), saved;
         if (fd < 0) return -1;
         if (ksm_uffd_shake(fd, KSM_UFFD_NEEDED | (*moves ? KSM_UFFD_MOVES : 0)) == 0) {
-            if (ksm_uffd_try(fd) == 0) {
-                *moves = *moves && ksm_uffd_try_moving(fd);
-                return fd;
-            }
+            if (ksm_uffd_try(fd) == 0 && (!*moves || (*moves = ksm_uffd_try_moving(fd)) >= 0)) return fd;
             *moves = 0;
         }
         saved = errno;
         close(fd);
-        if (!*moves) {
+        errno = saved;
+        if (!*moves) return -1;
+        *moves = 0;
+    }
+}
+
+/* Is what this errno says there is none of to be had just now? */
+static int ksm_uffd_can_be_had(int code) {
+    void *page;
+    int fd;
+    if (code == EMFILE || code == ENFILE) {
+        fd = open("/", O_RDONLY | O_CLOEXEC);
+        if (fd >= 0) close(fd);
+        return fd >= 0;
+    }
+    if (code != ENOMEM) return code == EAGAIN || code == EINTR;
+    page = mmap(0, (size_t)sysconf(_SC_PAGESIZE), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page != MAP_FAILED) munmap(page, (size_t)sysconf(_SC_PAGESIZE));
+    return page != MAP_FAILED;
+}
+
+/* A descriptor with the features that a guard needs; *moves: and with those for moving pages, if the kernel has them
+   and `*moves` asked for them. Who answers again and again that there is no memory, or no descriptor, where there is,
+   is a filter that refuses, and errno says so. */
+static int ksm_uffd_open(int user_mode_only, int *moves) {
+    int wanted = *moves, saved;
+    for (int tries = 0; tries < 5; tries++) {
+        int fd;
+        *moves = wanted;
+        fd = ksm_uffd_open_once(user_mode_only, moves);
+        if (fd >= 0) return fd;
+        saved = errno;
+        if (!ksm_uffd_can_be_had(saved)) {
             errno = saved;
             return -1;
         }
-        *moves = 0;
     }
+    errno = EPERM;
+    return -1;
 }
 
 /* A descriptor that never makes anybody wait: a write to a protected page only lifts its protection. */
