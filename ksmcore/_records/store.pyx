@@ -32,7 +32,8 @@ from libc.string cimport memset, strstr
 
 from ksmcore._kernel.forks cimport forks_count, forks_living, forks_lock, forks_look, forks_unlock
 from ksmcore._kernel.syscalls cimport (
-    sys_close, sys_device, sys_error, sys_error_clear, sys_is_kept, sys_open_read, sys_punch, sys_read_at, sys_write_at,
+    sys_close, sys_device, sys_error, sys_error_clear, sys_file_limit, sys_is_kept, sys_open_read, sys_punch,
+    sys_read_at, sys_write_at,
 )
 from ksmcore._records.store_files cimport (
     MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after,
@@ -150,12 +151,15 @@ cdef uint32_t _at_the_end(store_t* store, uint32_t n_slots, sys_error* err) noex
     if store.n_open != 0 and store_files_can_be_written(store, &store.files[store.growing]):
         file = &store.files[store.growing]
     while file == NULL or file.top + n_slots > file.end:
+        # The first slot of a file is never used.
+        if sys_file_limit() // store.page_bytes <= n_slots:
+            err.code = EFBIG
+            return 0
         if store_files_make_room(store, err) != 0:
             return 0
         file = &store.files[store.growing]
-        if not store_files_can_be_written(store, file) or file.first + 1 + n_slots > file.end:
-            # The process has just forked, or the files are not allowed to become as large as that.
-            err.code = EFBIG if file.made == store.seen_forks else EAGAIN
+        if not store_files_can_be_written(store, file):
+            err.code = EAGAIN    # the process has just forked
             return 0
     slot = file.top
     file.top += n_slots
