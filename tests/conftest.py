@@ -1,10 +1,12 @@
 """What all tests share: the report header, fixed seeds, and fixtures that leave nothing behind."""
 
 import contextlib
+import faulthandler
 import gc
 import mmap
 import os
 import platform
+import signal
 import weakref
 
 import hypothesis
@@ -19,6 +21,7 @@ from ksmcore._kernel import procfs
 from ksmcore._testing import faults, hooks
 
 SEED = 20090331
+WATCHDOG_FD = pytest.StashKey[int]()
 
 # Derandomized: a run is the same everywhere and always. No deadline: CI machines are slow at times.
 hypothesis.settings.register_profile(
@@ -35,6 +38,30 @@ hypothesis.settings.load_profile("ksmcore")
 
 # The buffers here are small: let their writes be tracked all the same.
 MIN_WATCHED_PAGES = hooks.watch_from(1)
+
+
+# A test that takes longer hangs, and shows where.
+WATCHDOG_SECONDS = 300
+
+
+def pytest_configure(config):
+    # Past what captures output. No thread: see faulthandler_timeout in pyproject.toml.
+    config.stash[WATCHDOG_FD] = os.dup(2)
+    faulthandler.register(signal.SIGALRM, config.stash[WATCHDOG_FD], all_threads=True)
+
+
+def pytest_unconfigure(config):
+    faulthandler.unregister(signal.SIGALRM)
+    os.close(config.stash[WATCHDOG_FD])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    signal.alarm(WATCHDOG_SECONDS)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 def pytest_report_header():

@@ -11,7 +11,8 @@ hand out a shared page that is still mapped elsewhere. So:
     go on seeing its bytes.
   - Where the store is mapped although no item says so, the slot is lost as well.
 
-To find that out page by page is slow, so first only the number of store pages in each region is compared.
+To find that out the records of all pages over the store are compared with what is mapped; only where one differs
+are the mappings of each region put down page by page.
 The caller holds the engine's lock.
 """
 
@@ -19,7 +20,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
-from ksmcore._kernel.syscalls cimport sys_device, sys_error
+from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.batch cimport batch_drop_sharer
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
@@ -28,37 +29,34 @@ from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state,
     rmap_slot,
 )
-from ksmcore._records.store cimport store_lose
+from ksmcore._records.store cimport store_lose, store_slot_at
+from ksmcore._records.store_files cimport store_files_begin_census, store_files_end_census
 
 
 # All mappings, and the regions in them.
 ctypedef struct counting:
     engine_core* c
-    uint64_t dev_major           # of the store's file
-    uint64_t dev_minor
     int64_t n_maps
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
     size_t n_store_pages         # in regions
+    size_t n_astray              # of those: taken to map something else
 
 # The mappings of whole pages of one region.
 ctypedef struct looking:
     engine_core* c
     uintptr_t addr
     uintptr_t end
-    uint64_t dev_major
-    uint64_t dev_minor
     uint32_t* under              # slot at each page, or NULL
     size_t n_store_pages
     size_t n_blocked             # store pages that cannot be read and written
+    size_t n_astray              # store pages that are taken to map something else
     uintptr_t covered            # up to here they are mapped as they should be
 
 
-cdef bint _is_our_store(const engine_core* c, const vma_t* vma, uint64_t major, uint64_t minor) noexcept nogil:
-    return (
-        c.store.file.ino != 0 and vma.inode == c.store.file.ino
-        and vma.dev_major == major and vma.dev_minor == minor
-    )
+cdef bint _is_our_store(engine_core* c, const vma_t* vma, uint32_t* slot) noexcept nogil:
+    """*slot: the one at the beginning of the mapping."""
+    return store_slot_at(&c.store, vma.dev_major, vma.dev_minor, vma.inode, vma.offset, slot)
 
 
 cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
@@ -66,12 +64,30 @@ cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     return maps_is_private_data(vma) and (vma.inode == 0 or is_our_store)
 
 
+cdef size_t _n_astray(engine_core* c, uintptr_t addr, uint32_t slot, size_t n_pages) noexcept nogil:
+    """How many of these pages, which map the store from `slot` on, are taken to map something else. Two merged
+    pages that have changed places leave every number of pages as it was, so each is looked at."""
+    cdef size_t i, n = 0
+    cdef uint32_t item, remembered, hint = 0
+    cdef uint64_t first_no = addr // c.page_bytes
+    for i in range(n_pages):
+        item = rmap_find(&c.rmap, first_no + i, hint)
+        if item == 0 or not c.rmap.tags[item].over_store:
+            n += 1
+            continue
+        hint = item
+        remembered = rmap_slot(&c.rmap, item)
+        n += remembered != 0 and remembered != slot + <uint32_t>i
+    return n
+
+
 # ---- all mappings -----------------------------------------------------------------------------------
 
 cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     cdef counting* all = <counting*>context
     cdef engine_core* c = all.c
-    cdef bint is_ours = _is_our_store(c, vma, all.dev_major, all.dev_minor)
+    cdef uint32_t slot
+    cdef bint is_ours = _is_our_store(c, vma, &slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef region_t* region
     cdef uintptr_t start, end
@@ -89,6 +105,9 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
         if is_ours:
             region.n_store_pages += (end - start) // c.page_bytes
             all.n_store_pages += (end - start) // c.page_bytes
+            all.n_astray += _n_astray(
+                c, start, slot + <uint32_t>((start - vma.start) // c.page_bytes), (end - start) // c.page_bytes
+            )
         region = regions_next(&c.regions, region)
 
 
@@ -102,22 +121,23 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     cdef size_t i, n_blocked
     cdef int rc
     all.c = c
-    sys_device(&c.store.file, &all.dev_major, &all.dev_minor)
     all.n_maps = all.n_ours = 0
     all.end_of_store = 0
-    all.n_store_pages = 0
+    all.n_store_pages = all.n_astray = 0
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
+    store_files_begin_census(&c.store)
     if maps_each(_count, &all, err) != 0:
         budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
+    store_files_end_census(&c.store)
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
-    if all.n_store_pages != c.rmap.n_over_store:
+    if all.n_store_pages != c.rmap.n_over_store or all.n_astray != 0:
         for i in range(c.regions.n):
             rc = census_of_region(c, &c.regions.all[i], &n_blocked, err)
             if rc != 0:
@@ -130,11 +150,11 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
 cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     cdef looking* one = <looking*>context
     cdef size_t page_bytes = one.c.page_bytes
-    cdef bint is_ours = _is_our_store(one.c, vma, one.dev_major, one.dev_minor)
+    cdef uint32_t first_slot
+    cdef bint is_ours = _is_our_store(one.c, vma, &first_slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef uintptr_t start = max(vma.start, one.addr)
     cdef uintptr_t end = min(vma.end, one.end)
-    cdef uint64_t first_slot
     cdef size_t page, i
     if is_plain and one.covered == start:
         one.covered = end
@@ -143,11 +163,13 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     one.n_store_pages += (end - start) // page_bytes
     if not is_plain:
         one.n_blocked += (end - start) // page_bytes
-    if one.under != NULL:
-        first_slot = (vma.offset + (start - vma.start)) // page_bytes
+    first_slot += <uint32_t>((start - vma.start) // page_bytes)
+    if one.under == NULL:
+        one.n_astray += _n_astray(one.c, start, first_slot, (end - start) // page_bytes)
+    else:
         page = (start - one.addr) // page_bytes
         for i in range((end - start) // page_bytes):
-            one.under[page + i] = <uint32_t>(first_slot + i)
+            one.under[page + i] = first_slot + <uint32_t>i
 
 
 cdef size_t _n_over_store(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
@@ -184,16 +206,15 @@ cdef int census_of_range(
     one.c = c
     one.addr = addr
     one.end = end
-    sys_device(&c.store.file, &one.dev_major, &one.dev_minor)
     one.under = NULL
-    one.n_store_pages = one.n_blocked = 0
+    one.n_store_pages = one.n_blocked = one.n_astray = 0
     one.covered = addr
     n_blocked[0] = 0
     if maps_each_in(addr, end, _look, &one, err) != 0:
         return -1
     is_plain[0] = one.covered == end
     n_blocked[0] = one.n_blocked
-    if one.n_store_pages == _n_over_store(c, first_no, n_pages):
+    if one.n_astray == 0 and one.n_store_pages == _n_over_store(c, first_no, n_pages):
         return 0
     one.under = <uint32_t*>calloc(n_pages, sizeof(uint32_t))
     if one.under == NULL:

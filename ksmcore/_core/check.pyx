@@ -4,7 +4,7 @@ Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 4
 the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
 pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
 18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong, 20: a
-shared page that has room for a sharer, and that no search finds.
+shared page that has room for a sharer, and that no search finds, 28: a file of the store counts its slots wrong.
 
 The caller holds the engine's lock.
 """
@@ -17,7 +17,8 @@ from ksmcore._records.forest cimport forest_check, forest_first, forest_holds, f
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, rmap_check, rmap_slot
 from ksmcore._records.store cimport (
-    store_block, store_block_sharers, store_is_dead, store_is_pending, store_page, store_sharers,
+    store_block, store_block_sharers, store_file_of, store_is_dead, store_is_orphan, store_is_pending, store_page,
+    store_sharers,
 )
 
 
@@ -25,6 +26,8 @@ cdef bint _is_hidden(engine_core* c, uint32_t slot) noexcept nogil:
     """Is this the first slot of a block in use that has room, but stands in no tree?"""
     cdef uint32_t n_copies, i
     if c.store.uses[slot].copy or forest_holds(&c.stable, slot) or store_block_sharers(&c.store, slot) == 0:
+        return False
+    if store_is_orphan(&c.store, slot):
         return False
     store_block(&c.store, slot, &n_copies)
     for i in range(n_copies):
@@ -34,11 +37,10 @@ cdef bint _is_hidden(engine_core* c, uint32_t slot) noexcept nogil:
 
 
 cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
-    cdef uint32_t slot, n_used = 0, n_shared = 0, n_frozen = 0, n_dead = 0
+    cdef uint32_t slot, n_used = 0, n_shared = 0, n_dead = 0
     for slot in range(1, c.store.top):
-        n_frozen += c.store.uses[slot].frozen
         if store_is_dead(&c.store, slot):
-            if n_sharers[slot] != 0 or not c.store.uses[slot].frozen:
+            if n_sharers[slot] != 0 or not store_file_of(&c.store, slot).is_frozen:
                 return 15
             n_used += 1
             n_dead += 1
@@ -55,10 +57,20 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
         n_shared += n_sharers[slot] != 0
     if n_used != c.store.n_used or n_shared != c.store.n_shared:
         return 16
-    # Frozen at a fork that the store has not seen yet: not marked, and not counted.
-    if n_frozen != c.store.n_frozen or n_dead != c.store.n_dead:
+    if n_dead != c.store.n_dead:
         return 16
-    return 0
+    return _check_files(c, n_used, n_dead, n_shared)
+
+
+cdef int _check_files(engine_core* c, uint32_t n_used, uint32_t n_dead, uint32_t n_shared) noexcept nogil:
+    """What the files count comes to what there is."""
+    cdef uint32_t i, n_open = 0
+    for i in range(c.store.n_files):
+        n_used -= c.store.files[i].n_used
+        n_dead -= c.store.files[i].n_dead
+        n_shared -= c.store.files[i].n_shared
+        n_open += c.store.files[i].file.fd >= 0
+    return 0 if n_used == n_dead == n_shared == 0 and n_open == c.store.n_open else 28
 
 
 cdef int _check_stable(engine_core* c) noexcept nogil:
@@ -67,7 +79,7 @@ cdef int _check_stable(engine_core* c) noexcept nogil:
     cdef uint32_t digest
     cdef uint32_t slot = forest_first(&c.stable)
     while slot != 0:
-        if not c.store.uses[slot].used or c.store.uses[slot].copy:
+        if not c.store.uses[slot].used or c.store.uses[slot].copy or c.store.uses[slot].orphan:
             return 17
         page = store_page(&c.store, slot)
         c.checksum(&page, 1, c.page_bytes, &digest)

@@ -2,10 +2,9 @@
 
 from libc.stdint cimport uintptr_t
 
-from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
 
 
-cdef int copy_span(
-    engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, size_t* n_plain, sys_error* err
+cdef void copy_span(
+    engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, bint may_share, size_t* n_plain
 ) noexcept nogil

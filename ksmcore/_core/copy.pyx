@@ -21,14 +21,14 @@ from ksmcore._records.regions cimport region_t, regions_at, regions_end_of
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
 )
-from ksmcore._records.store cimport store_is_there, store_page, store_share, store_sharers
+from ksmcore._records.store cimport store_is_orphan, store_is_there, store_page, store_share, store_sharers
 
 cdef uint32_t PLAIN = 0        # instead of a slot: the bytes are to be copied
 cdef uint32_t NOTHING = 0xffffffff   # instead of a slot: there is nothing but zeros
 
 
 cdef bint _has_room(const engine_core* c, uint32_t slot) noexcept nogil:
-    return store_sharers(&c.store, slot) < c.max_page_sharing
+    return store_sharers(&c.store, slot) < c.max_page_sharing and not store_is_orphan(&c.store, slot)
 
 
 cdef uint32_t _shown(
@@ -63,7 +63,7 @@ cdef bint _share(
     cdef uint32_t item = 0
     cdef int64_t cost = costs_of_mapping(&c.rmap, addr // c.page_bytes, n_pages, slots[0])
     cdef run_t run
-    if not budget_affords(&c.budget, cost, <uint32_t>n_pages):
+    if not budget_affords(&c.budget, cost, <uint32_t>n_pages) or not store_is_there(&c.store, slots[0]):
         return False
     sys_error_clear(&ignored)
     run.addr = addr
@@ -92,15 +92,16 @@ cdef bint _share(
     return True
 
 
-cdef int copy_span(
-    engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, size_t* n_plain, sys_error* err
+cdef void copy_span(
+    engine_core* c, uintptr_t source, uintptr_t target, size_t n_pages, bint may_share, size_t* n_plain
 ) noexcept nogil:
     """Copy at most SPAN_PAGES registered pages into registered pages that were never touched. *n_plain grows by the
     pages whose bytes were copied, because they are not shared.
 
-    The source may be any memory that can be read; its regions' census was taken. -1 with *err when the kernel does not
-    answer for it; nothing was done then.
+    The source may be any memory that can be read. `may_share`: its regions' census was taken. Where not, and where the
+    kernel does not tell which pages are there, the bytes are copied.
     """
+    cdef sys_error ignored
     cdef uint8_t flags[<int>SPAN_PAGES]
     cdef uint32_t slots[<int>SPAN_PAGES]
     cdef uint32_t digests[<int>SPAN_PAGES]
@@ -109,9 +110,10 @@ cdef int copy_span(
     cdef size_t i, start
     cdef uint32_t item, hint = 0
     cdef const region_t* home = regions_at(&c.regions, target)
-    cdef bint can_share = home != NULL and home.addr <= target and store_is_there(&c.store)
-    if pagemap_query(&c.pm, source, n_pages, flags, err) != 0:
-        return -1
+    cdef bint can_share = home != NULL and home.addr <= target
+    sys_error_clear(&ignored)
+    if pagemap_query(&c.pm, source, n_pages, flags, &ignored) != 0:
+        may_share = False
     region = NULL
     for i in range(n_pages):
         page = <const uint8_t*>(source + i * c.page_bytes)
@@ -120,10 +122,10 @@ cdef int copy_span(
         item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
         hint = item if item != 0 else hint
         slots[i] = PLAIN
-        if region != NULL and region.addr <= <uintptr_t>page:
+        if may_share and region != NULL and region.addr <= <uintptr_t>page:
             slots[i] = _shown(c, region, page, flags[i], item)
         digests[i] = c.rmap.nodes[item].digest if item != 0 else 0
-        if slots[i] == PLAIN and flags[i] == PAGE_PRESENT and page_is_zero(page, c.page_bytes):
+        if may_share and slots[i] == PLAIN and flags[i] == PAGE_PRESENT and page_is_zero(page, c.page_bytes):
             slots[i] = NOTHING       # the kernel's zero page, or a page shared with a forked child
     i = 0
     while i < n_pages:
@@ -148,4 +150,3 @@ cdef int copy_span(
             <void*>(target + start * c.page_bytes), <const void*>(source + start * c.page_bytes),
             (i - start) * c.page_bytes
         )
-    return 0

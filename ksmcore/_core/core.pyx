@@ -12,20 +12,21 @@ from ksmcore._core.check cimport check_engine
 from ksmcore._core.copy cimport copy_span
 from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._core.registry cimport Registry
+from ksmcore._core.unmerge cimport unmerge_settle
 from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
-    CALL_MINCORE, CALL_PAGEMAP_SCAN, CALL_PREAD, sys_error, sys_error_clear, sys_error_raise, sys_page_bytes,
+    CALL_MINCORE, sys_error, sys_error_clear, sys_error_raise, sys_is_kept, sys_locks_future, sys_page_bytes,
 )
-from ksmcore._kernel.tracker cimport tracker_close
 from ksmcore._pass.blocks cimport blocks_offer_all
-from ksmcore._pass.quiet cimport quiet_begin_pass
+from ksmcore._pass.quiet cimport quiet_begin_pass, quiet_stop
 from ksmcore._pass.scan cimport scan_at
 from ksmcore._pass.state cimport state_begin_pass
 from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.store cimport MAX_SHARERS
+from ksmcore._records.store_files cimport MAX_FILES
 
 from ksmcore.errors import InternalError
 
@@ -80,21 +81,25 @@ cdef class Core(Registry):
         self._own()
         with nogil:
             self._lock()
-            self.c.may_watch = False
-            tracker_close(&self.c.tracker)
-            quiet_begin_pass(&self.c)
+            quiet_stop(&self.c)
             self._unlock()
 
     def take_census(self, int64_t asked_maps, int64_t max_map_count):
         """Look at the process's mappings: how many the engine may use (asked_maps -1: half of the free
-        ones), and which regions are not what they were registered as."""
-        cdef sys_error ignored
-        sys_error_clear(&ignored)
+        ones), and which regions are not what they were registered as. OSError or MemoryError when that cannot be
+        known: then nothing should be merged."""
+        cdef sys_error err
+        cdef int rc
+        sys_error_clear(&err)
         self._own()
         with nogil:
             self._lock()
-            census_take(&self.c, asked_maps, max_map_count, &ignored)
+            rc = census_take(&self.c, asked_maps, max_map_count, &err)
             self._unlock()
+        if rc != 0:
+            if err.code == 0:
+                raise MemoryError("no memory to look at the mappings")
+            sys_error_raise(&err, "mappings")
 
     def pass_over(self, uintptr_t addr, uintptr_t end):
         """Take what is registered in [addr, end) for altered, until the next census."""
@@ -105,6 +110,7 @@ cdef class Core(Registry):
             region = regions_at(&self.c.regions, addr)
             while region != NULL and region.addr < end:
                 region.altered = region.passed_over = True
+                unmerge_settle(&self.c, region)
                 region = regions_next(&self.c.regions, region)
             self._unlock()
 
@@ -142,7 +148,7 @@ cdef class Core(Registry):
                 guard_leave(guard)
             reader_leave()
         if rc != 0:
-            if entered and err.call not in (<int>CALL_PREAD, <int>CALL_MINCORE, <int>CALL_PAGEMAP_SCAN):
+            if entered and err.call != <int>CALL_MINCORE:
                 raise InternalError(
                     f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
                 )
@@ -158,17 +164,19 @@ cdef class Core(Registry):
     def copy_memory(self, uintptr_t source, uintptr_t target, size_t len_bytes):
         """Copy bytes into fresh memory that begins as far into a page, is registered and was never touched, and that
         nobody else knows yet. Whole pages that are shared in the source are shared by both, what is not is copied.
-        Returns how many whole pages had to be copied.
+        Returns how many whole pages had to be copied: all, where the kernel does not tell what is mapped, or where new
+        memory is locked.
 
-        The caller keeps both mapped. OSError when the kernel does not answer.
+        The caller keeps both mapped.
         """
         cdef region_t* region
         cdef size_t page_bytes = sys_page_bytes(), n, n_plain = 0, n_blocked
         cdef uintptr_t end = source + len_bytes, made = target
+        cdef bint may_share = not sys_locks_future()
         cdef bint is_plain
-        cdef sys_error err
-        cdef int rc = 0
-        sys_error_clear(&err)
+        cdef sys_error ignored
+        cdef int rc
+        sys_error_clear(&ignored)
         self._own()
         with nogil:
             self._lock()
@@ -176,22 +184,23 @@ cdef class Core(Registry):
             # items of its own to pages that the first bytes brought a huge page to.
             self._set_being_made(made, True)
             region = regions_at(&self.c.regions, source)
-            while rc == 0 and region != NULL and region.addr < end:
+            while region != NULL and region.addr < end:
                 rc = census_of_range(
                     &self.c, max(source // page_bytes * page_bytes, region.addr),
                     min((end + page_bytes - 1) // page_bytes * page_bytes, regions_end_of(&self.c.regions, region)),
-                    &is_plain, &n_blocked, &err
+                    &is_plain, &n_blocked, &ignored
                 )
                 # What lies there now is the program's: its bytes are copied, whatever is remembered.
                 region.altered = region.altered or (rc == 0 and not is_plain)
+                may_share = may_share and rc == 0
                 region = regions_next(&self.c.regions, region)
             self._unlock()
-            while rc == 0 and source < end:
+            while source < end:
                 n = min(end - source, page_bytes - source % page_bytes)
                 if n == page_bytes:
                     n = min((end - source) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
                     self._lock()
-                    rc = copy_span(&self.c, source, target, n // page_bytes, &n_plain, &err)
+                    copy_span(&self.c, source, target, n // page_bytes, may_share, &n_plain)
                     self._unlock()
                 else:
                     memcpy(<void*>target, <const void*>source, n)
@@ -200,10 +209,6 @@ cdef class Core(Registry):
             self._lock()
             self._set_being_made(made, False)
             self._unlock()
-        if rc != 0:
-            if err.code == 0:
-                raise MemoryError("copy: no memory to look at the mappings")
-            sys_error_raise(&err, "copy")
         return n_plain
 
     # ---- settings and numbers ---------------------------------------------------------------
@@ -258,6 +263,28 @@ cdef class Core(Registry):
         return self.c.budget.used
 
     @property
+    def store_fds(self):
+        """Descriptors of the memory files."""
+        cdef uint32_t i, n = 0
+        cdef int fds[<int>MAX_FILES]
+        self._own()
+        with nogil:
+            self._lock()
+            for i in range(self.c.store.n_files):
+                if sys_is_kept(&self.c.store.files[i].file):
+                    fds[n] = self.c.store.files[i].file.fd
+                    n += 1
+            self._unlock()
+        return [fds[i] for i in range(n)]
+
+    @property
     def store_fd(self):
-        """Descriptor of the memory file, -1 before the first shared page."""
-        return self.c.store.file.fd
+        """Descriptor of the memory file that takes new shared pages, -1 before the first."""
+        cdef int fd = -1
+        self._own()
+        with nogil:
+            self._lock()
+            if self.c.store.n_open != 0:
+                fd = self.c.store.files[self.c.store.growing].file.fd
+            self._unlock()
+        return fd

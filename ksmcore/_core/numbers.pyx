@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint32_t
 from ksmcore._guard.guard cimport guard_n_waits
 from ksmcore._pass.state cimport engine_core, state_bytes
 from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO
+from ksmcore._records.store cimport store_frozen
 
 
 cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
@@ -22,7 +23,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.pages_volatile = n_by_state[<int>PAGE_VOLATILE]
     numbers.ksm_zero_pages = n_by_state[<int>PAGE_ZERO]
     numbers.store_pages = c.store.n_used
-    numbers.store_pages_frozen = c.store.n_frozen
+    numbers.store_pages_frozen = store_frozen(&c.store)
     numbers.guard_waits = guard_n_waits()
     numbers.page_compares = c.stable.one.n_compares + c.unstable.one.n_compares + c.quiet.one.n_compares
     numbers.metadata_bytes = state_bytes(c)

@@ -28,6 +28,11 @@ cdef class Registry:
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
+    cdef int _take_out(
+        self, uint64_t region_id, uintptr_t addr, guard_kind guard, bint restore, bint keep, bint* found, bint* held,
+        size_t* n_blocked, sys_error* err
+    ) noexcept nogil
+    cdef void _look_at(self, region_t* region, size_t* n_blocked) noexcept nogil
 
     # For the arena, which has memory of its own and no Python objects.
     cdef int enlist(

@@ -20,8 +20,8 @@ from ksmcore._core.census cimport census_of_region
 from ksmcore._core.region_numbers cimport (
     region_counts, region_numbers_as_dict, region_numbers_map, region_numbers_read,
 )
-from ksmcore._core.unmerge cimport unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_region
-from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave
+from ksmcore._core.unmerge cimport unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_lose, unmerge_region
+from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave, guard_weaker
 from ksmcore._guard.merge cimport merge_restore_range, run_t
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_generation
@@ -159,17 +159,13 @@ cdef class Registry:
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
         """Forget a region that is about to be unmapped; nothing where it is not, or in a forked child."""
         cdef region_t* region
-        cdef size_t n_blocked = 0
-        cdef sys_error ignored
+        cdef size_t n_blocked
         if self.generation != forks_generation():
             return
-        sys_error_clear(&ignored)
         self._lock()
         region = self._region(region_id, addr)
         if region != NULL:
-            # So that what the program has mapped elsewhere is not released. Where it cannot be known it is kept.
-            if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, &n_blocked, &ignored) != 0:
-                unmerge_abandon(&self.c, region)
+            self._look_at(region, &n_blocked)
             quiet_unwatch(&self.c, region)
             unmerge_forget(&self.c, region)
             regions_drop(&self.c.regions, region)
@@ -216,37 +212,28 @@ cdef class Registry:
         False when there is no such region (in a forked child, say). MemoryError: it could not be
         restored; it is still registered, and all its bytes are right. RuntimeError: it is held, or the
         program has taken its permissions away.
+
+        Any guard will do: where the kernel refuses the engine's, a weaker one takes its place for this. Without
+        `restore` nothing can fail.
         """
-        cdef region_t* region
         cdef size_t n_blocked = 0
         cdef sys_error err
-        cdef bint found, held, entered = False
-        cdef guard_kind guard = self.guard
-        cdef int rc = 0
-        sys_error_clear(&err)
+        cdef bint found = False, held = False, entered
+        cdef guard_kind guard
+        cdef int rc = -1
         self._own()
         with nogil:
+            guard = self.c.guard
             reader_enter()
-            if restore:
-                rc = self._enter(&guard, &err)
-                entered = rc == 0
-            self._lock()
-            region = self._region(region_id, addr)
-            found = region != NULL
-            held = found and restore and region.n_holds != 0
-            if found and not held and rc == 0 and self.c.rmap.n_over_store != 0:
-                rc = census_of_region(&self.c, region, &n_blocked, &err)
-            if found and not held and rc == 0 and not (restore and n_blocked != 0):
-                if not keep:
-                    quiet_unwatch(&self.c, region)   # so that no window need let go of it
-                if restore:
-                    rc = unmerge_region(&self.c, region, &err)
-                if rc == 0 and not keep:
-                    unmerge_forget(&self.c, region)
-                    regions_drop(&self.c.regions, region)
-            self._unlock()
-            if entered:
-                guard_leave(guard)
+            while rc != 0:
+                sys_error_clear(&err)
+                entered = not restore or guard_enter(guard, &err) == 0
+                if entered:
+                    rc = self._take_out(region_id, addr, guard, restore, keep, &found, &held, &n_blocked, &err)
+                    if restore:
+                        guard_leave(guard)
+                if rc != 0 and not guard_weaker(&guard, entered, &err):
+                    break
             reader_leave()
         if held:
             raise RuntimeError("this memory is held: leave its hold() first")
@@ -256,10 +243,41 @@ cdef class Registry:
                 "unmerged: undo the mprotect(2) first"
             )
         if rc != 0:
-            if err.code == 0:
-                raise MemoryError("unregister: no memory to look at the mappings")
             sys_error_raise(&err, "unregister")
         return bool(found)
+
+    cdef int _take_out(
+        self, uint64_t region_id, uintptr_t addr, guard_kind guard, bint restore, bint keep, bint* found, bint* held,
+        size_t* n_blocked, sys_error* err
+    ) noexcept nogil:
+        """What `remove` does, under a guard that has been entered. -1 with *err when it could not be restored."""
+        cdef region_t* region
+        cdef int rc = 0
+        self._lock()
+        region = self._region(region_id, addr)
+        found[0] = region != NULL
+        held[0] = found[0] and restore and region.n_holds != 0
+        if found[0] and not held[0]:
+            self._look_at(region, n_blocked)
+            if not (restore and n_blocked[0] != 0):
+                if not keep:
+                    quiet_unwatch(&self.c, region)   # so that no window need let go of it
+                if restore:
+                    rc = unmerge_region(&self.c, region, guard, err)
+                if rc == 0 and not keep:
+                    unmerge_forget(&self.c, region)
+                    regions_drop(&self.c.regions, region)
+        self._unlock()
+        return rc
+
+    cdef void _look_at(self, region_t* region, size_t* n_blocked) noexcept nogil:
+        """Before slots of a region are released: what the program has mapped elsewhere is kept for it. Where it cannot
+        be known, all is. The caller holds the lock."""
+        cdef sys_error ignored
+        n_blocked[0] = 0
+        sys_error_clear(&ignored)
+        if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, n_blocked, &ignored) != 0:
+            unmerge_lose(&self.c, region)
 
     def hold(self, uintptr_t addr, size_t len_bytes):
         """Hold every region that overlaps [addr, addr + len_bytes); returns (id, address) of each.
@@ -412,8 +430,8 @@ cdef class Registry:
         cdef sys_error err
         cdef run_t run
         cdef size_t n_restored
-        cdef int rc
-        sys_error_clear(&err)
+        cdef bint entered
+        cdef int rc = -1
         self._own()
         run.addr = addr
         run.n_pages = n_pages
@@ -422,9 +440,18 @@ cdef class Registry:
         run.flags = flags
         run.tracker = NULL
         with nogil:
-            rc = self._enter(&run.guard, &err)
-            if rc == 0:
-                rc = merge_restore_range(&run, &n_restored, &err)
-                guard_leave(run.guard)
+            reader_enter()
+            run.guard = self.c.guard
+            while rc != 0:
+                sys_error_clear(&err)
+                entered = guard_enter(run.guard, &err) == 0
+                if entered:
+                    rc = merge_restore_range(&run, &n_restored, &err)
+                    guard_leave(run.guard)
+                    run.addr += n_restored * run.page_bytes
+                    run.n_pages -= n_restored
+                if rc != 0 and not guard_weaker(&run.guard, entered, &err):
+                    break
+            reader_leave()
         if rc != 0:
             sys_error_raise(&err, "privatize")

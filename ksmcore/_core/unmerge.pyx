@@ -8,6 +8,8 @@ Nothing here needs the GIL; the caller holds the engine's lock.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.merge cimport merge_empty_range, merge_restore_range, run_t
+from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pass.batch cimport batch_drop_sharer
 from ksmcore._pass.match cimport match_forget_item
@@ -36,8 +38,11 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
             rmap_set_slot(&c.rmap, item, 0)
 
 
-cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) noexcept nogil:
-    """Make every page of a region plain private anonymous memory, with the bytes it shows.
+cdef int unmerge_region(
+    engine_core* c, const region_t* region, guard_kind guard, sys_error* err
+) noexcept nogil:
+    """Make every page of a region plain private anonymous memory, with the bytes it shows. `guard`, which may be
+    another than the engine's, has been entered.
 
     Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
     too few mappings: then some pages may be plain again, the others are still merged, all are right.
@@ -47,7 +52,7 @@ cdef int unmerge_region(engine_core* c, const region_t* region, sys_error* err) 
     cdef uint32_t item = 0
     cdef int rc = 0
     cdef run_t run
-    run.guard = c.guard
+    run.guard = guard
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.flags = region.flags
@@ -90,19 +95,50 @@ cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
     store_trim(&c.store)
 
 
-cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:
-    """Drop all items of a region whose memory went elsewhere: whatever still maps their slots, somewhere,
-    goes on seeing the same bytes."""
+cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
+    """Of a region whose memory went elsewhere, or may have: whatever maps its slots, somewhere, goes on seeing the same
+    bytes. Nothing else changes."""
     cdef uint64_t first_no = region.addr // c.page_bytes
     cdef size_t page
     cdef uint32_t item = 0, hint = 0
     for page in range(region.n_pages):
         item = rmap_find(&c.rmap, first_no + page, hint)
-        if item != 0:
-            hint = item
-            if c.rmap.tags[item].state == PAGE_SHARED:
-                store_lose(&c.store, rmap_slot(&c.rmap, item))
-            match_forget_item(c, item)
+        hint = item if item != 0 else hint
+        if item != 0 and c.rmap.tags[item].state == PAGE_SHARED:
+            store_lose(&c.store, rmap_slot(&c.rmap, item))
+
+
+cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:
+    """Drop all items of such a region."""
+    unmerge_lose(c, region)
+    _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
+
+
+cdef void unmerge_settle(engine_core* c, region_t* region) noexcept nogil:
+    """See which shares of a region that is passed over are broken: to lock memory copies all of it."""
+    cdef uint8_t flags[<int>SPAN_PAGES]
+    cdef uint64_t first_no = region.addr // c.page_bytes
+    cdef size_t page = 0, n, i
+    cdef uint32_t item, hint = 0
+    cdef sys_error ignored
+    if c.rmap.n_by_state[<int>PAGE_SHARED] == 0:
+        return
+    sys_error_clear(&ignored)
+    while page < region.n_pages:
+        n = min(region.n_pages - page, <size_t>SPAN_PAGES)
+        if pagemap_query(&c.pm, region.addr + page * c.page_bytes, n, flags, &ignored) != 0:
+            return
+        for i in range(n):
+            if flags[i] & (PAGE_PRESENT | PAGE_OF_FILE | PAGE_UNSURE) != PAGE_PRESENT:
+                continue
+            item = rmap_find(&c.rmap, first_no + page + i, hint)
+            hint = item if item != 0 else hint
+            if item != 0 and c.rmap.tags[item].state == PAGE_SHARED:
+                c.counters.cow_breaks += 1
+                region.cow_breaks += 1
+                batch_drop_sharer(&c.b, item)
+        page += n
+    store_trim(&c.store)
 
 
 cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noexcept nogil:

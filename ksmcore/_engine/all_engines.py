@@ -31,8 +31,7 @@ def process_memory_info() -> MemoryInfo:
     """`memory_info` for all engines of this process."""
     # Kept meanwhile: the collector closes no descriptor, and no other file gets its number.
     engines = list(_open)
-    fds = [engine._core.store_fd for engine in engines]
-    return memory_info(fd for fd in fds if fd >= 0)
+    return memory_info(fd for engine in engines for fd in engine._core.store_fds)
 
 
 @atexit.register

@@ -121,6 +121,12 @@ class Stats(Snapshot):
     seconds: Mapping[str, float] = means(
         WORK, "seconds", "Time spent on each stage of a page's path.", by="stage"
     )
+    passes_put_off: int = means(
+        WORK,
+        "times",
+        "Times that the background scanner had to wait because there was no file descriptor or no "
+        "memory for it, or because the kernel did not tell what is mapped.",
+    )
     run: int = means(NOW, "", "The setting of that name: 1 while the background scanner is wanted.")
     scanner_error: str | None = means(
         STATE, "", "What the scanner ended by, until stop() raises it."
@@ -216,8 +222,12 @@ SKIPPED = {
     ),
     "store": Reason(
         "found no room: the store could not be grown or written",
-        "Give the process more memory or more descriptors, or raise its control group's limit, or "
-        "that of the size of files (ulimit -f).",
+        "Give the process more memory or more descriptors, or raise its control group's limit.",
+    ),
+    "file_size": Reason(
+        "found no room: files of this process may not become larger (RLIMIT_FSIZE)",
+        "Raise the limit on the size of files (ulimit -f), which holds for the memory files of "
+        "shared pages too.",
     ),
     "max_shared_pages": Reason(
         "met the limit max_shared_pages",
@@ -236,8 +246,15 @@ SKIPPED = {
         "Nothing, of a program that forks. Of others: end direct input and output, or leave such "
         "buffers unregistered.",
     ),
+    "sigsegv_blocked": Reason(
+        "was not merged because a thread of the process blocks SIGSEGV, or /proc does not tell, "
+        "and the guard is mprotect",
+        "Have no thread block SIGSEGV, or use a guard of userfaultfd; `ksmcore.doctor.examine()` "
+        "names the threads.",
+    ),
     "altered": Reason(
-        "lies in memory that the program has since unmapped, moved, protected or locked",
+        "lies in memory that the program has since unmapped, moved, protected or locked, or in "
+        "any, where all new memory is locked (mlockall with MCL_FUTURE)",
         "Undo that, or close the region and register the memory anew.",
     ),
     "held": Reason(

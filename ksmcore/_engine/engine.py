@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from ksmcore._engine.passes import EVERYTHING, Passes
 from ksmcore._engine.progress import Progress
 from ksmcore._engine.region import Region
 from ksmcore._engine.registrar import Registrar
-from ksmcore._engine.scanner import Scanner
+from ksmcore._engine.scanner import Scanner, Scanning
 from ksmcore._engine.settings import InForce, Settings
 from ksmcore._engine.stats import Estimate, PassReport
 from ksmcore._kernel import forks
@@ -41,21 +41,6 @@ if TYPE_CHECKING:
     from ksmcore._arrays.making import Order
 
 __all__ = ["Engine"]
-
-log = logging.getLogger("ksmcore")
-
-
-class Scanning(contextlib.AbstractContextManager["Engine"]):
-    """The background scanner, running: `with engine.start(): ...` stops it at the end."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> Engine:
-        return self._engine
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +215,7 @@ class Engine(Closing):
             TypeError: not a buffer, or one that holds references to objects.
             ValueError: read-only, not contiguous, no whole page inside, registered already (in part
                 or whole), or memory that cannot be merged; the message says why and what to do.
+            OSError: the kernel does not tell what memory that is (no /proc, no file descriptor).
         """
         return self._open().registrar.register(buffer, privatize=privatize)
 
@@ -281,6 +267,12 @@ class Engine(Closing):
 
         `progress`: True for a bar, or a callback (pages done, pages in all). Ctrl-C ends the pass
         between two batches; memory is right at any moment.
+
+        Raises:
+            OSError: nothing can be merged now: there is no file descriptor or memory for it, the
+                kernel does not tell what is mapped (no /proc), or a guard that was asked for by
+                name is not to be had any more. What was merged before stays.
+            MemoryError: the same, for want of memory.
         """
         return self._open().passes.scan(progress)
 
@@ -290,7 +282,8 @@ class Engine(Closing):
         Without arguments: of everything registered. The pages are compared with each other and with
         all shared pages; nothing waits for a second pass. What it registers stays registered.
 
-        Raises as `register` does, before anything is registered or merged.
+        Raises as `register` does, before anything is registered or merged; and as `scan` does: then
+        the buffers are registered, and a later pass merges them.
         """
         parts = self._open()
         parts.passes.tidy(idle_only=bool(buffers))
@@ -427,6 +420,7 @@ class Engine(Closing):
         return Stats(
             page_bytes=self.page_bytes,
             run=parts.in_force.settings.run,
+            passes_put_off=parts.scanner.n_put_off,
             scanner_error=None if parts.scanner.error is None else repr(parts.scanner.error),
             guard=self._core.guard_in_use,
             dirty="pagemap" if with_tracker else "checksum",
@@ -463,15 +457,14 @@ class Engine(Closing):
             return
         parts = self._now()
         parts.passes.alone.check_outside()
-        try:
-            parts.scanner.stop()
-        except Exception:
-            log.exception("the scanner of %r had ended by an error", self)
+        parts.scanner.give_up()
         with parts.passes.alone:
             parts.registrar.restore_all()
             parts.registrar.end()
             self._core.stop_watching()
             self._closed = parts.passes.ended = True
+        # Another thread may have started it meanwhile.
+        parts.scanner.give_up()
         all_engines.discard(self)
 
     @property
@@ -479,7 +472,8 @@ class Engine(Closing):
         return self._closed
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True):
+        # When the interpreter ends, what could not be closed at exit ends with the process.
+        if getattr(self, "_closed", True) or sys.is_finalizing():
             return
         registrar = self._parts.registrar
         if registrar.regions and registrar.is_current():

@@ -62,7 +62,9 @@ def choose_guard(asked: str) -> str:
         ValueError: it is not there; the message says why, and what is.
     """
     if asked == "auto":
-        return next(name for name in GUARDS if guard.probe(name) is None)
+        # One that the process has no descriptor for just now is there when a pass begins, or is
+        # waited for.
+        return next(name for name in GUARDS if guard.probe(name, now=False) is None)
     reason = guard.probe(asked)
     if reason is not None:
         there = ", ".join(repr(name) for name in GUARDS if guard.probe(name) is None)

@@ -15,8 +15,16 @@ __all__ = ["HiddenThread", "hide"]
 
 log = logging.getLogger("ksmcore")
 
-# Sent to the thread that caused them; a guard waits in the handler of SIGSEGV.
-OWN_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+# What a thread causes itself. The kernel ends a process in which one of them comes to a thread that
+# blocks it: a page that goes away while it is read, a system call of which a sandbox wants to know.
+OWN_FAULTS = {
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+}
 
 # Identities of threads: in a forked child they may be those of others.
 _hidden: PerProcess[set[int]] = PerProcess(set)
@@ -48,7 +56,8 @@ class HiddenThread:
 
     It gets none of the signals that are sent to the process. A program may keep a signal for
     itself, by blocking it in all its threads and waiting for it; and a handler must not run, and
-    write into memory that is being merged, on the thread that merges it.
+    write into memory that is being merged, on the thread that merges it. Its own faults it gets,
+    whatever the thread that starts it blocks.
     """
 
     def __init__(self, target: Callable[[], object]) -> None:
@@ -70,6 +79,7 @@ class HiddenThread:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_FAULTS)
         self._ident = threading.get_ident()
         _hidden.get().add(self._ident)
         try:

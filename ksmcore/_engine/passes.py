@@ -7,6 +7,10 @@ never by finalisers.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,14 +20,16 @@ from ksmcore._engine.history import History, Sample, sample
 from ksmcore._engine.progress import Progress, reporting
 from ksmcore._engine.stats import PassReport
 from ksmcore._gate.ranges import overlap_bytes
-from ksmcore._kernel import smaps
-from ksmcore._kernel.syscalls import page_bytes
+from ksmcore._kernel import procfs, smaps
+from ksmcore._kernel.syscalls import locks_future, page_bytes
 
 if TYPE_CHECKING:
     from ksmcore._core.core import Core
     from ksmcore._engine.settings import InForce
 
-__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "Passes"]
+__all__ = ["END_OF_MEMORY", "EVERYTHING", "Begun", "EngineClosedError", "NotNowError", "Passes"]
+
+log = logging.getLogger("ksmcore")
 
 # Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
 BATCH_PAGES = 4096
@@ -32,8 +38,31 @@ BUDGET_ROUNDS = 6
 # A pass that has made so many mappings, and a quarter of what there were, looks again at what the
 # program has mapped meanwhile.
 MAPS_TO_CENSUS = 500
+# Of threads, in a message.
+MOST_NAMES = 4
 END_OF_MEMORY = 2**64 - 1
 EVERYTHING = [(0, END_OF_MEMORY)]
+
+
+# Of failures that pass: there is no descriptor, or no memory, at the moment.
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+
+
+class EngineClosedError(ValueError):
+    """For who holds an engine that another thread has closed."""
+
+
+class NotNowError(OSError):
+    """Nothing can be merged at the moment, for want of descriptors or memory, or of what the kernel
+    tells of its mappings."""
+
+
+def _not_now(error: OSError | MemoryError) -> NotNowError:
+    code, why = errno.ENOMEM, str(error)
+    if isinstance(error, OSError):
+        code = error.errno or code
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return NotNowError(code, f"nothing can be merged now ({why}); what is merged stays so")
 
 
 @dataclass(frozen=True)
@@ -59,6 +88,7 @@ class Passes:
         self.peak_bytes_saved = 0
         self._made_at = time.monotonic()
         self._maps_at_census = 0
+        self._has_warned = False
 
     def sample(self, numbers: dict[str, Any] | None = None) -> Sample:
         """These numbers, or those of this moment, as the history keeps them."""
@@ -72,7 +102,7 @@ class Passes:
 
     def check_open(self) -> None:
         if self.ended:
-            raise ValueError("this engine is closed")
+            raise EngineClosedError("this engine is closed")
 
     # ---- at once --------------------------------------------------------------------------------
 
@@ -118,9 +148,12 @@ class Passes:
         """Copy to memory just allocated, at the same offset in a page. What the source did not
         share yet is merged with its copy."""
         n_copied = self._core.copy_memory(source, target, n_bytes)
-        # In a callback of a pass there can be no other: then a later one merges them.
+        # In a callback of a pass there can be no other, nor where the kernel refuses: then a later
+        # one merges them.
         if n_copied != 0 and not self.alone.is_mine():
-            self.merge(sorted(self._whole_pages(addr, addr + n_bytes) for addr in (source, target)))
+            both = sorted(self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
+            with contextlib.suppress(OSError, MemoryError):
+                self.merge(both)
 
     def _whole_pages(self, addr: int, end: int) -> tuple[int, int]:
         return -(-addr // self.page_bytes) * self.page_bytes, end - end % self.page_bytes
@@ -157,19 +190,27 @@ class Passes:
         return self._core.pages_before(cursor)
 
     def begin_batches(self) -> Begun:
-        """Begin a full pass."""
+        """Begin a full pass; NotNowError when that will be possible later."""
         with self.alone:
             begun = self._begin()
             self._core.begin_pass()
             return begun
 
     def make_batch(self, cursor: int, n_pages: int) -> int:
-        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end."""
+        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end.
+        NotNowError when it is to be tried again, later."""
         with self.alone:
             self.check_open()
             self._take_census_if_due()
             most = self._in_force.settings.max_pages_to_merge
-            return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most)
+            try:
+                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most)
+            except MemoryError as error:
+                raise _not_now(error) from error
+            except OSError as error:
+                if error.errno in PASSING:
+                    raise _not_now(error) from error
+                raise
 
     def end_batches(self, begun: Begun) -> PassReport:
         with self.alone:
@@ -187,14 +228,23 @@ class Passes:
     def _take_census(self) -> None:
         """Look at what is mapped: the map budget, and memory that was altered behind our back. What
         the program has locked since it was registered stays as it is: a new mapping would not be
-        locked."""
+        locked. Or it would be, and the kernel would fill it with copies, where all new memory is.
+
+        NotNowError when the kernel does not tell.
+        """
         asked = self._in_force.settings.map_budget
-        self._core.take_census(-1 if asked == "auto" else asked, smaps.max_map_count())
+        try:
+            self._core.take_census(-1 if asked == "auto" else asked, smaps.max_map_count())
+            locked = smaps.Snapshot() if smaps.locked_bytes() else None
+        except (OSError, MemoryError) as error:
+            raise _not_now(error) from error
         self._maps_at_census = self._core.maps_used
-        if smaps.locked_bytes():
-            for vma in smaps.Snapshot().vmas_in(0, END_OF_MEMORY):
+        if locked is not None:
+            for vma in locked.vmas_in(0, END_OF_MEMORY):
                 if "lo" in vma.flags:
                     self._core.pass_over(vma.start, vma.end)
+        if locks_future():
+            self._core.pass_over(0, END_OF_MEMORY)
 
     def _take_census_if_due(self) -> None:
         made = self._core.maps_used - self._maps_at_census
@@ -237,10 +287,29 @@ class Passes:
         )
         self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
         self.history.add(self.sample(after))
+        if skipped["sigsegv_blocked"] != 0 and not self._has_warned:
+            self._warn_of_blocked_signal(skipped["sigsegv_blocked"])
         return PassReport(
             bytes_saved=saved - saved_before,
             pages_scanned=scanned,
             skipped=skipped,
             seconds=time.perf_counter() - begun.seconds,
             **grown,
+        )
+
+    def _warn_of_blocked_signal(self, n_pages: int) -> None:
+        """Once, and not of a moment that is over."""
+        blocking = procfs.threads_blocking(signal.SIGSEGV)
+        if blocking == []:
+            return
+        self._has_warned = True
+        who = "/proc does not tell whether a thread blocks SIGSEGV"
+        if blocking:
+            who = f"SIGSEGV is blocked by {', '.join(blocking[:MOST_NAMES])}"
+        log.warning(
+            "%d pages were not merged, because %s. With the guard 'mprotect' a thread that does, "
+            "and writes to a page that is being merged, would end the process. Unblock it, or "
+            "see `ksmcore doctor` for a better guard. (This is said once.)",
+            n_pages,
+            who,
         )

@@ -5,12 +5,15 @@
   has registered memory in the midst of NumPy's work, when it looks for that the next time.
 - Its thread is hidden (see `HiddenThread`). A fork does not wait for it, except for an open window;
   in the child there is no scanner.
-- What goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the core,
-  whatever happens here.
+- Where there is no descriptor or no memory at the moment, or the kernel does not tell what is
+  mapped, it waits and tries again; that is counted.
+- What else goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the
+  core, whatever happens here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,13 +22,20 @@ from typing import TYPE_CHECKING
 
 from ksmcore._engine.hidden_thread import HiddenThread, hide
 from ksmcore._engine.pacing import Pacer
-from ksmcore._engine.passes import END_OF_MEMORY, Begun, Passes
+from ksmcore._engine.passes import (
+    END_OF_MEMORY,
+    Begun,
+    EngineClosedError,
+    NotNowError,
+    Passes,
+)
 from ksmcore._kernel import forks
 
 if TYPE_CHECKING:
+    from ksmcore._engine.engine import Engine
     from ksmcore._engine.settings import InForce
 
-__all__ = ["Scanner"]
+__all__ = ["Scanner", "Scanning"]
 
 log = logging.getLogger("ksmcore")
 
@@ -33,6 +43,8 @@ log = logging.getLogger("ksmcore")
 LOOK_SECONDS = 0.25
 # How often a new one looks whether the one before has ended.
 OVERLAP_SECONDS = 0.005
+# How long it waits where nothing can be merged for the moment.
+PUT_OFF_SECONDS = 1.0
 
 
 class Scanner:
@@ -52,6 +64,9 @@ class Scanner:
         # True whenever a registration should wake it: there may be nothing to do at present.
         self._is_resting = False
         self._error: BaseException | None = None
+        self.n_put_off = 0
+        """How often nothing could be merged for the moment."""
+        self._is_put_off = False  # since the last batch
         self._pacer = Pacer()
         self._cpu_at = 0.0
         # Between two passes it is None; END_OF_MEMORY in the rest after the last batch.
@@ -69,8 +84,12 @@ class Scanner:
         return self._error
 
     def start(self) -> None:
-        """Begin with the next pass; nothing when it runs already."""
+        """Begin with the next pass; nothing when it runs already. ValueError when the engine was
+        closed: who closes it sets `ended` before the last `stop`."""
         with self._control:
+            passes = self._passes()
+            if passes is not None:
+                passes.check_open()
             if self.is_running:
                 return
             self._error = None
@@ -94,6 +113,13 @@ class Scanner:
             log.info("scanner stopped")
         if error is not None:
             raise error
+
+    def give_up(self) -> None:
+        """`stop`, where what it died of is to be logged."""
+        try:
+            self.stop()
+        except Exception:
+            log.exception("the scanner had ended by an error")
 
     def wake(self, *, only_if_resting: bool = False) -> None:
         """Something has changed that should not wait for the end of a rest."""
@@ -132,6 +158,8 @@ class Scanner:
                 hide()
                 if self._is_wanted():
                     self._rest(rest, n_enlisted)
+        except EngineClosedError:
+            pass  # by another thread, which waits for the end of this one
         except BaseException as error:
             log.exception("the scanner has ended")
             self._error = error
@@ -165,18 +193,31 @@ class Scanner:
                 return None
             if was_idle:
                 return self._pacer.idle_rest(settings)
-        if self._cursor is None:
-            self._begun = passes.begin_batches()
-            self._pacer.begin_pass(time.monotonic())
-            self._cursor = 0
-        self._is_resting = False
-        batch_pages = self._pacer.batch_pages(settings, n_pages)
-        self._cursor = passes.make_batch(self._cursor, batch_pages)
+        try:
+            if self._cursor is None:
+                self._begun = passes.begin_batches()
+                self._pacer.begin_pass(time.monotonic())
+                self._cursor = 0
+            self._is_resting = False
+            batch_pages = self._pacer.batch_pages(settings, n_pages)
+            self._cursor = passes.make_batch(self._cursor, batch_pages)
+        except NotNowError as error:
+            return self._put_off(error)
+        self._is_put_off = False
         n_done, n_pages = passes.pages_before(self._cursor)
         # All that this thread has spent since the last batch, passes begun and ended included.
         cpu_seconds, self._cpu_at = time.thread_time() - self._cpu_at, time.thread_time()
         part_done = n_done / max(n_pages, 1)
         return self._pacer.rest(settings, time.monotonic(), cpu_seconds, part_done)
+
+    def _put_off(self, error: NotNowError) -> float:
+        """For how long to rest then."""
+        log.log(
+            logging.DEBUG if self._is_put_off else logging.WARNING, "the scanner waits: %s", error
+        )
+        self._is_put_off = True
+        self.n_put_off += 1
+        return PUT_OFF_SECONDS
 
     def _end_pass(self, passes: Passes) -> bool:
         """The rest after its last batch is part of a pass. Was it an idle one, in which nothing was
@@ -188,3 +229,16 @@ class Scanner:
         log.debug("pass: %r", report)
         passes.tell(report)
         return report.pages_hashed == 0
+
+
+class Scanning(contextlib.AbstractContextManager["Engine"]):
+    """The background scanner, running: `with engine.start(): ...` stops it at the end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> Engine:
+        return self._engine
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.stop()

@@ -7,7 +7,8 @@
     guard_close(&w, ...)        the others are as they were before, and whoever waits goes on
 
 Between open and close the caller must not need the GIL, must not allocate and must not take a lock: the
-fork lock is held, and a thread that waits may hold anything.
+fork lock is held, and a thread that waits may hold anything. No signal handler runs on the caller's thread
+meanwhile (see forks.pxd): it would wait for ever, if it wrote into the window.
 """
 
 from libc.stdint cimport uint32_t
@@ -20,8 +21,12 @@ from ksmcore._kernel.syscalls cimport sys_error
 # tens of microseconds, so it is done once for a batch of windows.
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil
 cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil      # or the next weaker one
+# For the way back, which must not depend on one guard: when it could not be entered, or a window failed that it had
+# been entered for, is it to blame, and is there a weaker one to try?
+cdef bint guard_weaker(guard_kind* kind, bint entered, const sys_error* err) noexcept nogil
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
+cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
 cdef bint guard_drops(const window_t* w) noexcept nogil
 cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil

@@ -4,20 +4,23 @@ Three kinds, with the same interface; what each guarantees is in docs/guarantees
 process. Its lock is the fork lock, so a fork never happens inside a window.
 """
 
-from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
 from ksmcore._guard.mprotect cimport (
-    mprotect_enter, mprotect_leave, mprotect_n_waits, mprotect_ready, mprotect_release, mprotect_shut,
+    mprotect_enter, mprotect_leave, mprotect_may_shut, mprotect_n_waits, mprotect_ready, mprotect_release,
+    mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
     userfaultfd_drop, userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits,
     userfaultfd_probe, userfaultfd_release, userfaultfd_shut,
 )
-from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER
+from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
-from ksmcore._kernel.syscalls cimport ADVISE_DONTNEED, sys_advise, sys_error, sys_error_clear
+from ksmcore._kernel.syscalls cimport (
+    ADVISE_DONTNEED, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER,
+    CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_advise, sys_error, sys_error_clear, sys_is_passing,
+)
 
 import os
 
@@ -37,13 +40,24 @@ cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
 
 
 cdef int guard_enter_any(guard_kind* kind, sys_error* err) noexcept nogil:
-    """Enter, and where the kernel does not allow this guard, the strongest that it does allow."""
+    """Enter, and where the kernel does not allow this guard, by whatever errno, the strongest that it does allow. What
+    there is only for the moment no descriptor or memory for is not given up."""
     while guard_enter(kind[0], err) != 0:
-        if kind[0] == GUARD_MPROTECT or err.code not in (EPERM, EACCES, ENOSYS, EINVAL):
+        if sys_is_passing(err.code) or not guard_weaker(kind, False, err):
             return -1
-        kind[0] = GUARD_UFFD_USER if kind[0] == GUARD_UFFD else GUARD_MPROTECT
         sys_error_clear(err)
     return 0
+
+
+cdef bint guard_weaker(guard_kind* kind, bint entered, const sys_error* err) noexcept nogil:
+    """*kind becomes the next weaker guard, if this one is to blame for *err."""
+    if kind[0] == GUARD_MPROTECT or entered and err.call not in (
+        <int>CALL_USERFAULTFD, <int>CALL_UFFD_REGISTER, <int>CALL_UFFD_UNREGISTER, <int>CALL_UFFD_PROTECT,
+        <int>CALL_UFFD_WAKE, <int>CALL_UFFD_REGISTER_THEN_FAIL,
+    ):
+        return False
+    kind[0] = GUARD_UFFD_USER if kind[0] == GUARD_UFFD else GUARD_MPROTECT
+    return True
 
 
 cdef void guard_leave(guard_kind kind) noexcept nogil:
@@ -52,14 +66,27 @@ cdef void guard_leave(guard_kind kind) noexcept nogil:
     mprotect_leave()
 
 
+cdef bint guard_is_barred(guard_kind kind) noexcept nogil:
+    """Asked before work that windows are the end of. What it says may be over by then: guard_open asks again."""
+    cdef bint may_shut
+    if kind != GUARD_MPROTECT:
+        return False
+    forks_lock()
+    may_shut = mprotect_may_shut(False)
+    forks_unlock()
+    return not may_shut
+
+
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
-    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_STUCK: nor can what was
-    shut be opened again; the caller must report that."""
+    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_BARRED: nothing happened.
+    WINDOW_STUCK: nor can what was shut be opened again; the caller must report that."""
     cdef int rc
     if w.guard == GUARD_MPROTECT and mprotect_ready(err) != 0:
         return -1
     forks_lock()
-    if w.guard == GUARD_MPROTECT:
+    if w.guard == GUARD_MPROTECT and not mprotect_may_shut(w.is_way_back):
+        rc = WINDOW_BARRED
+    elif w.guard == GUARD_MPROTECT:
         memset(w.outcomes, DONE, w.n_pages)
         w.bytes = <const uint8_t*>w.addr
         rc = mprotect_shut(w.addr, w.n_pages * w.page_bytes, err)
@@ -117,8 +144,9 @@ cdef uint32_t guard_n_waits() noexcept nogil:
     return mprotect_n_waits() + userfaultfd_n_waits()
 
 
-def probe(str name):
-    """None when the guard of this name can be had here and now, else why not."""
+def probe(str name, bint now=True):
+    """None when the guard of this name can be had here, else why not. With `now` False: whether it could be had but for
+    want of descriptors or memory at the moment."""
     cdef guard_kind kind = guard_by_name(name)
     cdef sys_error err
     cdef bint moves = False
@@ -126,7 +154,7 @@ def probe(str name):
     sys_error_clear(&err)
     if kind != GUARD_MPROTECT:
         rc = userfaultfd_probe(kind, &moves, &err)
-    return None if rc == 0 else os.strerror(err.code)
+    return None if rc == 0 or (not now and sys_is_passing(err.code)) else os.strerror(err.code)
 
 
 def refuses_pinned(str name):

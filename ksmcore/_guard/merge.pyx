@@ -15,24 +15,26 @@ that must be reported at once); everything else is told by page in `outcomes`. N
 allocates inside a window. The store is read only; whoever hands it in holds its engine's lock.
 """
 
-from libc.errno cimport EFAULT, EINVAL
+from libc.errno cimport EAGAIN, EFAULT
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
-from ksmcore._guard.window cimport CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_PAGES, WINDOW_STUCK, window_t
+from ksmcore._guard.window cimport (
+    BARRED, CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_BARRED, WINDOW_PAGES, WINDOW_STUCK, window_t,
+)
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE,
-    CALL_MREMAP, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at,
-    sys_map_store_at, sys_move, sys_pause, sys_unmap,
+    CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_is_passing, sys_map_anon,
+    sys_map_anon_at, sys_map_store_at, sys_move, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._records.regions cimport (
     REGION_DONTDUMP, REGION_DONTFORK, REGION_HUGEPAGE, REGION_NOHUGEPAGE, REGION_WATCHED,
 )
-from ksmcore._records.store cimport store_is_there, store_page, store_t
+from ksmcore._records.store cimport store_fd, store_file_of, store_is_there, store_offset, store_page, store_t
 
 cdef extern from "_kernel/reader.h" nogil:
     int ksm_read_copy(ksm_reader* reader, void* target, const void* source, size_t len_bytes)
@@ -79,7 +81,7 @@ cdef int _map_over(
             rc = sys_map_anon_at(addr, len_bytes, &ignored)
         else:
             rc = sys_map_store_at(
-                addr, len_bytes, store.file.fd, <long long>(<size_t>slot * page_bytes), &ignored
+                addr, len_bytes, store_fd(store, slot), store_offset(store, slot), &ignored
             )
         # Kernels before 6.12 unmap the range before the last thing that can fail. The window is still
         # open and the bytes are known to be those of the new mapping, so it is simply asked for again.
@@ -107,7 +109,7 @@ cdef int _window(
         kind = MAP_ZERO
     rc = guard_open(w, err)
     if rc != 0:
-        memset(w.outcomes, REFUSED, w.n_pages)
+        memset(w.outcomes, BARRED if rc == WINDOW_BARRED else REFUSED, w.n_pages)
         return -1 if rc == WINDOW_STUCK else 0
     for i in range(w.n_pages):
         if w.outcomes[i] != DONE:
@@ -188,6 +190,7 @@ cdef int _windows(
     w.guard = run.guard
     w.over_store = run.over_store
     w.page_bytes = run.page_bytes
+    w.is_way_back = False
     while done < run.n_pages and rc == 0:
         w.addr = run.addr + done * run.page_bytes
         w.n_pages = _window_pages(
@@ -211,9 +214,13 @@ cdef int merge_run(
     store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
     """Map its slot over each page, where equal."""
-    if not store_is_there(store):
-        memset(outcomes, REFUSED, run.n_pages)
-        return 0
+    cdef size_t i
+    for i in range(run.n_pages):
+        if i > 0 and store_file_of(store, slots[i]) == store_file_of(store, slots[i - 1]):
+            continue
+        if not store_is_there(store, slots[i]):
+            memset(outcomes, REFUSED, run.n_pages)
+            return 0
     return _windows(store, MAP_STORE, run, slots, outcomes, err)
 
 
@@ -271,19 +278,28 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
     w.over_store = True
     w.page_bytes = run.page_bytes
     w.is_huge = False
+    w.is_way_back = True
     w.outcomes = outcomes
     while n_restored[0] < run.n_pages:
         w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)
         window_bytes = w.n_pages * run.page_bytes
         w.addr = run.addr + n_restored[0] * run.page_bytes
         # Faulted in here, so that the copy inside the window neither allocates nor fails. Kernels
-        # before 5.14 do not know the advice; then the copy faults, and the window is longer.
+        # before 5.14 do not know the advice, and filters may refuse it; then the copy faults, and the window is longer.
         sys_error_clear(&ignored)
-        if sys_advise(fresh, window_bytes, ADVISE_POPULATE_WRITE, &ignored) != 0 and ignored.code != EINVAL:
+        if sys_advise(fresh, window_bytes, ADVISE_POPULATE_WRITE, &ignored) != 0 and (
+            sys_is_passing(ignored.code) or ignored.code == EFAULT
+        ):
             err[0] = ignored
             rc = -1
             break
-        if guard_open(&w, err) != 0:
+        rc = guard_open(&w, err)
+        if rc != 0:
+            if rc == WINDOW_BARRED:
+                err.code = EAGAIN
+                err.call = <int>CALL_SIGNAL_MASKS
+                err.addr = w.addr
+                err.len_bytes = window_bytes
             rc = -1
             break
         reader = reader_here()

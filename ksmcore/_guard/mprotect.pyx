@@ -1,45 +1,58 @@
 """The mprotect guard: the write permission taken away, and a SIGSEGV handler that makes writers wait.
 
 While a window is open, the handler (segv.h) makes a thread that writes into it wait until it is closed, then
-lets it try again. What this guarantees: the store of a user thread is never lost and never fails, provided
-that the thread has SIGSEGV unblocked (the kernel ends a process that faults with it blocked). What it
+lets it try again. What this guarantees: the store of a user thread is never lost and never fails. What it
 does not: a system call that writes into the window fails with EFAULT, because the kernel asks for the
 permission without raising a signal; and a write that forces its way past the permission
 (/proc/self/mem) is not kept out at all.
 
+The kernel ends a process of which a thread faults with SIGSEGV blocked. So no window is opened while a thread
+blocks it, as far as /proc tells (threads.h): before each window, unless it was looked at so shortly before that looking
+would take a good part of the time. What is left is a thread that blocks it between the look and the end of the window.
+Where /proc does not tell, nothing is merged; what is to become plain memory again does so all the same.
+
 Lock order: engine lock, then install lock, then fork lock.
 """
 
-from libc.stdint cimport uint32_t, uintptr_t
-from libc.signal cimport SIGSEGV
-from posix.signal cimport sigaction_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.window cimport WINDOW_STUCK
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.reader cimport reader_return
 from ksmcore._kernel.syscalls cimport (
-    sys_error, sys_error_clear, sys_is_mapped, sys_page_bytes, sys_pause, sys_protect, sys_sigaction,
+    CALL_SIGACTION, sys_check, sys_close, sys_error, sys_error_clear, sys_injected, sys_is_mapped, sys_now_ns,
+    sys_open_read, sys_page_bytes, sys_pause, sys_protect,
 )
 
 cdef extern from "_guard/segv.h":
+    ctypedef struct chain:
+        uint32_t installed
+    chain segv_chain
+    chain segv_bus_chain
+    int chain_install(chain* c) nogil
+    int chain_remove(chain* c) nogil
+    bint chain_is_in_place(chain* c) nogil
     ctypedef struct segv_state:
         uint32_t n_waits
         uint32_t n_windows
-        uint32_t installed
         uintptr_t stuck_lo
         uintptr_t stuck_hi
-        sigaction_t previous
     segv_state segv
-    void (*segv_reader_return)() noexcept nogil
+    void (*segv_reader_return)(void* context) noexcept nogil
     void segv_open(uintptr_t lo, uintptr_t hi) nogil
     void segv_close() nogil
-    bint segv_is_installed(const sigaction_t* now) nogil
-    void segv_fill(sigaction_t* act) nogil
-    void segv_remember(const sigaction_t* now) nogil
-    void segv_displaced(const sigaction_t* now) nogil
     void segv_forget_windows() nogil
-    bint segv_quiesce(int limit_ms) nogil
     void segv_child()
+
+cdef extern from "_guard/threads.h" nogil:
+    const char* THREADS_DIRECTORY
+    ctypedef enum threads_found:
+        THREADS_CLEAR
+        THREADS_BLOCKED
+        THREADS_UNKNOWN
+    uint32_t threads_count()
+    threads_found threads_look(int dir)
+    bint threads_quiesce(int dir, int limit_ms)
 
 cdef extern from *:
     """
@@ -68,31 +81,42 @@ cdef enum:
     CLOSE_TRIES = 1000
     QUIESCE_LIMIT_MS = 1000
 
+# How long to wait for the end of a moment in which a thread blocks SIGSEGV, before a window is given up; and before
+# the way back is.
+cdef enum:
+    PATIENCE_NS = 5_000_000
+    LONG_PATIENCE_NS = 1_000_000_000
+# The signal masks are looked at again once that has taken less than this part of the time since; more often for a
+# while where threads have come or gone: most that block a signal do so when they begin.
+    LOOK_SHARE = 16
+    NEWCOMERS_SHARE = 1
+    NEWCOMERS_NS = 20_000_000
+
+# Read and written under the fork lock.
+cdef threads_found _found = THREADS_CLEAR
+cdef uint32_t _n_threads = 0
+cdef uint64_t _looked_ns = 0     # when the masks were looked at last,
+cdef uint64_t _look_ns = 0       # and how long that took
+cdef uint64_t _changed_ns = 0    # when the number of threads was seen to be another
+cdef uint64_t _blocked_ns = 0    # since when a thread blocks SIGSEGV, 0: none does
+
 
 cdef int _install_locked(sys_error* err) noexcept nogil:
-    """Put our handler where it is not. The caller holds the install lock."""
-    cdef sigaction_t now
-    cdef sigaction_t ours
-    if sys_sigaction(SIGSEGV, NULL, &now, err) != 0:
+    """Put our handlers where they are not. The caller holds the install lock."""
+    if sys_injected(CALL_SIGACTION, 0, 0, err):
         return -1
-    if segv_is_installed(&now):
-        return 0
-    # Either nobody scans, or somebody put another handler over ours while a scan runs.
-    if segv.installed:
-        segv_displaced(&now)
-    segv_remember(&now)
-    segv_fill(&ours)
-    if sys_sigaction(SIGSEGV, &ours, NULL, err) != 0:
-        segv.installed = 0
+    if sys_check(chain_install(&segv_chain) != 0, CALL_SIGACTION, 0, 0, err) != 0:
         return -1
+    # Unchecked: no window depends on it.
+    chain_install(&segv_bus_chain)
     return 0
 
 
 cdef int mprotect_enter(sys_error* err) noexcept nogil:
-    """Install the handler, or check that it is still there; -1 with *err when it cannot be."""
+    """Install the handlers, or check that they are still there; -1 with *err when they cannot be."""
     cdef int rc
     mprotect_install_lock()
-    if mprotect_n_users == 0 and not segv.installed:
+    if mprotect_n_users == 0 and not segv_chain.installed:
         segv_forget_windows()
     rc = _install_locked(err)
     if rc == 0:
@@ -119,27 +143,33 @@ cdef void _n_users_add(int delta) noexcept nogil:
     mprotect_n_users = <uint32_t>(<int>mprotect_n_users + delta)
 
 
-cdef void mprotect_leave() noexcept nogil:
-    """Put the previous handler back, once no thread can still be on its way to ours.
+cdef bint _quiesce() noexcept nogil:
+    """Can no thread be on its way to the handler any more?"""
+    cdef sys_error ignored
+    cdef bint is_quiet
+    cdef int dir
+    if segv.n_windows == 0:
+        return True
+    sys_error_clear(&ignored)
+    dir = sys_open_read(THREADS_DIRECTORY, &ignored)
+    is_quiet = dir >= 0 and threads_quiesce(dir, QUIESCE_LIMIT_MS)
+    sys_close(dir)
+    return is_quiet
 
-    Where that cannot be told in a second, ours stays: it passes on what is not its own, and the next
+
+cdef void mprotect_leave() noexcept nogil:
+    """Put the previous handlers back, once no thread can still be on its way to ours.
+
+    Where that cannot be told in a second, ours stay: they pass on what is not their own, and the next
     leave tries again. A handler that somebody installed over ours is left alone.
     """
-    cdef sigaction_t now
-    cdef sys_error err
-    sys_error_clear(&err)
     mprotect_install_lock()
     if mprotect_n_users > 0:
         # Zero in a forked child: the enter was the parent's.
         _n_users_add(-1)
-    if mprotect_n_users == 0 and segv.installed and segv.stuck_lo == segv.stuck_hi:
-        if segv.n_windows == 0 or segv_quiesce(QUIESCE_LIMIT_MS):
-            if sys_sigaction(SIGSEGV, NULL, &now, &err) == 0:
-                if not segv_is_installed(&now):
-                    segv_displaced(&now)
-                    segv.installed = 0
-                elif sys_sigaction(SIGSEGV, &segv.previous, NULL, &err) == 0:
-                    segv.installed = 0
+    if mprotect_n_users == 0 and segv_chain.installed and segv.stuck_lo == segv.stuck_hi and _quiesce():
+        chain_remove(&segv_chain)
+        chain_remove(&segv_bus_chain)
     mprotect_install_unlock()
 
 
@@ -150,13 +180,57 @@ cdef int mprotect_ready(sys_error* err) noexcept nogil:
     at here, and mended, because a writer that waits would otherwise reach that one. What is left is the
     time from here to the end of the window.
     """
-    cdef sigaction_t now
-    cdef int rc = sys_sigaction(SIGSEGV, NULL, &now, err)
-    if rc == 0 and not segv_is_installed(&now):
+    cdef int rc = 0
+    if sys_injected(CALL_SIGACTION, 0, 0, err):
+        return -1
+    if not chain_is_in_place(&segv_chain):
         mprotect_install_lock()
         rc = _install_locked(err)
         mprotect_install_unlock()
     return rc
+
+
+# ---- windows --------------------------------------------------------------------------------------
+
+cdef void _look() noexcept nogil:
+    global _found, _n_threads, _looked_ns, _look_ns, _changed_ns, _blocked_ns
+    cdef uint64_t begun_ns = sys_now_ns()
+    cdef uint32_t n_threads = threads_count()
+    cdef sys_error ignored
+    cdef int dir, share = LOOK_SHARE
+    if n_threads != _n_threads:
+        _n_threads = n_threads
+        _changed_ns = begun_ns
+    if begun_ns - _changed_ns < <uint64_t>NEWCOMERS_NS:
+        share = NEWCOMERS_SHARE
+    if _found != THREADS_UNKNOWN and n_threads != 0 and begun_ns - _looked_ns < share * _look_ns:
+        return
+    sys_error_clear(&ignored)
+    dir = sys_open_read(THREADS_DIRECTORY, &ignored)
+    _found = threads_look(dir) if dir >= 0 else THREADS_UNKNOWN
+    sys_close(dir)
+    _looked_ns = sys_now_ns()
+    _look_ns = _looked_ns - begun_ns
+    if _found != THREADS_BLOCKED:
+        _blocked_ns = 0
+    elif _blocked_ns == 0:
+        _blocked_ns = _looked_ns
+
+
+cdef bint mprotect_may_shut(bint is_way_back) noexcept nogil:
+    """May a window be opened, as far as the signal masks of all threads go? The caller holds the fork lock, which is
+    given up meanwhile where a thread blocks SIGSEGV: perhaps for a moment only.
+
+    `is_way_back`: that has to be possible where /proc cannot be read, too.
+    """
+    cdef uint64_t patience_ns = LONG_PATIENCE_NS if is_way_back else PATIENCE_NS
+    _look()
+    while _found == THREADS_BLOCKED and sys_now_ns() - _blocked_ns < patience_ns:
+        forks_unlock()
+        sys_pause()
+        forks_lock()
+        _look()
+    return _found == THREADS_CLEAR or (_found == THREADS_UNKNOWN and is_way_back)
 
 
 cdef int mprotect_shut(uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil:
@@ -224,10 +298,7 @@ cdef uint32_t mprotect_n_waits() noexcept nogil:
 
 
 cdef bint mprotect_is_installed() noexcept nogil:
-    cdef sigaction_t now
-    cdef sys_error err
-    sys_error_clear(&err)
-    return sys_sigaction(SIGSEGV, NULL, &now, &err) == 0 and segv_is_installed(&now)
+    return chain_is_in_place(&segv_chain) or chain_is_in_place(&segv_bus_chain)
 
 
 segv_reader_return = reader_return

@@ -15,8 +15,8 @@ Where a move reports an error, what really happened is asked of pagemap, never t
 target was empty before and nobody else can reach it, so a page that is there was moved. (Linux 6.18 moves
 pages and then says EEXIST, after it had to try one of them again.)
 
-Signals are blocked on the scanning thread while pages are away: a handler that read one would wait for
-the thread that it has interrupted.
+No signal handler runs on the thread that has a window open (see forks.pxd): one that wrote into it, or read a
+page that is away, would wait for the thread that it has interrupted.
 
 A page that is shared with a child since a fork is refused like a pinned one. A write fault tells the two
 apart: it gives the page back to this process alone, and such a page cannot have been pinned for writing.
@@ -38,8 +38,8 @@ from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, 
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
-    sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_OPEN, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
+    sys_error_clear, sys_file, sys_is_kept, sys_is_passing, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.uffd cimport (
     UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect, uffd_register,
@@ -54,26 +54,10 @@ cdef extern from *:
     static void userfaultfd_install_lock(void) { pthread_mutex_lock(&userfaultfd_install); }
     static void userfaultfd_install_unlock(void) { pthread_mutex_unlock(&userfaultfd_install); }
     static void userfaultfd_install_renew(void) { pthread_mutex_init(&userfaultfd_install, 0); }
-
-    #include <signal.h>
-    /* All that may come at any time; not those that an instruction of this thread raises. */
-    static sigset_t userfaultfd_mask_before;
-    static void userfaultfd_block_signals(void) {
-        sigset_t all;
-        sigfillset(&all);
-        sigdelset(&all, SIGSEGV);
-        sigdelset(&all, SIGBUS);
-        sigdelset(&all, SIGFPE);
-        sigdelset(&all, SIGILL);
-        pthread_sigmask(SIG_BLOCK, &all, &userfaultfd_mask_before);
-    }
-    static void userfaultfd_unblock_signals(void) { pthread_sigmask(SIG_SETMASK, &userfaultfd_mask_before, 0); }
     """
     void userfaultfd_install_lock() nogil
     void userfaultfd_install_unlock() nogil
     void userfaultfd_install_renew() nogil
-    void userfaultfd_block_signals() nogil      # in a window: the fork lock is held, so there is one mask to remember
-    void userfaultfd_unblock_signals() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -116,13 +100,16 @@ cdef int _begin(guard_state* state, bint user_mode_only, sys_error* err) noexcep
         return -1
     if not state.moves:
         return 0
-    pagemap_open(&state.pm, sys_page_bytes(), True)
-    if state.pm.file.fd < 0:
+    err.code = pagemap_open(&state.pm, sys_page_bytes(), True)
+    if state.pm.file.fd < 0 and not sys_is_passing(err.code):
         # Without it nobody knows where a page is when a move fails.
         state.moves = False
+        err.code = 0
         return 0
+    err.call = <int>CALL_OPEN
     if (
-        scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
+        state.pm.file.fd >= 0
+        and scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
         and scratch_ready(&state.scratch, state.file.fd, err) == 0
     ):
         return 0
@@ -356,11 +343,8 @@ cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noe
         memcpy(state.stuck_outcomes, w.outcomes, w.n_pages)
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
-        if userfaultfd_moves(w):
-            userfaultfd_unblock_signals()
         return WINDOW_STUCK
     if userfaultfd_moves(w):
-        userfaultfd_unblock_signals()
         # What was merged, or found to be zeros. Writers do not wait for this.
         scratch_empty(_scratch_of(state, w), w.n_pages * w.page_bytes)
     return 0
@@ -394,7 +378,6 @@ cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexce
     for attempt in range(2):
         if scratch_ready(scratch, state.file.fd, err) != 0:
             return -1
-        userfaultfd_block_signals()
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)
         n_busy = _move_out(state, w)
@@ -457,7 +440,7 @@ cdef void _before_fork() noexcept nogil:
 
 
 cdef void _in_child() noexcept nogil:
-    """The descriptors mean the parent's memory, and the scratch was not inherited. Pages that are stuck in
+    """The descriptors are closed (see forks), and the scratch was not inherited. Pages that are stuck in
     it are lost to the child: better that it faults there than that it reads zeros."""
     cdef sys_error ignored
     cdef uint32_t i
@@ -470,10 +453,6 @@ cdef void _in_child() noexcept nogil:
         for i in range(stuck.n_pages if _states[kind].is_stuck else 0):
             if stuck.away[i] and stuck.outcomes[i] != DONE:
                 sys_unmap(stuck.addr + i * stuck.page_bytes, stuck.page_bytes, &ignored)
-        if _states[kind].n_users > 0:
-            pagemap_close(&_states[kind].pm)
-        if _states[kind].n_users > 0 or _states[kind].is_stuck:
-            sys_drop(&_states[kind].file)
         memset(&_states[kind], 0, sizeof(guard_state))
         _states[kind].file.fd = -1
         _states[kind].pm.file.fd = -1

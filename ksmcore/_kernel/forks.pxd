@@ -4,7 +4,8 @@ from libc.stdint cimport uint32_t
 
 
 # The fork lock: held by whoever must not be interrupted by a fork of this process (an open guard
-# window, a change of the store). fork() itself waits for it. No other lock is taken inside it.
+# window, a change of the store). fork() itself waits for it. No signal handler runs on the thread that holds it, but
+# for faults of its own. Of other locks only that of the list of descriptors is taken inside it.
 cdef void forks_lock() noexcept nogil
 cdef void forks_unlock() noexcept nogil
 cdef uint32_t forks_count() noexcept nogil           # forks of this process so far; stable while the lock is held
@@ -12,4 +13,6 @@ cdef uint32_t forks_generation() noexcept nogil      # grows by one in every for
 
 # Whether children live is only found out while somebody watches: each store does, while it has a file.
 cdef void forks_watch(int delta) noexcept nogil
-cdef uint32_t forks_gone() noexcept nogil            # the caller holds the fork lock
+# The caller holds the fork lock.
+cdef void forks_look() noexcept nogil                # find out which children are gone
+cdef bint forks_living(uint32_t after, uint32_t last) noexcept nogil

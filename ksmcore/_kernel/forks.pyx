@@ -13,24 +13,40 @@ program, whatever descriptors they had closed. (Sealing: fcntl(2), F_SEAL_WRITE.
 from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
-    sys_drop, sys_error, sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_map_lease, sys_memfd, sys_page_bytes,
-    sys_seal, sys_truncate, sys_unmap,
+    sys_close_in_child, sys_drop, sys_error, sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_list_lock,
+    sys_list_unlock, sys_map_lease, sys_memfd, sys_page_bytes, sys_seal, sys_truncate, sys_unmap,
 )
 
 cdef extern from *:
     """
     #include <pthread.h>
+    #include "_kernel/signals.h"
 
     static pthread_mutex_t forks_mutex = PTHREAD_MUTEX_INITIALIZER;
-    static void forks_mutex_lock(void) { pthread_mutex_lock(&forks_mutex); }
-    static void forks_mutex_unlock(void) { pthread_mutex_unlock(&forks_mutex); }
+    static sigset_t forks_signals_before;    /* of the thread that holds the lock */
+
+    /* No signal from before the lock is taken until after it is given back: a handler that forks, or
+       writes into a window, would wait for the thread that it has interrupted. */
+    static void forks_mutex_lock(void) {
+        sigset_t before;
+        ksm_block_signals(&before);
+        pthread_mutex_lock(&forks_mutex);
+        forks_signals_before = before;
+    }
+    static void forks_mutex_unlock(void) {
+        sigset_t before = forks_signals_before;
+        pthread_mutex_unlock(&forks_mutex);
+        ksm_restore_signals(&before);
+    }
     /* In the child only the forking thread exists, so the lock is made anew rather than released: the
        thread that prepared the fork holds it, and nobody can wait for it. */
     static void forks_mutex_renew(void) { pthread_mutex_init(&forks_mutex, 0); }
+    static void forks_let_signals_in(void) { ksm_restore_signals(&forks_signals_before); }
     """
     void forks_mutex_lock() nogil
     void forks_mutex_unlock() nogil
     void forks_mutex_renew() nogil
+    void forks_let_signals_in() nogil
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -47,14 +63,15 @@ ctypedef struct fork_lease:
     uint32_t first
     uint32_t last
 
-# All of it is read and written under the fork lock; `_generation` by anybody.
+# All of it is written under the fork lock.
 cdef uint32_t _n_forks = 0
 cdef uint32_t _generation = 0
 cdef int _n_watchers = 0
 cdef fork_lease _leases[MAX_LEASES]
 cdef uint32_t _n_leases = 0
-cdef uint32_t _untold = UINT32_MAX     # first fork that could be given no lease
-cdef uintptr_t _handed_over = 0        # during a fork: the mapping that the child keeps
+cdef uint32_t _first_untold = UINT32_MAX   # the forks that could be given no lease, and what lies between them
+cdef uint32_t _last_untold = 0
+cdef uintptr_t _handed_over = 0            # during a fork: the mapping that the child keeps
 
 
 cdef void forks_lock() noexcept nogil:
@@ -66,7 +83,7 @@ cdef void forks_unlock() noexcept nogil:
 
 
 cdef uint32_t forks_count() noexcept nogil:
-    return _n_forks
+    return __atomic_load_n(&_n_forks, __ATOMIC_SEQ_CST)
 
 
 cdef uint32_t forks_generation() noexcept nogil:
@@ -78,54 +95,72 @@ cdef void forks_watch(int delta) noexcept nogil:
     global _n_watchers
     forks_lock()
     _n_watchers += delta
+    if _n_watchers == 0:
+        _forget_leases()
     forks_unlock()
+
+
+cdef void _forget_leases() noexcept nogil:
+    """Nobody has shared anything with the children of the forks so far."""
+    global _n_leases, _first_untold, _last_untold
+    while _n_leases > 0:
+        _n_leases -= 1
+        sys_drop(&_leases[_n_leases].file)
+    _first_untold = UINT32_MAX
+    _last_untold = 0
 
 
 # ---- around a fork --------------------------------------------------------------------------------
 
-cdef uintptr_t _lease_for(uint32_t n_fork) noexcept nogil:
-    """Put this fork under a lease, and return the mapping for the child; 0 when that cannot be had."""
+cdef fork_lease* _lease_for(uint32_t n_fork) noexcept nogil:
+    """The lease of this fork, which may be the one of others before it; NULL when it can have none."""
     global _n_leases
     cdef sys_error ignored
     cdef fork_lease* lease
-    cdef bint reused = _n_leases == MAX_LEASES
-    cdef uintptr_t mapped
     sys_error_clear(&ignored)
-    if reused:
-        lease = &_leases[MAX_LEASES - 1]
-    else:
+    if _n_leases < <uint32_t>MAX_LEASES:
         lease = &_leases[_n_leases]
         sys_keep(&lease.file, sys_memfd(b"ksmcore-lease", &ignored))
-        lease.first = n_fork
-    if not sys_is_kept(&lease.file):
-        return 0
-    mapped = 0
-    if sys_truncate(lease.file.fd, sys_page_bytes(), &ignored) == 0:
-        mapped = <uintptr_t>sys_map_lease(sys_page_bytes(), lease.file.fd, &ignored)
-    if mapped == 0:
-        if not reused:
+        if lease.file.fd >= 0:
+            lease.first = lease.last = n_fork
+            if sys_truncate(lease.file.fd, sys_page_bytes(), &ignored) == 0:
+                _n_leases += 1
+                return lease
             sys_drop(&lease.file)
-        return 0
-    lease.last = n_fork
-    if not reused:
-        _n_leases += 1
-    return mapped
+    if _n_leases == 0 or not sys_is_kept(&_leases[_n_leases - 1].file):
+        return NULL
+    return &_leases[_n_leases - 1]
+
+
+cdef void _hand_over(uint32_t n_fork) noexcept nogil:
+    """Make the mapping that the child of this fork inherits, so that its end can be told."""
+    global _handed_over, _first_untold, _last_untold
+    cdef sys_error ignored
+    cdef fork_lease* lease = _lease_for(n_fork)
+    sys_error_clear(&ignored)
+    if lease != NULL:
+        _handed_over = <uintptr_t>sys_map_lease(sys_page_bytes(), lease.file.fd, &ignored)
+    if _handed_over != 0:
+        lease.last = n_fork
+    else:
+        # A lease made for this fork alone is found to have ended, and means nothing.
+        _first_untold = min(_first_untold, n_fork)
+        _last_untold = n_fork
 
 
 cdef void _prepare() noexcept nogil:
-    global _n_forks, _handed_over, _untold
     forks_lock()
-    _n_forks += 1
+    __atomic_add_fetch(&_n_forks, 1, __ATOMIC_SEQ_CST)
     if _n_watchers > 0:
-        _handed_over = _lease_for(_n_forks)
-        if _handed_over == 0:
-            _untold = min(_untold, _n_forks)
+        _hand_over(_n_forks)
+    sys_list_lock()
 
 
 cdef void _in_parent() noexcept nogil:
     global _handed_over
     cdef sys_error ignored
     sys_error_clear(&ignored)
+    sys_list_unlock()
     # Unchecked: were it to fail, the lease would never end, and the frozen pages stay frozen.
     if _handed_over != 0:
         sys_unmap(_handed_over, sys_page_bytes(), &ignored)
@@ -134,37 +169,46 @@ cdef void _in_parent() noexcept nogil:
 
 
 cdef void _in_child() noexcept nogil:
-    """The mapping stays, for as long as this process and those that it forks have this memory."""
-    global _n_forks, _n_watchers, _n_leases, _untold, _handed_over
-    forks_mutex_renew()
-    while _n_leases > 0:
-        _n_leases -= 1
-        sys_drop(&_leases[_n_leases].file)
+    """The mapping stays, for as long as this process and those that it forks have this memory. Descriptors do not:
+    each stands for the parent's memory."""
+    global _n_forks, _n_watchers, _n_leases, _first_untold, _last_untold, _handed_over
+    sys_close_in_child()
+    _n_leases = 0
     _n_forks = 0
     _n_watchers = 0
-    _untold = UINT32_MAX
+    _first_untold = UINT32_MAX
+    _last_untold = 0
     _handed_over = 0
     __atomic_add_fetch(&_generation, 1, __ATOMIC_SEQ_CST)
+    forks_mutex_renew()
+    forks_let_signals_in()
 
 
 # ---- afterwards -----------------------------------------------------------------------------------
 
-cdef uint32_t forks_gone() noexcept nogil:
-    """The largest n such that no process of the forks 1 to n shares this process's old memory."""
+cdef void forks_look() noexcept nogil:
+    """Drop the leases of the children that are gone. Of one whose descriptor the program has closed it is never
+    known."""
     global _n_leases
     cdef sys_error ignored
-    cdef uint32_t i, n_kept = 0, gone = _n_forks
+    cdef uint32_t i, n_kept = 0
     for i in range(_n_leases):
         sys_error_clear(&ignored)
         if sys_is_kept(&_leases[i].file) and sys_seal(_leases[i].file.fd, &ignored) == 0:
             sys_drop(&_leases[i].file)
             continue
-        # Also where the program closed the descriptor: then it is never known.
-        gone = min(gone, _leases[i].first - 1)
         _leases[n_kept] = _leases[i]
         n_kept += 1
     _n_leases = n_kept
-    return min(gone, _untold - 1)
+
+
+cdef bint forks_living(uint32_t after, uint32_t last) noexcept nogil:
+    """May a process of the forks after that one, up to the last one, still share this process's old memory?"""
+    cdef uint32_t i
+    for i in range(_n_leases):
+        if _leases[i].last > after and _leases[i].first <= last:
+            return True
+    return _last_untold > after and _first_untold <= last
 
 
 def generation():

@@ -55,6 +55,7 @@ static inline int ksm_vma_each(int fd, ksm_vma_visit visit, void *context) {
     char buf[16384];
     size_t kept = 0;
     int skip = 0; /* inside a line whose beginning has been visited */
+    if (lseek(fd, 0, SEEK_SET) != 0) return -1;
     for (;;) {
         ssize_t got = read(fd, buf + kept, sizeof buf - 1 - kept);
         if (got < 0) {
@@ -91,15 +92,15 @@ struct ksm_procmap_query {
 #define KSM_PROCMAP_QUERY _IOWR('f', 17, struct ksm_procmap_query)
 #define KSM_PROCMAP_OR_NEXT 0x10
 
-/* The mapping at `addr`, or the next one. -1 and errno: ENOENT when there is none, ENOTTY when the kernel
-   does not know the question. */
+/* The mapping at `addr`, or the next one. -1: there is none, or the kernel does not know the question, or somebody has
+   answered in its place. */
 static inline int ksm_vma_at(int fd, uintptr_t addr, ksm_vma *vma) {
     struct ksm_procmap_query q;
     memset(&q, 0, sizeof q);
     q.size = sizeof q;
     q.query_flags = KSM_PROCMAP_OR_NEXT;
     q.query_addr = addr;
-    if (ioctl(fd, KSM_PROCMAP_QUERY, &q) != 0) return -1;
+    if (ioctl(fd, KSM_PROCMAP_QUERY, &q) != 0 || q.vma_end <= addr) return -1;
     vma->start = q.vma_start;
     vma->end = q.vma_end;
     vma->offset = q.vma_offset;

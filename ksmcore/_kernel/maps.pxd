@@ -32,3 +32,8 @@ cdef int maps_each(vma_visit visit, void* context, sys_error* err) noexcept nogi
 cdef int maps_each_in(
     uintptr_t start, uintptr_t end, vma_visit visit, void* context, sys_error* err
 ) noexcept nogil
+
+# The file stays open from the first enter to the last leave, so that the mappings can be read where there is no
+# descriptor left for it, or no /proc any more. Entering never fails.
+cdef void maps_enter() noexcept nogil
+cdef void maps_leave() noexcept nogil

@@ -7,6 +7,7 @@
 #ifndef KSMCORE_PAGEMAP_H
 #define KSMCORE_PAGEMAP_H
 
+#include <errno.h>
 #include <linux/ioctl.h>
 #include <stdint.h>
 #include <string.h>
@@ -54,7 +55,11 @@ static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, ks
     }
     a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED | KSM_PAGE_ZERO_PFN | KSM_PAGE_HUGE
                | (files == KSM_FILES_UNTOLD ? 0 : KSM_PAGE_FILE);
-    return ioctl(fd, KSM_PAGEMAP_SCAN, &a);
+    a.walk_end = (uint64_t)-1;
+    int n = ioctl(fd, KSM_PAGEMAP_SCAN, &a);
+    if (n < 0 || a.walk_end != (uint64_t)-1) return n;
+    errno = ENOSYS; /* answered by somebody who has not looked */
+    return -1;
 }
 
 /* From here on a write to these pages is seen. EPERM: they are not all watched by asynchronous userfaultfd. */

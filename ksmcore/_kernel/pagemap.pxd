@@ -20,6 +20,7 @@ cdef enum:
 
 ctypedef struct pagemap:
     sys_file file            # /proc/self/pagemap; none: residency only
+    bint allowed             # to be opened
     bint scans               # the kernel finds ranges of pages by itself (PAGEMAP_SCAN)
     size_t page_bytes
 
@@ -36,8 +37,9 @@ ctypedef struct page_survey:
     page_range ranges[<int>SPAN_PAGES]
 
 
-cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil
+cdef int pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil
 cdef void pagemap_try_scanning(pagemap* pm) noexcept nogil
+cdef void pagemap_reopen(pagemap* pm) noexcept nogil
 cdef void pagemap_close(pagemap* pm) noexcept nogil
 cdef int pagemap_query(
     pagemap* pm, uintptr_t addr, size_t n_pages, uint8_t* flags, sys_error* err

@@ -2,8 +2,8 @@
 
 /proc/self/pagemap has 8 bytes for each virtual page; the bits used here are shown to every process
 about itself (Documentation/admin-guide/mm/pagemap.rst), the page frame numbers are not needed. Where
-the file cannot be read, mincore tells which pages are resident, and the caller must compare bytes to
-learn whether a shared page was written.
+the file cannot be opened, or not be read at the moment, mincore tells which pages are resident, and the caller must
+compare bytes to learn whether a shared page was written.
 
 A survey leaves out the pages that need no look. Where the kernel has PAGEMAP_SCAN it passes them over by
 itself: 0.9 ms for 1 GiB of 4 KiB pages that were not written, 0.05 ms where huge pages map it. Telling
@@ -43,13 +43,22 @@ cdef enum:
     BIT_PRESENT = 63
 
 
-cdef void pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil:
-    """`allowed` False: pretend that the file cannot be read."""
-    cdef sys_error ignored
-    sys_error_clear(&ignored)
+cdef int pagemap_open(pagemap* pm, size_t page_bytes, bint allowed) noexcept nogil:
+    """Returns errno where the file cannot be opened. `allowed` False: pretend that it cannot be."""
+    cdef sys_error err
+    sys_error_clear(&err)
     pm.page_bytes = page_bytes
-    sys_keep(&pm.file, sys_open_read(b"/proc/self/pagemap", &ignored) if allowed else -1)
+    pm.allowed = allowed
+    sys_keep(&pm.file, sys_open_read(b"/proc/self/pagemap", &err) if allowed else -1)
     pm.scans = False
+    return err.code
+
+
+cdef void pagemap_reopen(pagemap* pm) noexcept nogil:
+    """Where it could not be opened, or the program has closed it, there may be a descriptor for it by now."""
+    if pm.allowed and not sys_is_kept(&pm.file):
+        pagemap_open(pm, pm.page_bytes, True)
+        pagemap_try_scanning(pm)
 
 
 cdef void pagemap_try_scanning(pagemap* pm) noexcept nogil:
@@ -68,18 +77,27 @@ cdef int pagemap_query(
 ) noexcept nogil:
     """Fill one byte of enum page_flag bits for each page from `addr` on (HUGE is never told). Faults nothing
     in."""
+    cdef sys_error ignored
+    cdef size_t i
+    if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
+        pagemap_open(pm, pm.page_bytes, True)
+    sys_error_clear(&ignored)
+    if pm.file.fd >= 0 and _read_entries(pm, addr, n_pages, flags, &ignored) == 0:
+        return 0
+    if sys_mincore(addr, n_pages * pm.page_bytes, flags, err) != 0:
+        return -1
+    for i in range(n_pages):
+        flags[i] = PAGE_PRESENT | PAGE_UNSURE if flags[i] & 1 else PAGE_UNSURE
+    return 0
+
+
+cdef int _read_entries(
+    pagemap* pm, uintptr_t addr, size_t n_pages, uint8_t* flags, sys_error* err
+) noexcept nogil:
     cdef uint64_t entries[ENTRIES]
     cdef uint64_t entry
     cdef size_t done = 0, n, i
     cdef uint8_t flag
-    if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
-        pagemap_open(pm, pm.page_bytes, True)
-    if pm.file.fd < 0:
-        if sys_mincore(addr, n_pages * pm.page_bytes, flags, err) != 0:
-            return -1
-        for i in range(n_pages):
-            flags[i] = PAGE_PRESENT | PAGE_UNSURE if flags[i] & 1 else PAGE_UNSURE
-        return 0
     while done < n_pages:
         n = min(n_pages - done, <size_t>ENTRIES)
         if sys_read_at(
@@ -175,16 +193,19 @@ cdef int pagemap_survey(
     go on, survey.n_ranges is 0 when there are none before that.
 
     No look need pages that are present and were not written since they were protected, if the range is
-    `watched`; and pages of files, if not `with_files`. -1 with *err when the kernel does not answer.
+    `watched`; and pages of files, if not `with_files`. Where PAGEMAP_SCAN is refused, for now or for good, the other
+    file is read, and no page counts as watched. -1 with *err when the kernel does not answer at all.
     """
     cdef uint8_t flags[<int>SPAN_PAGES]
     cdef size_t i, n_pages
+    cdef sys_error ignored
     survey.n_ranges = 0
     if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
-        pagemap_open(pm, pm.page_bytes, True)
-        pagemap_try_scanning(pm)
-    if pm.scans:
-        return _survey_by_scan(pm, addr, end, watched, with_files, survey, err)
+        pagemap_reopen(pm)
+    sys_error_clear(&ignored)
+    if pm.scans and _survey_by_scan(pm, addr, end, watched, with_files, survey, &ignored) == 0:
+        return 0
+    survey.n_ranges = 0
     survey.next = min(end, _span_end(pm, addr))
     n_pages = (survey.next - addr) // pm.page_bytes
     if pagemap_query(pm, addr, n_pages, flags, err) != 0:

@@ -8,8 +8,11 @@ that ends takes away before the last engine is closed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+
+from ksmcore._kernel import files
 
 __all__ = [
     "available_bytes",
@@ -22,6 +25,7 @@ __all__ = [
     "sizes",
     "sizes_of",
     "text_of",
+    "threads_blocking",
     "words",
 ]
 
@@ -31,9 +35,12 @@ DEFAULT_MAX_MAP_COUNT = 65_530
 RESERVE_BYTES = 16 << 20
 
 CGROUPS = Path("/sys/fs/cgroup")
-
-# More than most of these files have.
-READ_BYTES = 64 << 10
+TASKS = Path("/proc/self/task")
+# Signals 32 and 33, in a mask.
+OF_THE_LIBRARY = 3 << 31
+# How the names of threads begin that write into no memory but their own: ZeroMQ's, of which every
+# Jupyter kernel has some. `_guard/threads.h` knows them too.
+HARMLESS_THREADS = ("ZMQbg/",)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -41,14 +48,7 @@ READ_BYTES = 64 << 10
 
 def read(path: str | Path) -> str:
     """All text of a file. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        pieces = []
-        while piece := os.read(fd, READ_BYTES):
-            pieces.append(piece)
-    finally:
-        os.close(fd)
-    return os.fsdecode(b"".join(pieces))
+    return os.fsdecode(files.read_all(path))
 
 
 def text_of(path: str | Path) -> str:
@@ -113,6 +113,28 @@ def locked_bytes() -> int | None:
         OSError: status cannot be opened or read.
     """
     return dict(sizes(read("/proc/self/status").split("\n"))).get("VmLck")
+
+
+def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
+    """The threads that block a signal, by the names that Python gives them, or else by number; None
+    where the kernel does not tell.
+
+    Not those that write into no memory but their own. They are known by name; or they also block
+    what the C library keeps for itself, which no program can: they are about to be made, or threads
+    of the kernel's.
+    """
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    threads = sorted(tasks.glob("*/status"))
+    found = []
+    for status in threads:
+        # Nothing of a thread that has ended meanwhile.
+        told = words(status)
+        mask = int(told.get("SigBlk", "0"), 16)
+        is_harmless = told.get("Name", "").startswith(HARMLESS_THREADS)
+        is_harmless |= mask & OF_THE_LIBRARY == OF_THE_LIBRARY
+        if mask >> (signum - 1) & 1 and not is_harmless:
+            found.append(names.get(status.parent.name, status.parent.name))
+    return found if threads else None
 
 
 # ---- headroom: how much more memory there is before the kernel begins to kill --------------------

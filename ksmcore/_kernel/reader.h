@@ -1,8 +1,9 @@
 /* Reading memory that may go away. Included by reader.pyx and by those that read.
 
    A thread that is about to read a page of the program leaves a place to return to. If the page faults,
-   the SIGSEGV handler (segv.h) sends it there. The reading code in between holds no lock and keeps no
-   state, so nothing is lost by leaving it. */
+   the handler of SIGSEGV or SIGBUS (segv.h) sends it there. The reading code in between holds no lock and
+   keeps no state, so nothing is lost by leaving it. No other handler runs on the thread meanwhile, so a fault
+   is always one of the reading. */
 
 #ifndef KSMCORE_READER_H
 #define KSMCORE_READER_H
@@ -20,8 +21,8 @@ typedef struct {
 
 #define KSM_FENCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 
-/* Run `work` with a place to return to; 1 when it faulted and was left. The signal mask is put right by
-   the handler, so that nothing of it need be saved here. */
+/* Run `work` with a place to return to; 1 when it faulted and was left. The handler puts the signal mask
+   right, so that nothing of it need be saved here. */
 #define KSM_READ(reader, work)                                   \
     __extension__({                                              \
         sigjmp_buf here_;                                        \

@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ksmcore._kernel import procfs
+from ksmcore._kernel import files, procfs
 from ksmcore._kernel.numa import own_numa_policy
 from ksmcore._kernel.procfs import locked_bytes, max_map_count
 
@@ -198,7 +198,7 @@ class Snapshot:
 
 def _chunks_of(path: str) -> Iterator[tuple[int, bytes]]:
     """Pieces of an smaps file that begin at the head of a record, each with the address there."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = files.open_read(path)
     try:
         pending = b""
         while chunk := os.read(fd, _SMAPS_READ_BYTES):
@@ -211,7 +211,7 @@ def _chunks_of(path: str) -> Iterator[tuple[int, bytes]]:
         if pending:
             yield _first_address(pending), pending
     finally:
-        os.close(fd)
+        files.close(fd)
 
 
 def _first_address(chunk: bytes) -> int:
@@ -238,12 +238,12 @@ def count_maps(process: str | os.PathLike[str] = "/proc/self") -> int:
         OSError: maps cannot be opened or read.
     """
     n_lines = 0
-    fd = os.open(os.path.join(process, "maps"), os.O_RDONLY | os.O_CLOEXEC)
+    fd = files.open_read(os.path.join(process, "maps"))
     try:
         while chunk := os.read(fd, _MAPS_READ_BYTES):
             n_lines += chunk.count(b"\n")
     finally:
-        os.close(fd)
+        files.close(fd)
     return n_lines
 
 

@@ -9,10 +9,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -39,18 +42,105 @@
 #define F_SEAL_WRITE 8
 #endif
 
-/* memfd_create as a raw call: C libraries before glibc 2.27 lack the wrapper. Kernels from 6.3 on
-   want to be told that nobody will execute the file; older ones refuse the flag. */
+#ifndef MADV_DONTDUMP
+#define MADV_DONTDUMP 16
+#endif
+
+/* memfd_create as a raw call: C libraries before glibc 2.27 lack the wrapper. Kernels from 6.3 on want to be told that
+   nobody will execute the file, older ones refuse the flag, and a filter may refuse any. */
 static int ksm_memfd(const char *name) {
     int fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
-    if (fd < 0 && errno == EINVAL)
-        fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) fd = (int)syscall(SYS_memfd_create, name, MFD_CLOEXEC);
     return fd;
+}
+
+/* RLIMIT_FSIZE: a call that would make a file larger fails with EFBIG, and sends the thread SIGXFSZ, which ends the
+   process unless somebody cares for it. Between begin and end it is blocked, and what the call has raised is taken
+   away; not one that waited there before. */
+typedef struct {
+    sigset_t before;
+    int was_pending;
+} ksm_limited;
+
+static void ksm_limited_begin(ksm_limited *limited) {
+    sigset_t only, pending;
+    sigemptyset(&only);
+    sigaddset(&only, SIGXFSZ);
+    pthread_sigmask(SIG_BLOCK, &only, &limited->before);
+    limited->was_pending = sigismember(&limited->before, SIGXFSZ) == 1 && sigpending(&pending) == 0
+                        && sigismember(&pending, SIGXFSZ) == 1;
+}
+
+/* Leaves errno as it is. */
+static void ksm_limited_end(const ksm_limited *limited, int failed) {
+    int saved = errno;
+    if (failed && saved == EFBIG && !limited->was_pending) {
+        struct timespec at_once = {0, 0};
+        sigset_t only;
+        sigemptyset(&only);
+        sigaddset(&only, SIGXFSZ);
+        sigtimedwait(&only, 0, &at_once);
+    }
+    pthread_sigmask(SIG_SETMASK, &limited->before, 0);
+    errno = saved;
+}
+
+static size_t ksm_file_limit(void) {
+    struct rlimit limit;
+    return getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < SIZE_MAX ? (size_t)limit.rlim_cur : SIZE_MAX;
+}
+
+static int ksm_truncate(int fd, off_t len) {
+    ksm_limited limited;
+    int rc;
+    ksm_limited_begin(&limited);
+    rc = ftruncate(fd, len);
+    ksm_limited_end(&limited, rc != 0);
+    return rc;
+}
+
+static ssize_t ksm_write_at(int fd, const void *source, size_t len, off_t offset) {
+    ksm_limited limited;
+    ssize_t n;
+    ksm_limited_begin(&limited);
+    n = pwrite(fd, source, len, offset);
+    ksm_limited_end(&limited, n < 0);
+    return n;
 }
 
 static void *ksm_map(void *addr, size_t len, int prot, int flags, int fd, off_t offset) {
     void *p = mmap(addr, len, prot, flags, fd, offset);
     return p == MAP_FAILED ? (void *)0 : p;
+}
+
+/* A read-only view of a file, for this process alone: neither a child nor a core file gets it. In a process that has
+   all new memory locked it is taken out of that before it can be read, or the kernel would fill all of it. Advice that
+   is refused costs no correctness. */
+static void *ksm_map_view(size_t len, int fd, off_t offset) {
+    void *p = mmap(0, len, PROT_NONE, MAP_PRIVATE, fd, offset);
+    if (p == MAP_FAILED) return (void *)0;
+    munlock(p, len);
+    madvise(p, len, MADV_DONTFORK);
+    madvise(p, len, MADV_DONTDUMP);
+    if (mprotect(p, len, PROT_READ) != 0) {
+        int saved = errno;
+        munmap(p, len);
+        errno = saved;
+        return (void *)0;
+    }
+    return p;
+}
+
+/* Is memory locked from birth (mlockall(2) with MCL_FUTURE)? Of such memory alone the kernel will not take anything
+   back, and a mapping that cannot be accessed holds none. */
+static int ksm_locks_future(size_t page_bytes) {
+    void *p = mmap(0, page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int locked;
+    if (p == MAP_FAILED) return errno == EAGAIN;
+    locked = madvise(p, page_bytes, MADV_DONTNEED) != 0 && errno == EINVAL;
+    munmap(p, page_bytes);
+    return locked;
 }
 
 static void *ksm_grow(void *old, size_t old_len, size_t new_len) {
@@ -61,16 +151,6 @@ static void *ksm_grow(void *old, size_t old_len, size_t new_len) {
 static int ksm_move(void *source, void *target, size_t len) {
     void *p = mremap(source, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, target);
     return p == MAP_FAILED ? -1 : 0;
-}
-
-/* Which file a descriptor stands for; 0 and 0 for none. */
-static void ksm_identify(int fd, uint64_t *dev, uint64_t *ino) {
-    struct stat st;
-    *dev = *ino = 0;
-    if (fd >= 0 && fstat(fd, &st) == 0) {
-        *dev = (uint64_t)st.st_dev;
-        *ino = (uint64_t)st.st_ino;
-    }
 }
 
 static void ksm_pause(void) {

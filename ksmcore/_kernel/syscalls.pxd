@@ -1,7 +1,6 @@
 """System calls; see syscalls.pyx."""
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from posix.signal cimport sigaction_t
 from posix.types cimport off_t
 
 
@@ -30,6 +29,7 @@ cdef enum sys_call:
     CALL_UFFD_WAKE
     CALL_PAGEMAP_SCAN
     CALL_TRACKER
+    CALL_SIGNAL_MASKS              # of the threads: not one call, and what they are may forbid others
     CALL_UFFD_REGISTER_THEN_FAIL   # for tests only: done, and reported as failed
     CALL_UFFD_MOVE_THEN_FAIL
     N_CALLS
@@ -84,16 +84,22 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_seal(int fd, sys_error* err) noexcept nogil       # against writing; EBUSY while mapped for that
 cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil
-cdef void sys_close(int fd) noexcept nogil
+cdef void sys_close(int fd) noexcept nogil                        # if it still is what was opened
+# The list of all that is open. Its lock is held around whatever opens a descriptor, and around a fork.
+cdef void sys_list_lock() noexcept nogil
+cdef void sys_list_unlock() noexcept nogil
+cdef int sys_opened(int fd) noexcept nogil       # enters what was just opened, and unlocks: its number, or -1 and errno
+cdef void sys_close_in_child() noexcept nogil    # all of it; and makes the lock anew
 cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember what an open descriptor is
 cdef bint sys_is_kept(const sys_file* file) noexcept nogil        # is it still that?
 cdef void sys_drop(sys_file* file) noexcept nogil                 # close it if so
-cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil
 cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil
 cdef size_t sys_page_bytes() noexcept nogil
 cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
+cdef bint sys_locks_future() noexcept nogil          # is all new memory locked?
+cdef size_t sys_file_limit() noexcept nogil          # the largest that a file may become (RLIMIT_FSIZE)
 
 # Failures that a test orders: after[c] calls of c succeed, then count[c] of them fail with errno code[c].
 ctypedef struct sys_orders:
@@ -111,4 +117,5 @@ cdef int sys_check(bint failed, sys_call call, uintptr_t addr, size_t len_bytes,
 cdef int sys_injected(sys_call call, uintptr_t addr, size_t len_bytes, sys_error* err) noexcept nogil
 
 cdef void sys_error_clear(sys_error* err) noexcept nogil
+cdef bint sys_is_passing(int code) noexcept nogil     # an errno of a moment: no descriptor, no memory
 cdef object sys_error_raise(sys_error* err, str what)

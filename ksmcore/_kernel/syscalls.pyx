@@ -2,23 +2,37 @@
 
 A failing call fills a `sys_error` that its caller owns, so that the reason survives until the GIL is
 held again and an OSError can be raised from it. Tests can make any call fail (see sys_orders).
+
+Every descriptor that ksmcore opens stands in one list, from its first moment to its last: a forked child closes all
+of them before anything else (kept.h). Those of Python code too, see `open_read` and `keep`.
 """
 
 import os
 
-from libc.errno cimport EINTR, EIO, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.signal cimport sigaction, sigaction_t
 from posix.types cimport off_t
+
+cdef extern from "_kernel/kept.h" nogil:
+    void kept_lock()
+    void kept_unlock()
+    int kept_opened(int fd)
+    void kept_close(int fd)
+    void kept_child()
+    void ksm_identify(int fd, uint64_t* dev, uint64_t* ino)
 
 cdef extern from "_kernel/syscalls.h":
     int ksm_memfd(const char* name) nogil
+    int ksm_truncate(int fd, off_t length) nogil
+    ssize_t ksm_write_at(int fd, const void* buf, size_t count, off_t offset) nogil
+    void* ksm_map_view(size_t len, int fd, off_t offset) nogil
+    bint ksm_locks_future(size_t page_bytes) nogil
+    size_t ksm_file_limit() nogil
     void* ksm_map(void* addr, size_t len, int prot, int flags, int fd, off_t offset) nogil
     void* ksm_grow(void* old, size_t old_len, size_t new_len) nogil
     int ksm_move(void* source, void* target, size_t len) nogil
     void ksm_pause() nogil
-    void ksm_identify(int fd, uint64_t* dev, uint64_t* ino) nogil
     int F_ADD_SEALS, F_SEAL_WRITE
     unsigned int major(uint64_t dev) nogil
     unsigned int minor(uint64_t dev) nogil
@@ -44,9 +58,6 @@ cdef extern from "<unistd.h>" nogil:
     int _SC_PAGESIZE
     long sysconf(int name)
     ssize_t pread(int fd, void* buf, size_t count, off_t offset)
-    ssize_t pwrite(int fd, const void* buf, size_t count, off_t offset)
-    int ftruncate(int fd, off_t length)
-    int close(int fd)
 
 
 # In the order of enum sys_call.
@@ -54,7 +65,7 @@ CALL_NAMES = (
     "none", "mmap", "munmap", "mremap", "mprotect", "madvise", "mincore", "memfd_create",
     "ftruncate", "fallocate", "pwrite", "pread", "open", "sigaction", "seal", "userfaultfd",
     "uffd_register", "uffd_unregister", "uffd_protect", "uffd_move", "uffd_copy", "uffd_wake",
-    "pagemap_scan", "tracker",
+    "pagemap_scan", "tracker", "signal_masks",
     "uffd_register_then_fail", "uffd_move_then_fail",
 )
 
@@ -95,15 +106,23 @@ cdef void sys_error_clear(sys_error* err) noexcept nogil:
     err.addr = err.len_bytes = 0
 
 
+cdef bint sys_is_passing(int code) noexcept nogil:
+    return code in (EMFILE, ENFILE, ENOMEM, EAGAIN, EINTR)
+
+
 cdef object sys_error_raise(sys_error* err, str what):
     """Raise the OSError (MemoryError for ENOMEM) that `err` describes; needs the GIL."""
-    import errno as errno_names
     cdef str call = CALL_NAMES[err.call]
     cdef str where = ""
     if err.len_bytes:
         where = f" of {err.len_bytes} bytes at {err.addr:#x}" if err.addr else f" of {err.len_bytes} bytes"
+    if err.call == CALL_SIGNAL_MASKS:
+        raise RuntimeError(
+            f"{what}: a thread of this process blocks SIGSEGV, and would end it if it wrote there meanwhile; unblock "
+            "that signal, or use another guard than 'mprotect' (memory is as it was, all bytes are right)"
+        )
     message = f"{what}: {call}{where} failed: {os.strerror(err.code)}"
-    if err.code == errno_names.ENOMEM:
+    if err.code == ENOMEM:
         raise MemoryError(
             f"[Errno {err.code}] {message} (out of memory, or of mappings: see vm.max_map_count)"
         )
@@ -138,6 +157,14 @@ cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil:
         addr += n
         len_bytes -= n
     return True
+
+
+cdef size_t sys_file_limit() noexcept nogil:
+    return ksm_file_limit()
+
+
+cdef bint sys_locks_future() noexcept nogil:
+    return ksm_locks_future(sys_page_bytes())
 
 
 cdef void* _map(
@@ -186,8 +213,14 @@ cdef int sys_map_store_at(
 
 
 cdef void* sys_map_view(size_t len_bytes, int fd, off_t offset, sys_error* err) noexcept nogil:
-    """Map the file read-only, anywhere. Private: it never counts as a writable mapping of the file."""
-    return _map(0, len_bytes, PROT_READ, MAP_PRIVATE, fd, offset, err)
+    """Map the file read-only, anywhere, for this process only, and not locked. Private: it never counts as a
+    writable mapping of the file."""
+    cdef void* p
+    if sys_injected(CALL_MMAP, 0, len_bytes, err):
+        return NULL
+    p = ksm_map_view(len_bytes, fd, offset)
+    sys_check(p == NULL, CALL_MMAP, 0, len_bytes, err)
+    return p
 
 
 cdef void* sys_map_lease(size_t len_bytes, int fd, sys_error* err) noexcept nogil:
@@ -258,7 +291,8 @@ cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil:
     cdef int fd
     if sys_injected(CALL_MEMFD_CREATE, 0, 0, err):
         return -1
-    fd = ksm_memfd(name)
+    kept_lock()
+    fd = kept_opened(ksm_memfd(name))
     sys_check(fd < 0, CALL_MEMFD_CREATE, 0, 0, err)
     return fd
 
@@ -266,7 +300,7 @@ cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil:
 cdef int sys_truncate(int fd, off_t len_bytes, sys_error* err) noexcept nogil:
     if sys_injected(CALL_FTRUNCATE, 0, <size_t>len_bytes, err):
         return -1
-    while ftruncate(fd, len_bytes) != 0:
+    while ksm_truncate(fd, len_bytes) != 0:
         if errno != EINTR:
             return _fail(err, CALL_FTRUNCATE, errno, 0, <size_t>len_bytes)
     return 0
@@ -281,7 +315,7 @@ cdef int sys_write_at(
     if sys_injected(CALL_PWRITE, <uintptr_t>source, len_bytes, err):
         return -1
     while done < len_bytes:
-        n = pwrite(fd, <const char*>source + done, len_bytes - done, offset + <off_t>done)
+        n = ksm_write_at(fd, <const char*>source + done, len_bytes - done, offset + <off_t>done)
         if n > 0:
             done += <size_t>n
         elif n == 0:
@@ -328,16 +362,31 @@ cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil:
     cdef int fd
     if sys_injected(CALL_OPEN, 0, 0, err):
         return -1
-    fd = open(path, O_RDONLY | O_CLOEXEC)
+    kept_lock()
+    fd = kept_opened(open(path, O_RDONLY | O_CLOEXEC))
     sys_check(fd < 0, CALL_OPEN, 0, 0, err)
     return fd
 
 
 cdef void sys_close(int fd) noexcept nogil:
-    # Unchecked: close of a memory file or of a proc file has nothing to flush, and the descriptor
-    # is gone whatever it returns.
     if fd >= 0:
-        close(fd)
+        kept_close(fd)
+
+
+cdef void sys_list_lock() noexcept nogil:
+    kept_lock()
+
+
+cdef void sys_list_unlock() noexcept nogil:
+    kept_unlock()
+
+
+cdef int sys_opened(int fd) noexcept nogil:
+    return kept_opened(fd)
+
+
+cdef void sys_close_in_child() noexcept nogil:
+    kept_child()
 
 
 cdef void sys_keep(sys_file* file, int fd) noexcept nogil:
@@ -363,17 +412,16 @@ cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_mi
     dev_minor[0] = minor(file.dev)
 
 
-# ---- signals --------------------------------------------------------------------------------
-
-cdef int sys_sigaction(int signum, const sigaction_t* new, sigaction_t* old, sys_error* err) noexcept nogil:
-    if sys_injected(CALL_SIGACTION, 0, 0, err):
-        return -1
-    return sys_check(sigaction(signum, new, old) != 0, CALL_SIGACTION, 0, 0, err)
-
+# ---- for Python code ------------------------------------------------------------------------
 
 def page_bytes():
     """Size of a system page in bytes."""
     return sys_page_bytes()
+
+
+def locks_future():
+    """Is all new memory of this process locked (mlockall(2) with MCL_FUTURE)?"""
+    return bool(ksm_locks_future(sys_page_bytes()))
 
 
 def features():

@@ -11,7 +11,8 @@ and taken back afterwards. Pages that were let go count as written: the safe sid
 Whatever goes wrong here costs time or a missed merge, never a byte: what is merged is compared in a window.
 What the tracker cannot see is memory that a device has pinned from before the protection on.
 
-In a forked child nothing is watched.
+In a forked child nothing is watched, and the descriptor is closed: through it any memory of the parent's that was
+never touched could be given bytes.
 """
 
 from libc.stdint cimport uintptr_t
@@ -23,7 +24,7 @@ from ksmcore._kernel.syscalls cimport (
 )
 from ksmcore._kernel.uffd cimport UFFD_PROTECTED, uffd_open_async, uffd_protect, uffd_register, uffd_unregister
 
-from libc.errno cimport ENOSYS
+from libc.errno cimport EINVAL, ENOMEM, ENOSYS
 import os
 
 
@@ -93,12 +94,14 @@ cdef int tracker_watch(tracker_t* tracker, uintptr_t addr, uintptr_t end, sys_er
 cdef void tracker_unwatch(tracker_t* tracker, uintptr_t addr, uintptr_t end) noexcept nogil:
     """Nothing in [addr, end) is watched from here on, and no page protected.
 
-    Unchecked: it fails where the program has mapped something else there, and then nothing of what was
-    watched is left, or a piece that costs writers a fault and is seen as written.
+    It fails where the program has mapped something else there, and then nothing of what was watched is left, or a
+    piece that costs writers a fault and is seen as written. Where it is refused the tracker is closed, which nobody
+    can refuse: nothing at all is watched then (see tracker_is_there).
     """
-    cdef sys_error ignored
-    sys_error_clear(&ignored)
-    uffd_unregister(tracker.file.fd, addr, end - addr, &ignored)
+    cdef sys_error failed
+    sys_error_clear(&failed)
+    if uffd_unregister(tracker.file.fd, addr, end - addr, &failed) != 0 and failed.code not in (EINVAL, ENOMEM):
+        tracker_close(tracker)
 
 
 cdef void tracker_disarm(tracker_t* tracker, uintptr_t addr, size_t len_bytes) noexcept nogil:

@@ -1,5 +1,6 @@
 """A batch: what is to be merged next; see batch.pyx."""
 
+from libc.errno cimport EFBIG
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.window cimport guard_kind
@@ -18,10 +19,12 @@ ctypedef struct skip_counters:
     uint64_t refused             # the kernel refused to protect or to remap it
     uint64_t map_budget          # its run was too short for what is left of the map budget
     uint64_t store               # the store could not be grown or written
+    uint64_t file_size           # the limit on the size of files leaves the store no room (RLIMIT_FSIZE)
     uint64_t max_shared_pages    # that limit is reached
     uint64_t partner             # its partner could not be merged, so the merge was undone
     uint64_t away                # swapped out, or being moved by the kernel
     uint64_t pinned              # a device may be writing into it (direct I/O, io_uring)
+    uint64_t sigsegv_blocked     # a thread blocks SIGSEGV, or may, and the guard is mprotect
     uint64_t altered             # in a region that the program has mapped otherwise meanwhile
     uint64_t held                # in a region that is held (see Region.hold)
     uint64_t smart_scan          # found no partner so often that it is looked at less often
@@ -112,6 +115,7 @@ ctypedef struct batch:
     uint32_t* slots              # for carrying out, like outcomes
     uint8_t* outcomes
     planned_sharers* planned     # a hash table of 2 * capacity entries, by slot
+    int refusal                  # errno of the last new block that there was no room for
     uint32_t n_intents
     uint32_t n_pendings
     uint32_t capacity            # of intents; pendings have half of it
@@ -123,6 +127,11 @@ cdef inline uint64_t batch_end_stage(uint64_t* stage_ns, uint64_t begun_ns) noex
     cdef uint64_t now_ns = sys_now_ns()
     stage_ns[0] += now_ns - begun_ns
     return now_ns
+
+
+cdef inline uint64_t* batch_no_room(batch* b, int code) noexcept nogil:
+    """The reason to leave a page out because of that errno."""
+    return &b.counters.skipped.file_size if code == EFBIG else &b.counters.skipped.store
 
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil

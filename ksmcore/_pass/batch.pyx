@@ -9,7 +9,8 @@ from ksmcore._kernel.syscalls cimport sys_error_clear
 from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
 from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
 from ksmcore._records.store cimport (
-    store_block, store_is_pending, store_page, store_pending, store_release, store_sharers, store_unshare,
+    store_block, store_is_orphan, store_is_pending, store_page, store_pending, store_release, store_sharers,
+    store_unshare,
 )
 
 
@@ -117,7 +118,7 @@ cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil:
 cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil:
     """If the block of this slot was set aside, have searches find it again."""
     cdef uint32_t n_copies, first
-    if forest_holds(b.stable, slot):
+    if forest_holds(b.stable, slot) or store_is_orphan(b.store, slot):
         return
     first = store_block(b.store, slot, &n_copies)
     if not forest_holds(b.stable, first):

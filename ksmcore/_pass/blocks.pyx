@@ -8,11 +8,13 @@ stand here.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
-from ksmcore._pass.batch cimport LEFT, OPEN, batch, batch_leave, batch_offer, intent, pending_block
+from ksmcore._pass.batch cimport (
+    LEFT, OPEN, batch, batch_leave, batch_no_room, batch_offer, intent, pending_block,
+)
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_holds, forest_put
 from ksmcore._records.store cimport (
-    store_alloc, store_block_sharers, store_is_dead, store_is_pending, store_page, store_pending, store_release, store_set_pending,
-    store_settle, store_write,
+    store_alloc, store_block_sharers, store_is_dead, store_is_pending, store_page, store_pending, store_release,
+    store_set_pending, store_settle, store_write,
 )
 
 cdef enum:
@@ -33,6 +35,7 @@ cdef uint32_t blocks_new(
     sys_error_clear(&err)
     slot = store_alloc(b.store, n_copies, &err)
     if slot == 0:
+        b.refusal = err.code
         if b.err.code == 0:
             b.err = err
         return 0
@@ -88,7 +91,7 @@ cdef void blocks_write(batch* b) noexcept nogil:
     cdef uint32_t i = 0, n, copy
     cdef pending_block* block
     cdef sys_error err
-    cdef int rc
+    cdef int rc, code = 0
     while i < b.n_pendings:
         block = &b.pendings[i]
         n = 1
@@ -113,10 +116,11 @@ cdef void blocks_write(batch* b) noexcept nogil:
         if rc != 0:
             if b.err.code == 0:
                 b.err = err
+            code = err.code
             for copy in range(n):
                 b.pendings[i + copy].fate = LEFT
         i += n
-    _leave_all_of(b, &b.counters.skipped.store)
+    _leave_all_of(b, batch_no_room(b, code))
 
 
 cdef void blocks_check(batch* b) noexcept nogil:

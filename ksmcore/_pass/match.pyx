@@ -9,8 +9,8 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_sharers,
-    batch_set_aside, batch_stable_page,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_no_room,
+    batch_set_aside, batch_sharers, batch_stable_page,
 )
 from ksmcore._pass.blocks cimport blocks_new
 from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
@@ -77,7 +77,7 @@ cdef uint32_t _new_block(
         n_copies[0] = <uint32_t>min(<int64_t>n_copies[0], room)
     slot = blocks_new(&c.b, n_copies[0], source, digest, least > 1 and c.stretch.end_unseen)
     if slot == 0:
-        c.counters.skipped.store += least == 1
+        batch_no_room(&c.b, c.b.refusal)[0] += least == 1
     return slot
 
 

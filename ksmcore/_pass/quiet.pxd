@@ -15,3 +15,5 @@ cdef void quiet_disarm_item(engine_core* c, uint32_t item) noexcept nogil
 cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil
 cdef void quiet_begin_pass(engine_core* c) noexcept nogil
 cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil
+cdef void quiet_after_flush(engine_core* c) noexcept nogil
+cdef void quiet_stop(engine_core* c) noexcept nogil

@@ -9,12 +9,15 @@ leaves it, has its protection lifted: no survey would ever show it again. A regi
 is watched; when it is not, its pages all show, whatever tree they stand in.
 """
 
+from libc.errno cimport EINVAL
 from libc.stdint cimport UINT32_MAX, uint32_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_is_unwritten, pagemap_protect
-from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
-from ksmcore._kernel.tracker cimport tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch
+from ksmcore._kernel.syscalls cimport CALL_TRACKER, CALL_UFFD_UNREGISTER, sys_error, sys_error_clear, sys_is_passing
+from ksmcore._kernel.tracker cimport (
+    tracker_close, tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch,
+)
 from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, state_page_of
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
 from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
@@ -115,11 +118,11 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
         return False
     region.watch_tried = c.epoch
     sys_error_clear(&ignored)
-    if c.tracker.file.fd < 0:
-        c.may_watch = tracker_open(&c.tracker, &c.pm, &ignored) == 0
+    if c.tracker.file.fd < 0 and tracker_open(&c.tracker, &c.pm, &ignored) != 0:
+        c.may_watch = sys_is_passing(ignored.code)
+        return False
     if (
-        not c.may_watch
-        or not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
+        not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
         or tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0
     ):
         return False
@@ -134,6 +137,23 @@ cdef void quiet_begin_pass(engine_core* c) noexcept nogil:
     if not tracker_is_there(&c.tracker):
         for i in range(c.regions.n):
             quiet_unwatch(c, &c.regions.all[i])
+
+
+cdef void quiet_stop(engine_core* c) noexcept nogil:
+    """No region is watched from here on."""
+    c.may_watch = False
+    tracker_close(&c.tracker)
+    quiet_begin_pass(c)
+
+
+cdef void quiet_after_flush(engine_core* c) noexcept nogil:
+    """Where a page could not be merged because the tracker would not let go of it, there is to be no tracker: closed,
+    it lets go of everything."""
+    if (
+        c.b.err.code != 0 and not sys_is_passing(c.b.err.code) and c.b.err.code != EINVAL
+        and c.b.err.call in (<int>CALL_TRACKER, <int>CALL_UFFD_UNREGISTER)
+    ):
+        quiet_stop(c)
 
 
 cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:

@@ -12,8 +12,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport qsort
 from libc.string cimport memset
 
+from ksmcore._guard.guard cimport guard_is_barred
 from ksmcore._guard.merge cimport merge_reshare_run, merge_restore_range, merge_run, merge_zero_run, run_t
-from ksmcore._guard.window cimport CHANGED, DONE, PINNED, REFUSED
+from ksmcore._guard.window cimport BARRED, CHANGED, DONE, PINNED, REFUSED
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
@@ -88,7 +89,7 @@ cdef bint _makes_mappings(const intent* first) noexcept nogil:
 
 
 cdef void _choose(batch* b) noexcept nogil:
-    """Take each run that the budget allows, leave the others.
+    """Take each run that the budget allows, leave the others; all, where no window may be opened.
 
     What the runs that are taken cost together is only put down when they are carried out: some may
     still be given up for want of a partner.
@@ -96,6 +97,9 @@ cdef void _choose(batch* b) noexcept nogil:
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
     cdef map_budget budget = b.budget[0]
+    if b.n_intents != 0 and guard_is_barred(b.guard[0]):
+        for i in range(b.n_intents):
+            batch_leave(b, &b.intents[i], &b.counters.skipped.sigsegv_blocked)
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
@@ -139,6 +143,8 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
 cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
     if outcome == CHANGED:
         return &b.counters.skipped.changed
+    if outcome == BARRED:
+        return &b.counters.skipped.sigsegv_blocked
     return &b.counters.skipped.pinned if outcome == PINNED else &b.counters.skipped.refused
 
 

@@ -39,7 +39,7 @@ from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sy
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._pass.batch cimport batch_end_stage
 from ksmcore._pass.match cimport match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare
-from ksmcore._pass.quiet cimport quiet_arm, quiet_disarm_changed, quiet_disarm_others
+from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
 from ksmcore._pass.state cimport IS_HUGE, engine_core
 from ksmcore._pass.stretch cimport stretch_go_on
@@ -191,6 +191,7 @@ cdef int _scan_span(
     batch_end_stage(&c.counters.stage_ns.trees, begun)
     sys_error_clear(&c.b.err)
     rc = runs_flush(&c.b)
+    quiet_after_flush(c)
     if rc != 0:
         err[0] = c.b.err
     return rc

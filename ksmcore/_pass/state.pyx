@@ -6,14 +6,17 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._guard.window cimport guard_kind
-from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pagemap_try_scanning
-from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_page_bytes
+from ksmcore._kernel.maps cimport maps_enter, maps_leave
+from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pagemap_reopen, pagemap_try_scanning
+from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_is_passing, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
-from ksmcore._records.forest cimport forest_bytes, forest_clear, forest_destroy, forest_expect, forest_init
+from ksmcore._records.forest cimport (
+    forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
+)
 from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
 from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
-from ksmcore._records.store cimport store_bytes, store_destroy, store_init, store_thaw
+from ksmcore._records.store cimport store_begin_pass, store_bytes, store_destroy, store_init
 
 cdef enum:
     LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
@@ -27,6 +30,13 @@ cdef const uint8_t* state_page_of(const engine_core* c, uint32_t item) noexcept 
 cdef const uint8_t* _page_of_node(void* owner, uint32_t item) noexcept nogil:
     """A page_of_t, of the unstable and the quiet tree."""
     return state_page_of(<engine_core*>owner, item)
+
+
+cdef void _forget_slot(void* owner, uint32_t slot) noexcept nogil:
+    """A store_forget. A full one stands in no tree."""
+    cdef engine_core* c = <engine_core*>owner
+    if forest_holds(&c.stable, slot):
+        forest_erase(&c.stable, slot)
 
 
 cdef void _forget_stretch(engine_core* c) noexcept nogil:
@@ -71,6 +81,7 @@ cdef int state_init(
     c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
     c.b.max_page_sharing = &c.max_page_sharing
+    maps_enter()
     c.marks = <uint8_t*>malloc(SPAN_PAGES)
     c.items = <uint32_t*>malloc(SPAN_PAGES * sizeof(uint32_t))
     c.pages = <const uint8_t**>malloc(SPAN_PAGES * sizeof(uint8_t*))
@@ -99,7 +110,9 @@ cdef int state_init(
     pagemap_try_scanning(&c.pm)
     sys_error_clear(&ignored)
     # In content order a quiet page that is written would break the order of the tree it stays in.
-    c.may_watch = with_tracker and not c.by_content and tracker_open(&c.tracker, &c.pm, &ignored) == 0
+    c.may_watch = with_tracker and not c.by_content and (
+        tracker_open(&c.tracker, &c.pm, &ignored) == 0 or sys_is_passing(ignored.code)
+    )
     tracker_close(&c.tracker)
     return 0
 
@@ -109,11 +122,11 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
 
     `in_child`: this is a forked child's copy, and at the fork a thread that does not exist here may have
     been in the middle of changing it. So all of it is leaked on purpose; it costs memory only where the
-    parent changes its own. The descriptors too: the child may have closed them all, and their numbers
-    may be somebody else's by now.
+    parent changes its own. The descriptors were closed when the child began.
     """
     if in_child:
         return
+    maps_leave()
     batch_destroy(&c.b)
     rmap_destroy(&c.rmap)
     store_destroy(&c.store)
@@ -138,7 +151,8 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
     cdef size_t i, n_pages = 0
     for i in range(c.regions.n):
         n_pages += c.regions.all[i].n_pages
-    store_thaw(&c.store)
+    pagemap_reopen(&c.pm)
+    store_begin_pass(&c.store, _forget_slot, c)
     forest_clear(&c.unstable)
     forest_expect(&c.unstable, n_pages // 2)
     forest_expect(&c.stable, n_pages // 2)

@@ -7,6 +7,8 @@ anew at each pass because the program maps memory too, and puts down what each r
 
 from libc.stdint cimport int64_t, uint32_t
 
+cdef enum:
+    MAPS_BACK = 16             # the way back needs some six, and the store some of its own
 
 cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
@@ -21,7 +23,8 @@ cdef void budget_refresh(
         # Nothing is known of the room left: allow no more than what is used now.
         budget.allowed = budget.used
         return
-    free_maps = max_map_count - (n_maps - n_ours)
+    # What merges with the last mappings could never be unmerged.
+    free_maps = max_map_count - (n_maps - n_ours) - MAPS_BACK
     budget.used = n_ours
     budget.allowed = max(free_maps // 2, <int64_t>0)
     if asked >= 0:

@@ -1,63 +1,14 @@
-"""The store, the memory file of shared pages; see store.pyx."""
+"""The store, the memory files of shared pages; see store.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._kernel.syscalls cimport sys_error, sys_file
-from ksmcore._trees cimport rb_node
+from ksmcore._kernel.syscalls cimport sys_error
+from ksmcore._records.store_files cimport store_file, store_file_of, store_forget, store_t
 
-
-cdef extern from *:
-    """
-    #ifndef KSMCORE_STORE_USE
-    #define KSMCORE_STORE_USE
-    typedef struct {
-        uint32_t number : 27;
-        uint32_t used : 1;
-        uint32_t copy : 1;
-        uint32_t frozen : 1;
-        uint32_t pending : 1;
-        uint32_t lost : 1;
-    } store_use;
-    #endif
-    """
-    # What is known of one slot, in 4 bytes beside its tree node.
-    ctypedef struct store_use:
-        uint32_t number        # private to store: of sharers; while pending, what it is pending as; or DEAD
-        uint32_t used          # handed out, and its release not yet carried out
-        uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
-        uint32_t frozen        # existed at a fork: another process may map it, so neither written nor punched
-        uint32_t lost          # mapped where nobody keeps account of it: never released
-        uint32_t pending       # not written yet; its bytes are still the candidate's
 
 cdef enum:
-    MAX_SHARERS = 0x07ff0000   # what `number` can hold, less what one batch can add
+    MAX_SHARERS = 0x07ff0000   # what `number` of a slot can hold, less what one batch can add
     DEAD = 0x07ffffff          # released, but still mapped by another process
-    SEGMENT_BYTES = 0x4000000  # 64 MiB: the file grows, and is viewed, by this much
-    MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
-
-
-# A slot is a page of the file: slot * page_bytes is its offset. Slot 0 is never used.
-ctypedef struct store_t:
-    sys_file file              # none until the first shared page
-    size_t page_bytes
-    rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
-    store_use* uses
-    uint8_t** views            # read-only mapping of each segment
-    int gets_huge_pages        # the kernel gives them to memory files; -1: not asked yet
-    uint32_t n_segments
-    uint32_t slots_per_segment
-    uint32_t capacity          # slots that the arrays and the file have room for
-    uint32_t top               # slots below it have been handed out at least once
-    uint32_t cursor            # where the next search for a free slot starts
-    uint32_t aligned_end       # slots up to here are for a huge page, so none is taken elsewhere
-    uint32_t n_used
-    uint32_t n_frozen
-    uint32_t n_dead            # of the frozen: released here, kept for other processes only
-    uint32_t n_shared          # slots with at least one sharer
-    uint32_t seen_forks        # forks whose children the frozen slots are frozen for
-    uint32_t seen_gone         # children of the forks up to this one are known to be gone
-    uint32_t n_releases
-    uint32_t releases[<int>MAX_RELEASES]
 
 
 cdef int store_told_huge     # -1; or, by a test, whether the kernel gives memory files huge pages
@@ -98,11 +49,30 @@ cdef inline bint store_is_shared_block(const store_t* store, uint32_t slot, uint
     """Does a block of shared pages with this checksum begin here, whose first slot has a sharer?"""
     return (
         0 < slot < store.top and store.nodes[slot].digest == digest and store.uses[slot].used
-        and not store.uses[slot].pending and not store.uses[slot].copy and 0 < store.uses[slot].number < DEAD
+        and not store.uses[slot].pending and not store.uses[slot].copy and not store.uses[slot].orphan
+        and 0 < store.uses[slot].number < DEAD
     )
 
 
-cdef bint store_is_there(const store_t* store) noexcept nogil
+cdef inline bint store_is_orphan(const store_t* store, uint32_t slot) noexcept nogil:
+    """Is its file out of reach? Then it gets no further sharer."""
+    return store.uses[slot].orphan
+
+
+cdef inline int store_fd(const store_t* store, uint32_t slot) noexcept nogil:
+    """The file that a slot lies in."""
+    return store_file_of(store, slot).file.fd
+
+
+cdef inline long long store_offset(const store_t* store, uint32_t slot) noexcept nogil:
+    """Where in it the slot lies."""
+    return <long long>(<size_t>(slot - store_file_of(store, slot).first) * store.page_bytes)
+
+
+cdef bint store_is_there(const store_t* store, uint32_t slot) noexcept nogil
+cdef bint store_slot_at(
+    store_t* store, uint64_t dev_major, uint64_t dev_minor, uint64_t inode, uint64_t offset, uint32_t* slot
+) noexcept nogil
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil
 cdef void store_destroy(store_t* store) noexcept nogil
 cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil
@@ -118,5 +88,6 @@ cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noe
 cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_trim(store_t* store) noexcept nogil
-cdef void store_thaw(store_t* store) noexcept nogil
+cdef void store_begin_pass(store_t* store, store_forget forget, void* context) noexcept nogil
+cdef uint32_t store_frozen(const store_t* store) noexcept nogil
 cdef size_t store_bytes(store_t* store) noexcept nogil

@@ -1,10 +1,10 @@
-"""The store: one memory file that holds all shared pages of an engine.
+"""The store: the memory that holds all shared pages of an engine, in memory files (see store_files).
 
-A slot is one page of the file. Slots are handed out in the order in which they are asked for, so that
+A slot is one page of a file. Slots are handed out in the order in which they are asked for, so that
 pages which are merged one after the other stand one after the other in the file, and one mapping
 serves them. The bytes of a slot are written once, before anybody maps it, and never change while it
-exists; the file is read through private read-only views, and written with pwrite, so no writable
-mapping of it ever exists.
+exists; the files are read through private read-only views, and written with pwrite, so no writable
+mapping of one ever exists. The views are for this process alone: forked children and core files do not get them.
 
 Where the kernel gives memory files huge pages, the copy of a huge page begins at a multiple of its size, so that
 it can be mapped as one again.
@@ -13,32 +13,35 @@ A block is a slot and the copies that follow it (`copy` set), all with the same 
 repeated page maps a block over and over. Only its first slot stands in the stable tree; the block is
 released as a whole, when none of its slots has a sharer.
 
-After a fork the child maps the store as well. Slots that existed then are frozen: they go on being
-shared, but are neither punched nor written again while a process of that fork lives. `seen_forks` is
-compared with the process's count of forks, under the fork lock, before anything is punched or written.
-A frozen slot that is released is dead: used by nobody here, and remembering (in its tree node, which it
-does not need any more) the last fork whose child may map it. `store_thaw` gives dead slots back, and
-thaws the others, as the children end.
+After a fork the child maps the files as well. No slot of a file that existed then is handed out or written any more,
+so that the child sees nothing but what it was born with. Its slots go on being shared. While a process of that fork
+lives the file is frozen: none of it is punched, and a slot that is released is dead, used by nobody here, and
+remembering (in its tree node, which it does not need any more) the last fork whose child may map it.
+`store_begin_pass` gives dead slots back as the children end. `seen_forks` is compared with the process's count of
+forks, under the fork lock, before anything is punched.
 
 Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
-that is not used has no sharers and no other flag; `copy` slots follow their block without a gap; a dead
-slot is frozen, and has DEAD in place of its sharers.
+that is not used has no sharers and no flag; `copy` slots follow their block without a gap; a dead
+slot is in a frozen file, or in one out of reach, and has DEAD in place of its sharers. Each file counts its own too.
 """
 
+from libc.errno cimport EAGAIN, EFBIG
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, qsort, realloc
+from libc.stdlib cimport qsort
 from libc.string cimport memset, strstr
 
-from ksmcore._kernel.forks cimport forks_count, forks_gone, forks_lock, forks_unlock, forks_watch
+from ksmcore._kernel.forks cimport forks_count, forks_living, forks_lock, forks_look, forks_unlock
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTFORK, sys_advise, sys_close, sys_drop, sys_error, sys_error_clear, sys_grow, sys_is_kept, sys_keep,
-    sys_map_anon, sys_map_view, sys_memfd, sys_open_read, sys_punch, sys_read_at, sys_truncate, sys_unmap,
-    sys_write_at,
+    sys_close, sys_device, sys_error, sys_error_clear, sys_file_limit, sys_is_kept, sys_open_read, sys_punch,
+    sys_read_at, sys_write_at,
+)
+from ksmcore._records.store_files cimport (
+    MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after,
+    store_files_make_room, store_segment, store_use,
 )
 from ksmcore._trees cimport rb_node
 
 cdef enum:
-    MAX_SLOTS = 0x7fffffff     # a tree link holds 31 bits
     # Released slots are searched for once they are a quarter of all: searching less often keeps new
     # pages together at the end of the file, searching later would let the arrays grow without need.
     REUSE_SHARE = 4
@@ -71,112 +74,105 @@ cdef bint _gets_huge_pages() noexcept nogil:
 cdef void store_init(store_t* store, size_t page_bytes) noexcept nogil:
     memset(store, 0, sizeof(store_t))
     store.gets_huge_pages = -1
-    store.file.fd = -1
     store.page_bytes = page_bytes
     store.slots_per_segment = <uint32_t>(SEGMENT_BYTES // page_bytes)
     store.top = store.cursor = 1
     store.seen_forks = forks_count()
 
 
-cdef bint store_is_there(const store_t* store) noexcept nogil:
-    """False when the program closed the descriptor under us. What is shared stays shared, and right; but
-    nothing can be added or given back, and above all nothing is written to somebody else's file."""
-    return sys_is_kept(&store.file)
-
-
 cdef void store_destroy(store_t* store) noexcept nogil:
-    """Drop the descriptor, the views and the arrays; mappings of the file elsewhere stay right."""
-    cdef sys_error ignored
-    cdef uint32_t i
-    sys_error_clear(&ignored)
-    # Unchecked: munmap of whole mappings of our own fails only on a broken argument.
-    for i in range(store.n_segments):
-        sys_unmap(<uintptr_t>store.views[i], SEGMENT_BYTES, &ignored)
-    if store.nodes != NULL:
-        sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
-    if store.uses != NULL:
-        sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
-    free(store.views)
-    if store.file.fd >= 0:
-        forks_watch(-1)
-    sys_drop(&store.file)
+    store_files_close_all(store)
     store_init(store, store.page_bytes)
 
 
-cdef int _add_segment(store_t* store, sys_error* err) noexcept nogil:
-    """Room for one segment more in the file, the views and the arrays.
-
-    Each step leaves the store as it was when a later one fails: a longer file and longer arrays are
-    only used up to `capacity`, which is raised last.
-    """
-    cdef size_t old = store.capacity
-    cdef size_t new = old + store.slots_per_segment
-    cdef uint8_t* view
-    cdef void* grown
-    if new > MAX_SLOTS:
-        return -1
-    if store.file.fd < 0:
-        sys_keep(&store.file, sys_memfd(b"ksmcore-store", err))
-        if store.file.fd >= 0:
-            forks_watch(1)
-    if not store_is_there(store):
-        return -1
-    if sys_truncate(store.file.fd, <long long>(new * store.page_bytes), err) != 0:
-        return -1
-    grown = realloc(store.views, (store.n_segments + 1) * sizeof(uint8_t*))
-    if grown == NULL:
-        return -1
-    store.views = <uint8_t**>grown
-    view = <uint8_t*>sys_map_view(SEGMENT_BYTES, store.file.fd, <long long>(old * store.page_bytes), err)
-    if view == NULL:
-        return -1
-    # A child has no use for the view. When the advice is refused the child merely has it as well.
-    sys_advise(<uintptr_t>view, SEGMENT_BYTES, ADVISE_DONTFORK, err)
-    if _grow_arrays(store, old, new, err) != 0:
-        sys_unmap(<uintptr_t>view, SEGMENT_BYTES, err)
-        return -1
-    store.views[store.n_segments] = view
-    store.n_segments += 1
-    store.capacity = <uint32_t>new
-    return 0
+cdef bint store_is_there(const store_t* store, uint32_t slot) noexcept nogil:
+    """Can this slot be mapped, written and given back? Not where the program closed the descriptor under us. What is
+    shared stays shared, and right; but above all nothing is written to somebody else's file."""
+    return sys_is_kept(&store_file_of(store, slot).file)
 
 
-cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) noexcept nogil:
-    cdef void* nodes
-    cdef void* uses
-    if old == 0:
-        nodes = sys_map_anon(new * sizeof(rb_node), err)
-        if nodes == NULL:
-            return -1
-        uses = sys_map_anon(new * sizeof(store_use), err)
-        if uses == NULL:
-            sys_unmap(<uintptr_t>nodes, new * sizeof(rb_node), err)
-            return -1
-    else:
-        nodes = sys_grow(store.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
-        if nodes == NULL:
-            return -1
-        store.nodes = <rb_node*>nodes
-        uses = sys_grow(store.uses, old * sizeof(store_use), new * sizeof(store_use), err)
-        if uses == NULL:
-            # Cut the nodes back, so that both arrays have the length that `capacity` tells.
-            sys_unmap(<uintptr_t>nodes + old * sizeof(rb_node), (new - old) * sizeof(rb_node), err)
-            return -1
-    store.nodes = <rb_node*>nodes
-    store.uses = <store_use*>uses
-    return 0
+cdef bint store_slot_at(
+    store_t* store, uint64_t dev_major, uint64_t dev_minor, uint64_t inode, uint64_t offset, uint32_t* slot
+) noexcept nogil:
+    """Is this a file of the store's, whether it is within reach or not? *slot: the one at this offset, 0: none."""
+    cdef store_file* file
+    cdef uint64_t major, minor
+    cdef uint32_t i
+    for i in range(store.n_files):
+        file = &store.files[i]
+        if file.file.ino != inode or inode == 0:
+            continue
+        sys_device(&file.file, &major, &minor)
+        if major == dev_major and minor == dev_minor:
+            file.is_mapped = True
+            offset //= store.page_bytes
+            slot[0] = file.first + <uint32_t>offset if offset < file.top - file.first else 0
+            return True
+    return False
 
 
-cdef uint32_t _free_run(store_t* store, uint32_t start, uint32_t n_slots) noexcept nogil:
-    """First of `n_slots` free neighbours at or after `start` and below `top`, or 0."""
+# ---- handing out ------------------------------------------------------------------------------
+
+cdef uint32_t _free_run(store_t* store, uint32_t start, uint32_t end, uint32_t n_slots) noexcept nogil:
+    """First of `n_slots` free neighbours from `start` on and below `end`, in one file, or 0."""
     cdef uint32_t slot = start
     cdef uint32_t n = 0
-    while slot < store.top:
+    while slot < end:
         n = n + 1 if not store.uses[slot].used else 0
         slot += 1
         if n == n_slots:
             return slot - n_slots
     return 0
+
+
+cdef uint32_t _free_anywhere(store_t* store, uint32_t n_slots) noexcept nogil:
+    """The same in any file that can be written, once a good part of their slots is free again."""
+    cdef const store_file* file
+    cdef uint32_t i, slot, n_handed = 0, n_free = 0
+    for i in range(store.n_files):
+        file = &store.files[i]
+        if store_files_can_be_written(store, file):
+            n_handed += file.top - file.first
+            n_free += file.top - file.first - 1 - file.n_used
+    for i in range(store.n_files if n_free > n_handed // REUSE_SHARE else 0):
+        file = &store.files[i]
+        if store_files_can_be_written(store, file):
+            slot = _free_run(store, file.first + 1, file.top, n_slots)
+            if slot != 0:
+                store.current = i
+                return slot
+    return 0
+
+
+cdef uint32_t _at_the_end(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil:
+    """Slots behind all that were ever handed out, or 0 with *err."""
+    cdef store_file* file = NULL
+    cdef uint32_t slot = 0
+    if store.n_open != 0 and store_files_can_be_written(store, &store.files[store.growing]):
+        file = &store.files[store.growing]
+    while file == NULL or file.top + n_slots > file.end:
+        # The first slot of a file is never used.
+        if sys_file_limit() // store.page_bytes <= n_slots:
+            err.code = EFBIG
+            return 0
+        if store_files_make_room(store, err) != 0:
+            return 0
+        file = &store.files[store.growing]
+        if not store_files_can_be_written(store, file):
+            err.code = EAGAIN    # the process has just forked
+            return 0
+    slot = file.top
+    file.top += n_slots
+    store.top = file.top
+    store.current = store.growing
+    return slot
+
+
+cdef void _notice_forks(store_t* store) noexcept nogil:
+    if forks_count() != store.seen_forks:
+        forks_lock()
+        _see_forks(store)
+        forks_unlock()
 
 
 cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noexcept nogil:
@@ -185,23 +181,26 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
     Next fit: the slot after the last one handed out if that is free, else the next free one. The
     cursor goes back to the start only when a good part of the slots is free again.
     """
+    cdef store_file* file
     cdef uint32_t slot = 0
     cdef uint32_t i
-    if store.cursor < store.top:
-        slot = _free_run(store, store.cursor, n_slots)
-    elif store.top >= store.aligned_end and store.top - 1 - store.n_used > store.top // REUSE_SHARE:
-        slot = _free_run(store, 1, n_slots)
+    _notice_forks(store)
+    if store.n_open != 0:
+        file = &store.files[store.current]
+        if store_files_can_be_written(store, file) and store.cursor < file.top:
+            slot = _free_run(store, store.cursor, file.top, n_slots)
+        elif store.top >= store.aligned_end:
+            slot = _free_anywhere(store, n_slots)
     if slot == 0:
-        slot = store.top
-        while slot + n_slots > store.capacity:
-            if _add_segment(store, err) != 0:
-                return 0
-        store.top = slot + n_slots
+        slot = _at_the_end(store, n_slots, err)
+        if slot == 0:
+            return 0
     for i in range(n_slots):
         memset(&store.uses[slot + i], 0, sizeof(store_use))
         store.uses[slot + i].used = 1
         store.uses[slot + i].copy = 1 if i > 0 else 0
     store.n_used += n_slots
+    store_file_of(store, slot).n_used += n_slots
     store.cursor = slot + n_slots
     return slot
 
@@ -209,49 +208,74 @@ cdef uint32_t store_alloc(store_t* store, uint32_t n_slots, sys_error* err) noex
 cdef void store_align(store_t* store, uint32_t n_slots) noexcept nogil:
     """The slots of a huge page come next: have the first be a multiple of n_slots, a power of two, if that is of
     use. The slots left out are free."""
+    cdef store_file* file
+    cdef sys_error ignored
     if store.gets_huge_pages < 0:
         store.gets_huge_pages = _gets_huge_pages()
-    if store.gets_huge_pages:
-        store.top = (store.top + n_slots - 1) & ~(n_slots - 1)
-        store.cursor = store.top
-        store.aligned_end = store.top + n_slots
+    if not store.gets_huge_pages:
+        return
+    _notice_forks(store)
+    sys_error_clear(&ignored)
+    if store.n_open == 0 or not store_files_can_be_written(store, &store.files[store.growing]):
+        if store_files_make_room(store, &ignored) != 0:
+            return
+    file = &store.files[store.growing]
+    file.top = min((file.top + n_slots - 1) & ~(n_slots - 1), file.end)
+    store.top = store.cursor = file.top
+    store.current = store.growing
+    store.aligned_end = file.top + n_slots
 
+
+# ---- bytes ------------------------------------------------------------------------------------
 
 cdef const uint8_t* store_page(store_t* store, uint32_t slot) noexcept nogil:
     """The bytes of a written slot, for reading."""
     cdef uint32_t segment = slot // store.slots_per_segment
-    return store.views[segment] + <size_t>(slot - segment * store.slots_per_segment) * store.page_bytes
+    return (
+        store.segments[segment].view + <size_t>(slot - segment * store.slots_per_segment) * store.page_bytes
+    )
 
 
 cdef int store_write(
     store_t* store, uint32_t slot, const uint8_t* source, uint32_t n_pages, sys_error* err
 ) noexcept nogil:
-    """Give slots that nobody maps their bytes. Not mapped: fresh or released before the last fork
-    check, so no other process can see them change either."""
-    if not store_is_there(store):
+    """Give slots that nobody maps their bytes; -1 where that cannot be. Not mapped: fresh or released before the last
+    fork check, so no other process can see them change either. Nor one that was forked since they were handed out:
+    then they are given up."""
+    cdef store_file* file = store_file_of(store, slot)
+    if not sys_is_kept(&file.file) or forks_count() != file.made:
         return -1
-    return sys_write_at(
-        store.file.fd, source, <size_t>n_pages * store.page_bytes,
-        <long long>(<size_t>slot * store.page_bytes), err
-    )
+    if sys_write_at(
+        file.file.fd, source, <size_t>n_pages * store.page_bytes, store_offset(store, slot), err
+    ) == 0:
+        return 0
+    file.is_full = file.is_full or err.code == EFBIG
+    return -1
 
+
+# ---- sharers ----------------------------------------------------------------------------------
 
 cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
     store.uses[slot].number += 1
     if store.uses[slot].number == 1:
         store.n_shared += 1
+        store_file_of(store, slot).n_shared += 1
 
 
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0.
 
-    The caller then takes that slot out of the stable tree and releases it.
+    The caller then takes that slot out of the stable tree and releases it. One out of reach is in no tree, and goes
+    with its file.
     """
     cdef uint32_t first, n_copies, i
     store.uses[slot].number -= 1
     if store.uses[slot].number != 0:
         return 0
     store.n_shared -= 1
+    store_file_of(store, slot).n_shared -= 1
+    if store.uses[slot].orphan:
+        return 0
     first = store_block(store, slot, &n_copies)
     for i in range(n_copies):
         if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
@@ -306,38 +330,37 @@ cdef int _by_number(const void* a, const void* b) noexcept nogil:
     return (left > right) - (left < right)
 
 
+# ---- giving back ------------------------------------------------------------------------------
+
 cdef void _see_forks(store_t* store) noexcept nogil:
     """Freeze what existed when the process last forked. The caller holds the fork lock."""
-    cdef uint32_t slot
+    cdef uint32_t i
     if forks_count() == store.seen_forks:
         return
     store.seen_forks = forks_count()
-    store.n_frozen = 0
-    for slot in range(1, store.top):
-        if store.uses[slot].used:
-            store.uses[slot].frozen = 1
-            store.n_frozen += 1
+    for i in range(store.n_files):
+        store.files[i].is_frozen = store.files[i].file.ino != 0 and store.files[i].made != store.seen_forks
 
 
 cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
-    """Punch neighbouring slots and hand them out again. The caller holds the fork lock.
+    """Punch neighbouring slots of one file, which are free then. The caller holds the fork lock.
 
     A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
     writing it again replaces its bytes.
     """
+    cdef store_file* file = store_file_of(store, first)
     cdef sys_error ignored
     sys_error_clear(&ignored)
-    if store_is_there(store):
-        sys_punch(
-            store.file.fd, <long long>(<size_t>first * store.page_bytes), <size_t>n * store.page_bytes,
-            &ignored
-        )
+    if sys_is_kept(&file.file):
+        sys_punch(file.file.fd, store_offset(store, first), <size_t>n * store.page_bytes, &ignored)
     memset(&store.uses[first], 0, n * sizeof(store_use))
     store.n_used -= n
+    file.n_used -= n
 
 
 cdef void store_trim(store_t* store) noexcept nogil:
-    """Carry out the releases, neighbours together. Frozen slots stay used, out of every tree: dead."""
+    """Carry out the releases, neighbours together. Those in a frozen file stay used, out of every tree: dead."""
+    cdef store_file* file
     cdef uint32_t i = 0, n, slot
     if store.n_releases == 0:
         return
@@ -346,15 +369,18 @@ cdef void store_trim(store_t* store) noexcept nogil:
     _see_forks(store)
     while i < store.n_releases:
         slot = store.releases[i]
-        if store.uses[slot].frozen:
+        file = store_file_of(store, slot)
+        if file.is_frozen:
             store.uses[slot].copy = 0
             store.uses[slot].number = DEAD
             store.nodes[slot].digest = store.seen_forks
             store.n_dead += 1
+            file.n_dead += 1
             i += 1
             continue
         n = 1
-        while i + n < store.n_releases and store.releases[i + n] == slot + n and not store.uses[slot + n].frozen:
+        # No run of slots goes on from one file to the next.
+        while i + n < store.n_releases and store.releases[i + n] == slot + n:
             n += 1
         _free_slots(store, slot, n)
         i += n
@@ -362,38 +388,55 @@ cdef void store_trim(store_t* store) noexcept nogil:
     store.n_releases = 0
 
 
-cdef bint _is_dead_since(const store_t* store, uint32_t slot, uint32_t gone) noexcept nogil:
-    return store_is_dead(store, slot) and store.nodes[slot].digest <= gone
+cdef void _thaw(store_t* store, store_file* file) noexcept nogil:
+    """Give back what was kept for children that are gone by now. The caller holds the fork lock."""
+    cdef uint32_t slot = file.first + 1, n
+    file.is_frozen = forks_living(file.made, store.seen_forks)
+    while slot < file.top and file.n_dead != 0:
+        n = 0
+        while slot + n < file.top and store_is_dead(store, slot + n) and not (
+            file.is_frozen and forks_living(file.made, store.nodes[slot + n].digest)
+        ):
+            n += 1
+        if n > 0:
+            _free_slots(store, slot, n)
+            store.n_dead -= n
+            file.n_dead -= n
+        slot += max(n, <uint32_t>1)
 
 
-cdef void store_thaw(store_t* store) noexcept nogil:
-    """Give back, or let be written again, what was frozen for children that are gone by now."""
-    cdef uint32_t slot = 1, n, gone
+cdef void store_begin_pass(store_t* store, store_forget forget, void* context) noexcept nogil:
+    """Look after the files: what children have kept and is free by now, what is out of reach, what is empty."""
+    cdef uint32_t i
+    cdef bint any_frozen = False
     forks_lock()
     _see_forks(store)
-    if store.n_frozen != 0:
-        gone = forks_gone()
-        if gone != store.seen_gone:
-            store.seen_gone = gone
-            while slot < store.top:
-                n = 0
-                while slot + n < store.top and _is_dead_since(store, slot + n, gone):
-                    n += 1
-                if n > 0:
-                    _free_slots(store, slot, n)
-                    store.n_dead -= n
-                    store.n_frozen -= n
-                elif gone == store.seen_forks and store.uses[slot].frozen:
-                    store.uses[slot].frozen = 0
-                    store.n_frozen -= 1
-                slot += max(n, <uint32_t>1)
+    for i in range(store.n_files):
+        any_frozen = any_frozen or store.files[i].is_frozen
+    if any_frozen:
+        forks_look()
+        for i in range(store.n_files):
+            if store.files[i].is_frozen:
+                _thaw(store, &store.files[i])
     forks_unlock()
+    store_files_look_after(store, forget, context)
+
+
+cdef uint32_t store_frozen(const store_t* store) noexcept nogil:
+    """Slots in use that another process may map."""
+    cdef uint32_t i, n = 0
+    for i in range(store.n_files):
+        n += store.files[i].n_used if store.files[i].is_frozen else 0
+    return n
 
 
 cdef size_t store_bytes(store_t* store) noexcept nogil:
     """Bytes of metadata in use."""
+    cdef uint32_t i
+    cdef size_t n = 0
+    for i in range(store.n_files):
+        n += store.files[i].top - store.files[i].first if store.files[i].n_segments != 0 else 0
     return (
-        <size_t>store.top * (sizeof(rb_node) + sizeof(store_use))
-        + store.n_segments * sizeof(uint8_t*)
-        + sizeof(store_t)
+        n * (sizeof(rb_node) + sizeof(store_use)) + store.n_segments * sizeof(store_segment)
+        + store.n_files * sizeof(store_file) + sizeof(store_t)
     )

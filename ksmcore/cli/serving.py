@@ -18,13 +18,12 @@ import stat
 import struct
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ksmcore._engine.hidden_thread import HiddenThread
-from ksmcore._kernel import procfs
+from ksmcore._kernel import files, procfs
 
 __all__ = ["NotAnsweringError", "Server", "ask"]
 
@@ -146,12 +145,11 @@ def _bind(server: socket.socket, directory: Path) -> Path:
 
 # ---- the server ----------------------------------------------------------------------------------
 
-_servers: weakref.WeakSet[Server] = weakref.WeakSet()
-
 
 class Server:
     """Serves this process's snapshots until `stop`. A forked child has none, and leaves the
-    parent's alone."""
+    parent's alone. Its descriptors are closed there at once (see `files`), so no socket object that
+    the child inherits may own one, or it would close whatever has the number by then."""
 
     def __init__(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Raises OSError where there can be no socket."""
@@ -159,15 +157,12 @@ class Server:
         self._pid = os.getpid()
         directory = _made_directory()
         _clear(directory)
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self.path = _bind(self._socket, directory)
-            self._socket.listen(8)
-        except OSError:
-            self._socket.close()
-            raise
+        with socket.socket(socket.AF_UNIX) as listening:
+            self.path = _bind(listening, directory)
+            listening.listen(8)
+            files.keep(listening.fileno())
+            self._fd = listening.detach()
         self._stopping = False
-        _servers.add(self)
         self._thread = HiddenThread(self._serve)
         self._thread.start()
 
@@ -178,36 +173,36 @@ class Server:
         self._stopping = True
         self.path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            waking = socket.socket(fileno=self._fd)
+            try:
+                waking.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            finally:
+                waking.detach()
         self._thread.join(1.0)
-        self._socket.close()
+        files.close(self._fd)
 
     def _serve(self) -> None:
+        # Sockets only here, in the frame of a thread that no child has.
+        listening = socket.socket(fileno=self._fd)
         while not self._stopping:
             try:
-                connection, _ = self._socket.accept()
+                connection, _ = listening.accept()
             except OSError:
                 if not self._stopping:
                     time.sleep(1)  # the program has used up its file descriptors, perhaps
                 continue
             # Whatever happens here, the program should not notice.
-            with connection, contextlib.suppress(Exception):
-                connection.settimeout(PATIENCE_SECONDS)
-                connection.sendall(json.dumps(self._snapshot()).encode())
-                # A close would not do: a child forked meanwhile has the connection too.
-                connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(Exception):
+                self._answer(connection)
+            files.close(connection.detach())
+        listening.detach()
 
-    def _forget(self) -> None:
-        self._stopping = True
-        self._socket.close()
-
-
-def _forget_in_child() -> None:
-    for server in list(_servers):
-        server._forget()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+    def _answer(self, connection: socket.socket) -> None:
+        files.keep(connection.fileno())
+        connection.settimeout(PATIENCE_SECONDS)
+        connection.sendall(json.dumps(self._snapshot()).encode())
+        # A close would not do: a child that is about to run another program has the connection too.
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 # ---- the client ----------------------------------------------------------------------------------

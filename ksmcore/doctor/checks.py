@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from ksmcore._kernel.procfs import (
     number,
     sizes_of,
     text_of,
+    threads_blocking,
     words,
 )
 from ksmcore.sizes import human_bytes
@@ -392,17 +392,10 @@ def overcommit(root: Path = ROOT) -> Check:
 def blocked_signals(in_use: str | None, root: Path = ROOT) -> Check:
     """Threads that block SIGSEGV, by which the guard "mprotect" makes writers wait. `in_use`: the
     guard that engines take."""
-    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
-    threads = sorted((root / "proc/self/task").glob("*/status"))
-    found = []
-    for status in threads:
-        # Nothing of a thread that has ended meanwhile.
-        mask = words(status).get("SigBlk", "0")
-        if int(mask, 16) >> (signal.SIGSEGV - 1) & 1:
-            found.append(names.get(status.parent.name, status.parent.name))
-    facts = {"threads": found if threads else None}
+    found = threads_blocking(signal.SIGSEGV, root / "proc/self/task")
+    facts = {"threads": found}
     if not found:
-        text = "no thread blocks SIGSEGV" if threads else "not known"
+        text = "not known" if found is None else "no thread blocks SIGSEGV"
         return Check("signals", "good", text, None, facts)
     more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
     text = f"SIGSEGV is blocked by {', '.join(found[:MOST_NAMES])}{more}"

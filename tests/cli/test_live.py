@@ -359,7 +359,7 @@ def test_another_process_behind_a_socket_is_not_believed(server):
 
 
 def test_a_forked_child_has_no_server_and_leaves_the_parents(server):
-    fd = server._socket.fileno()
+    fd = server._fd
     pid = os.fork()
     if pid == 0:
         status = 1

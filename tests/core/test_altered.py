@@ -8,6 +8,9 @@ import contextlib
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -16,6 +19,7 @@ import pytest
 from helpers.libc import MAP_FAILED, MAP_FIXED, libc, why_failed
 from helpers.memory import PAGE, PRIVATE
 from helpers.processes import run_python
+import ksmcore
 from ksmcore._kernel import smaps
 
 N = 64

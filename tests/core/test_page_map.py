@@ -1,11 +1,14 @@
 """Region.page_map: what each page is, as the kernel and the engine know it."""
 
+import mmap
+
 import numpy as np
 import pytest
 
-import ksmcore
 from helpers.memory import PAGE
+import ksmcore
 from ksmcore import PageState
+
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_unregister_without_memory_changes_nothing(guard, rng):
     with ksmcore.Engine(guard=guard) as engine:
         a, b = engine.array(source), engine.array(source)
         engine.dedup(a, b)
-        calls = [("mmap", 0), ("mmap", MMAPS_TO_ENTER[guard]), ("mremap", 0), ("mremap", 2)]
+        calls = [("mmap", MMAPS_TO_ENTER[guard]), ("mremap", 0), ("mremap", 2)]
         # Advice for the scratch may be refused, that for the new memory may not.
         calls.append(("madvise", 1 + 2 * MMAPS_TO_ENTER[guard]))
         for call, after in calls:
@@ -186,7 +187,7 @@ def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
         with engine.register(buffer) as region:
             engine.dedup()
             merged = engine.stats().pages_sharing
-            faults.inject("mmap", errno.ENOMEM)
+            faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER[guard])
             if merged:
                 with pytest.raises(MemoryError):
                     region.close()
@@ -200,18 +201,48 @@ def test_a_region_that_cannot_be_closed_stays_open(guard, rng):
         assert np.array_equal(b, source)
 
 
+# What tells which pages are there, the best first.
+PRESENCE = ["pagemap_scan", "pread", "mincore"]
+
+
+@pytest.mark.parametrize("n_failing", [1, 2])
+def test_where_one_way_to_tell_presence_fails_the_next_one_serves(engine, rng, n_failing):
+    source = random_pages(rng, 8)
+    a, b = engine.array(source), engine.array(source)
+    for call in PRESENCE[:n_failing]:
+        # Of preads the census makes the first.
+        faults.inject(call, errno.EIO, after=call == "pread", count=10**6)
+    assert engine.dedup().bytes_saved == 8 * PAGE
+    assert np.array_equal(a, source)
+    assert np.array_equal(b, source)
+
+
 def test_a_presence_query_that_fails_is_an_oserror_with_its_call(engine, rng):
     a = engine.array(random_pages(rng, 4))
-    # Of preads the census makes the first, and can do without.
-    if scans := ksmcore.features()["tracking"] is None:
-        faults.inject("pagemap_scan", errno.EIO)
-    else:
-        faults.inject("pread", errno.EIO, after=1)
-    with pytest.raises(OSError, match="pagemap_scan" if scans else "pread") as caught:
+    for call in PRESENCE:
+        faults.inject(call, errno.EIO, after=call == "pread", count=10**6)
+    with pytest.raises(OSError, match="mincore") as caught:
         engine.scan()
     assert caught.value.errno == errno.EIO
+    faults.clear()
     engine.scan()
     assert a.size == 4 * PAGE
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_census_that_fails_is_an_oserror_and_nothing_is_merged(engine, rng, call):
+    source = random_pages(rng, 4)
+    a, b = engine.array(source), engine.array(source)
+    faults.inject(call, errno.EIO, count=10**6)
+    if call == "open":
+        for fd in descriptors("/maps"):
+            os.close(fd)
+    with pytest.raises(OSError, match=f"nothing can be merged now .*{call}") as caught:
+        engine.dedup(a, b)
+    assert caught.value.errno == errno.EIO
+    faults.clear()
+    assert engine.stats().pages_sharing == 0
+    assert engine.dedup(a, b).bytes_saved == 4 * PAGE
 
 
 def test_a_guard_that_cannot_be_had_is_an_oserror(engine, guard):

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.libc import libc
 from helpers.memory import PAGE, private_memory
-from ksmcore._kernel import procfs, smaps
+from ksmcore._kernel import files, procfs, smaps
 
 PROT_NONE = 0
 
@@ -208,10 +208,10 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
 
 
 def test_a_missing_smaps_raises_oserror(monkeypatch):
-    def refuse(path, flags):
+    def refuse(path):
         raise FileNotFoundError(2, "No such file or directory", path)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(files, "open_read", refuse)
     with pytest.raises(FileNotFoundError, match="smaps"):
         smaps.vmas_in(0, PAGE)
 
