@@ -7,8 +7,9 @@ discarded: the core forgets what it knew of their pages, the kernel takes their 
 much as was free all the while (`give_back_idle`): a program that frees and takes the same memory over and over keeps
 it, one that freed it for good does not.
 
-Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does. Arrays of at most
-POPULATE_BYTES, which will hardly be left unwritten, get their new pages in one call, for half the time of a fault each.
+Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does; those for smaller ones
+take none (see huge_pages). Arrays of at most POPULATE_BYTES, which will hardly be left unwritten, get their new pages
+in one call, for half the time of a fault each.
 
 One lock guards all of it. It is taken with and without the GIL, and under it nothing runs that could want the GIL: so a
 chunk is made before the lock is taken. The core's lock may be taken under it, never the other way about. A fork
@@ -26,6 +27,7 @@ from ksmcore._arrays.chunks cimport (
     chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init, chunks_tag,
     chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
 )
+from ksmcore._arrays.huge_pages cimport HUGE_BYTES, huge_pages_refuse
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_empty_range, run_t
 from ksmcore._kernel.forks cimport forks_generation
@@ -54,7 +56,6 @@ cdef extern from *:
 
 cdef enum:
     CHUNK_BYTES = 64 << 20
-    HUGE_BYTES = 4 << 20
     HUGE_PAGE_BYTES = 2 << 20
     MAX_DIRTY_BYTES = 32 << 20
     POPULATE_BYTES = 256 << 10
@@ -90,7 +91,7 @@ cdef void _register(const chunk_t* chunk) noexcept nogil:
                 return
     # The kernel has just handed out this memory: whoever is registered there is gone.
     (<Registry>_core).enlist(
-        chunk.region_id, chunk.addr, chunk.n_pages, REGION_HUGEPAGE if chunk.wants_huge else 0, True
+        chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, True
     )
 
 
@@ -111,7 +112,10 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     # Also where the kernel gives none: it is asked again for whatever is mapped here later.
     chunk.wants_huge = wants_huge
     if wants_huge:
+        chunk.flags = REGION_HUGEPAGE
         sys_advise(chunk.addr, len_bytes, ADVISE_HUGEPAGE, &ignored)
+    elif not whole:
+        chunk.flags = huge_pages_refuse(chunk.addr, len_bytes)
     if not whole:
         chunk.tags = <extent_tag*>sys_map_anon(n_pages * sizeof(extent_tag), &ignored)
         if chunk.tags == NULL:
@@ -194,7 +198,7 @@ cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcep
     run.n_pages = n_pages
     run.page_bytes = _table.page_bytes
     run.over_store = True
-    run.flags = REGION_HUGEPAGE if chunk.wants_huge else 0
+    run.flags = chunk.flags
     run.tracker = NULL
     return merge_empty_range(&run, &ignored) == 0
 

@@ -9,6 +9,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uintptr_t
 
+from ksmcore._arrays.huge_pages cimport HUGE_BYTES, huge_pages_refuse
 from ksmcore._kernel.syscalls cimport (
     sys_error, sys_error_clear, sys_error_raise, sys_map_anon, sys_page_bytes, sys_unmap,
 )
@@ -31,6 +32,7 @@ cdef class PageMemory:
         cdef sys_error err
         cdef size_t page = sys_page_bytes()
         cdef void* memory
+        cdef int flags = 0
         sys_error_clear(&err)
         if len_bytes == 0 or len_bytes > <size_t>-1 // 2 - 2 * page or offset >= page:
             raise ValueError(f"cannot make {len_bytes} bytes of memory")
@@ -39,11 +41,13 @@ cdef class PageMemory:
         self.mapped_bytes = (offset + len_bytes + page - 1) // page * page
         with nogil:
             memory = sys_map_anon(self.mapped_bytes, &err)
+            if memory != NULL and self.mapped_bytes < <size_t>HUGE_BYTES:
+                flags = huge_pages_refuse(<uintptr_t>memory, self.mapped_bytes)
         if memory == NULL:
             sys_error_raise(&err, "array")
         self.addr = <uintptr_t>memory
         # Even the last page belongs to this memory alone, so all of it is registered.
-        core.add(region_id, self.addr, self.mapped_bytes // page, 0, fresh=True)
+        core.add(region_id, self.addr, self.mapped_bytes // page, flags, fresh=True)
         self.region_id = region_id
         self.core = core
         self.owner = owner
