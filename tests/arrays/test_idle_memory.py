@@ -218,7 +218,7 @@ def test_what_huge_pages_bring_to_free_memory_is_no_saving():
 
 @pytest.mark.parametrize("make", ["ksmcore.empty", "np.empty"])
 def test_small_arrays_have_the_pages_that_were_written_and_no_others(make):
-    """Whatever the setting of transparent huge pages; also in memory that was merged before, and freed."""
+    """Whatever the setting of huge pages; also in memory that was merged before, and freed."""
     done = run_python(f"""
         import numpy as np
         import ksmcore
