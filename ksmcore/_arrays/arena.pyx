@@ -24,8 +24,8 @@ from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
-    chunks_clean, chunks_clear_bins, chunks_drop, chunks_enter, chunks_find, chunks_give, chunks_init, chunks_tag,
-    chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
+    chunks_clean, chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_find, chunks_give, chunks_init,
+    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
 )
 from ksmcore._arrays.huge_pages cimport HUGE_BYTES, huge_pages_refuse
 from ksmcore._core.registry cimport Registry
@@ -90,9 +90,7 @@ cdef void _register(const chunk_t* chunk) noexcept nogil:
             except Exception:
                 return
     # The kernel has just handed out this memory: whoever is registered there is gone.
-    (<Registry>_core).enlist(
-        chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, True
-    )
+    (<Registry>_core).enlist(chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, True)
 
 
 cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept nogil:
@@ -242,6 +240,8 @@ cdef void _trim(size_t target_bytes) noexcept nogil:
     _trim_above = MAX_DIRTY_BYTES
     if _table.dirty_bytes > target_bytes:
         _trim_above = max(_trim_above, _table.dirty_bytes + MAX_DIRTY_BYTES // 2)
+    # Zeros that the huge pages of arrays brought to free memory would be counted as saved.
+    chunks_each_edge(&_table, HUGE_PAGE_BYTES // _table.page_bytes, _discard)
 
 
 cdef void arena_trim() noexcept nogil:

@@ -68,6 +68,9 @@ ctypedef struct chunk_table:
     size_t dirty_bytes
     size_t idle_bytes          # least that was dirty at any moment since this was set, by whoever reads it
 
+# What is to be done with pages of a chunk from an address on; False: it was refused.
+ctypedef bint (*chunk_act)(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil
+
 
 cdef void chunks_init(chunk_table* t, size_t page_bytes, size_t chunk_bytes) noexcept nogil
 cdef void chunks_clear_bins(chunk_table* t) noexcept nogil
@@ -84,4 +87,5 @@ cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept 
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
 cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
+cdef void chunks_each_edge(const chunk_table* t, size_t unit_pages, chunk_act act) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil

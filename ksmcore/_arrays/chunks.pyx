@@ -138,6 +138,26 @@ cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state
     return chunks_tag(t, end).n_pages
 
 
+cdef void chunks_each_edge(const chunk_table* t, size_t unit_pages, chunk_act act) noexcept nogil:
+    """Of the clean extents in chunks that want huge pages, what lies in a unit (a huge page) with pages of others:
+    the act may not change extents."""
+    cdef const bin_list* bins = &t.bins[True][<int>CLEAN]
+    cdef int number
+    cdef uint32_t first
+    cdef size_t n_pages, before, behind
+    for number in range(N_BINS):
+        first = bins.heads[number]
+        while first != NO_PAGE:
+            n_pages = chunks_tag(t, first).n_pages
+            before = min((unit_pages - first % unit_pages) % unit_pages, n_pages)
+            behind = min((first + n_pages) % unit_pages, n_pages - before)
+            if before > 0:
+                act(&t.all[first // t.chunk_pages], chunks_addr(t, first), before)
+            if behind > 0:
+                act(&t.all[first // t.chunk_pages], chunks_addr(t, first + <uint32_t>(n_pages - behind)), behind)
+            first = chunks_tag(t, first).next
+
+
 cdef void _release(chunk_table* t, uint32_t first, size_t n_pages, extent_state state) noexcept nogil:
     """Pages become a free extent, one with its free neighbours of the same state."""
     cdef size_t before = chunks_before(t, first, state)

@@ -188,6 +188,68 @@ def test_what_a_huge_page_brought_beyond_an_array_goes_with_it():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_huge_pages_bring_to_free_memory_is_no_saving():
+    """While the arrays live: behind the last one, and in a hole between two."""
+    done = run_python("""
+        import numpy as np
+        import ksmcore
+        from ksmcore._arrays import arena
+        from ksmcore._testing.arena import check_arena
+
+        rng = np.random.default_rng(1)
+        arrays = []
+        with ksmcore.allocator():
+            for _ in range(3):
+                arrays.append(np.empty((5 << 20) + 4096, np.uint8))
+        del arrays[1]
+        arena.give_back()  # the hole is clean
+        for array in arrays:
+            array[:] = rng.integers(1, 256, array.size, np.uint8)
+        for act in (ksmcore.dedup, ksmcore.scan, ksmcore.scan, ksmcore.dedup):
+            act()
+            assert ksmcore.stats().ksm_zero_pages == 0, (act, ksmcore.stats())
+        arrays[0][:] = 0
+        assert ksmcore.dedup().pages_zeroed >= (5 << 20) // 4096
+        assert ksmcore.stats().bytes_saved == (5 << 20) + 4096, ksmcore.stats()
+        assert check_arena() == 0
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("make", ["ksmcore.empty", "np.empty"])
+def test_small_arrays_have_the_pages_that_were_written_and_no_others(make):
+    """Whatever the setting of huge pages; also in memory that was merged before, and freed."""
+    done = run_python(f"""
+        import numpy as np
+        import ksmcore
+        from helpers.kernels_view import present_pages
+        from helpers.memory import PAGE
+
+        N_BYTES = 3 << 20
+        N_PAGES = N_BYTES // PAGE
+        values = np.random.default_rng(1).integers(1, 256, N_BYTES, np.uint8)
+        with ksmcore.allocator():
+            for _ in range(2):
+                arrays = [{make}(N_BYTES, np.uint8) for _ in range(6)]
+                for array in arrays:
+                    array[7 * PAGE] = 1
+                    assert sum(present_pages(array.ctypes.data, N_PAGES)) == 1
+                before = ksmcore.stats().pages_scanned
+                ksmcore.dedup()
+                assert ksmcore.stats().pages_scanned - before == 6
+                assert ksmcore.stats().ksm_zero_pages == 0, ksmcore.stats()
+                for array in arrays:
+                    array[:] = values
+                ksmcore.dedup()
+                assert ksmcore.stats().bytes_saved == 5 * N_BYTES, ksmcore.stats()
+                del array
+                arrays.clear()
+                ksmcore.dedup()
+                assert ksmcore.stats().bytes_saved == 0, ksmcore.stats()
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_memory_that_the_kernel_does_not_take_stays_and_goes_later(rng):
     arrays = made(40, MIB, rng)
     with ksmcore.allocator():
