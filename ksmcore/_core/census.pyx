@@ -6,31 +6,38 @@ hand out a shared page that is still mapped elsewhere. So:
 
   - A region that is not plain private memory, readable and writable throughout, is `altered`: no pass
     looks at it, for as long as it is so.
-  - Where the store is not mapped although the item says so, the mapping has been moved away or is gone.
-    The item is forgotten, and the slot lost: it is never released, since whoever has it mapped now must
-    go on seeing its bytes.
-  - Where the store is mapped although no item says so, the slot is lost as well.
+  - Which slot of the store lies under which page is asked of the kernel, and what is remembered is put right. A page
+    that is found over another slot than remembered counts as a sharer of that one until it is seen to be a
+    private copy.
+  - A slot that lies under fewer registered pages than remembered, or under more, or anywhere else, is lost: it is never
+    released, since whoever has it mapped now, by whatever means, must go on seeing its bytes.
 
-To find that out the records of all pages over the store are compared with what is mapped; only where one differs
-are the mappings of each region put down page by page.
-The caller holds the engine's lock.
+Counting would not do: two buffers that change places keep every count. So what is compared is the sum of the
+identities of all (page, slot), which the records keep as they change, and which costs the same for a long run as for
+a page (rmap_identity). Only where the sums differ is it looked for, page by page.
+
+While another thread moves mappings they are read one after the other, and a mapping may be met twice, or not at all.
+Then slots are lost that need not be; none is taken for unmapped that is not found to be. The caller holds the engine's
+lock.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
-from ksmcore._kernel.syscalls cimport sys_error
-from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._kernel.syscalls cimport (
+    sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_page_bytes, sys_unmap,
+)
+from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
+from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
 from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_set_state,
-    rmap_slot,
+    PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_lose, store_slot_at
-from ksmcore._records.store_files cimport store_files_begin_census, store_files_end_census
+from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
 
 
 # All mappings, and the regions in them.
@@ -39,23 +46,33 @@ ctypedef struct counting:
     int64_t n_maps
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
-    size_t n_store_pages         # in regions
-    size_t n_astray              # of those: taken to map something else
+    uint64_t placed              # identity of what lies over the store in regions
 
 # The mappings of whole pages of one region.
 ctypedef struct looking:
     engine_core* c
     uintptr_t addr
     uintptr_t end
-    uint32_t* under              # slot at each page, or NULL
-    size_t n_store_pages
+    uint64_t placed
     size_t n_blocked             # store pages that cannot be read and written
-    size_t n_astray              # store pages that are taken to map something else
     uintptr_t covered            # up to here they are mapped as they should be
+
+# Neighbours in a region that lie over neighbouring slots.
+ctypedef struct found_run:
+    uint64_t page_no
+    uint64_t n_pages
+    uint64_t slot
+
+ctypedef struct finding:
+    engine_core* c
+    found_run* runs
+    size_t n_runs
+    size_t n_bytes               # of the array
+    sys_error err
 
 
 cdef bint _is_our_store(engine_core* c, const vma_t* vma, uint32_t* slot) noexcept nogil:
-    """*slot: the one at the beginning of the mapping."""
+    """*slot: the one at the beginning of the mapping; 0: what is mapped there was never handed out."""
     return store_slot_at(&c.store, vma.dev_major, vma.dev_minor, vma.inode, vma.offset, slot)
 
 
@@ -64,33 +81,45 @@ cdef bint _is_plain(const vma_t* vma, bint is_our_store) noexcept nogil:
     return maps_is_private_data(vma) and (vma.inode == 0 or is_our_store)
 
 
-cdef size_t _n_astray(engine_core* c, uintptr_t addr, uint32_t slot, size_t n_pages) noexcept nogil:
-    """How many of these pages, which map the store from `slot` on, are taken to map something else. Two merged
-    pages that have changed places leave every number of pages as it was, so each is looked at."""
-    cdef size_t i, n = 0
-    cdef uint32_t item, remembered, hint = 0
-    cdef uint64_t first_no = addr // c.page_bytes
-    for i in range(n_pages):
-        item = rmap_find(&c.rmap, first_no + i, hint)
-        if item == 0 or not c.rmap.tags[item].over_store:
-            n += 1
-            continue
-        hint = item
-        remembered = rmap_slot(&c.rmap, item)
-        n += remembered != 0 and remembered != slot + <uint32_t>i
-    return n
+cdef inline uint64_t _identity(
+    const engine_core* c, const vma_t* vma, uint32_t slot, uintptr_t start, uintptr_t end
+) noexcept nogil:
+    """Of a part of a mapping that begins with this slot."""
+    if slot == 0:
+        return 0
+    return rmap_identity(
+        start // c.page_bytes, slot + (start - vma.start) // c.page_bytes, (end - start) // c.page_bytes
+    )
 
 
 # ---- all mappings -----------------------------------------------------------------------------------
 
+cdef void _lose_between(
+    engine_core* c, const vma_t* vma, uint32_t slot, uintptr_t addr, uintptr_t end
+) noexcept nogil:
+    """Pages of a mapping of the store that are in no region: moved there, or left there, by the program; or our own
+    views."""
+    cdef uint32_t i
+    cdef uintptr_t view
+    while addr < end and slot != 0:
+        for i in range(c.store.n_segments):
+            view = <uintptr_t>c.store.segments[i].view
+            if view != 0 and view <= addr < view + SEGMENT_BYTES:
+                addr = view + SEGMENT_BYTES
+                break
+        else:
+            store_lose(&c.store, slot + <uint32_t>((addr - vma.start) // c.page_bytes))
+            addr += c.page_bytes
+
+
 cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     cdef counting* all = <counting*>context
     cdef engine_core* c = all.c
-    cdef uint32_t slot
+    cdef uint32_t slot = 0
     cdef bint is_ours = _is_our_store(c, vma, &slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef region_t* region
-    cdef uintptr_t start, end
+    cdef uintptr_t start, end, elsewhere = vma.start
     all.n_maps += 1
     # A mapping of a store costs itself, and what it cut off behind it; those of other engines count as ours.
     if vma.is_store or all.end_of_store == vma.start:
@@ -103,92 +132,90 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
         if is_plain:
             region.n_plain_pages += (end - start) // c.page_bytes
         if is_ours:
-            region.n_store_pages += (end - start) // c.page_bytes
-            all.n_store_pages += (end - start) // c.page_bytes
-            all.n_astray += _n_astray(
-                c, start, slot + <uint32_t>((start - vma.start) // c.page_bytes), (end - start) // c.page_bytes
-            )
+            _lose_between(c, vma, slot, elsewhere, start)
+            all.placed += _identity(c, vma, slot, start, end)
+        elsewhere = end
         region = regions_next(&c.regions, region)
+    if is_ours:
+        _lose_between(c, vma, slot, elsewhere, vma.end)
+
+
+cdef int _read_all(engine_core* c, counting* all, sys_error* err) noexcept nogil:
+    cdef size_t i
+    memset(all, 0, sizeof(counting))
+    all.c = c
+    for i in range(c.regions.n):
+        c.regions.all[i].n_plain_pages = 0
+    store_files_begin_census(&c.store)
+    if maps_each(_count, all, err) != 0:
+        return -1
+    store_files_end_census(&c.store)
+    return 0
 
 
 cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, sys_error* err) noexcept nogil:
-    """At the start of a pass: count the mappings for the map budget, and look for altered regions.
+    """At the start of a pass: count the mappings for the map budget, look for altered regions, and put right what is
+    remembered of the store.
 
-    -1 with *err when the mappings cannot be read: then the budget allows no more than is used, and what
-    is known of the regions stays.
+    -1 with *err when the mappings cannot be read (err.code 0: no memory for it): then the budget allows no more than
+    is used, and what is known of the regions stays.
     """
     cdef counting all
-    cdef size_t i, n_blocked
-    cdef int rc
-    all.c = c
-    all.n_maps = all.n_ours = 0
-    all.end_of_store = 0
-    all.n_store_pages = all.n_astray = 0
-    for i in range(c.regions.n):
-        c.regions.all[i].n_plain_pages = c.regions.all[i].n_store_pages = 0
-    store_files_begin_census(&c.store)
-    if maps_each(_count, &all, err) != 0:
+    cdef size_t i
+    if _read_all(c, &all, err) != 0:
         budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
-    store_files_end_census(&c.store)
+    c.n_maps = <size_t>all.n_maps
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
     budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
-    if all.n_store_pages != c.rmap.n_over_store or all.n_astray != 0:
-        for i in range(c.regions.n):
-            rc = census_of_region(c, &c.regions.all[i], &n_blocked, err)
-            if rc != 0:
-                return rc
-    return 0
+    return 0 if all.placed == c.rmap.placed else _put_right(c, err)
+
+
+cdef int census_agrees(engine_core* c, sys_error* err) noexcept nogil:
+    """Does what is remembered of the store agree with what is mapped? 1; or 0, and it has been put right; or -1 with
+    *err: it is not known."""
+    cdef counting all
+    if _read_all(c, &all, err) != 0:
+        return -1
+    return 1 if all.placed == c.rmap.placed else min(_put_right(c, err), 0)
 
 
 # ---- one region -------------------------------------------------------------------------------------
 
 cdef void _look(const vma_t* vma, void* context) noexcept nogil:
     cdef looking* one = <looking*>context
-    cdef size_t page_bytes = one.c.page_bytes
-    cdef uint32_t first_slot
-    cdef bint is_ours = _is_our_store(one.c, vma, &first_slot)
+    cdef uint32_t slot = 0
+    cdef bint is_ours = _is_our_store(one.c, vma, &slot)
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef uintptr_t start = max(vma.start, one.addr)
     cdef uintptr_t end = min(vma.end, one.end)
-    cdef size_t page, i
     if is_plain and one.covered == start:
         one.covered = end
-    if not is_ours:
-        return
-    one.n_store_pages += (end - start) // page_bytes
-    if not is_plain:
-        one.n_blocked += (end - start) // page_bytes
-    first_slot += <uint32_t>((start - vma.start) // page_bytes)
-    if one.under == NULL:
-        one.n_astray += _n_astray(one.c, start, first_slot, (end - start) // page_bytes)
-    else:
-        page = (start - one.addr) // page_bytes
-        for i in range((end - start) // page_bytes):
-            one.under[page + i] = first_slot + <uint32_t>i
+    if is_ours:
+        one.placed += _identity(one.c, vma, slot, start, end)
+        if not is_plain:
+            one.n_blocked += (end - start) // one.c.page_bytes
 
 
-cdef size_t _n_over_store(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
-    cdef size_t page, n = 0
-    cdef uint32_t item, hint = 0
+cdef uint64_t _remembered(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
+    cdef size_t page
+    cdef uint64_t placed = 0
+    cdef uint32_t item, hint = 0, slot
     for page in range(n_pages):
         item = rmap_find(&c.rmap, first_no + page, hint)
-        if item != 0:
-            hint = item
-            n += c.rmap.tags[item].over_store
-    return n
+        hint = item if item != 0 else hint
+        slot = rmap_slot(&c.rmap, item)
+        if slot != 0:
+            placed += rmap_identity(first_no + page, slot, 1)
+    return placed
 
 
 cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, sys_error* err) noexcept nogil:
-    """Look at one region's mappings, and put right what is remembered of them.
-
-    *n_blocked: pages that map the store and cannot be read and written now. -1 with *err when the
-    mappings cannot be read (err.code 0: no memory for it).
-    """
+    """census_of_range, and whether the region is altered."""
     cdef bint is_plain = not region.altered
     cdef int rc = census_of_range(c, region.addr, regions_end_of(&c.regions, region), &is_plain, n_blocked, err)
     region.altered = not is_plain or region.passed_over
@@ -198,57 +225,133 @@ cdef int census_of_region(engine_core* c, region_t* region, size_t* n_blocked, s
 cdef int census_of_range(
     engine_core* c, uintptr_t addr, uintptr_t end, bint* is_plain, size_t* n_blocked, sys_error* err
 ) noexcept nogil:
-    """The same of whole pages of one region. *is_plain: they are plain private memory throughout; not set when
-    the mappings cannot be read."""
+    """Look at the mappings of whole pages of one region, and put right what is remembered of the store.
+
+    *is_plain: they are plain private memory throughout; not set when the mappings cannot be read. *n_blocked: pages
+    that map the store and cannot be read and written now. 1: it was as remembered; 0: it has been put right; -1 with
+    *err when the mappings cannot be read (err.code 0: no memory for it).
+    """
     cdef looking one
-    cdef uint64_t first_no = addr // c.page_bytes
-    cdef size_t n_pages = (end - addr) // c.page_bytes
+    memset(&one, 0, sizeof(looking))
     one.c = c
     one.addr = addr
     one.end = end
-    one.under = NULL
-    one.n_store_pages = one.n_blocked = one.n_astray = 0
     one.covered = addr
     n_blocked[0] = 0
     if maps_each_in(addr, end, _look, &one, err) != 0:
         return -1
     is_plain[0] = one.covered == end
     n_blocked[0] = one.n_blocked
-    if one.n_astray == 0 and one.n_store_pages == _n_over_store(c, first_no, n_pages):
-        return 0
-    one.under = <uint32_t*>calloc(n_pages, sizeof(uint32_t))
-    if one.under == NULL:
-        return -1
-    if maps_each_in(addr, end, _look, &one, err) != 0:
-        free(one.under)
-        return -1
-    _put_right(c, first_no, n_pages, one.under)
-    free(one.under)
-    return 0
+    if one.placed == _remembered(c, addr // c.page_bytes, (end - addr) // c.page_bytes):
+        return 1
+    return _put_right(c, err)
 
 
-cdef void _put_right(engine_core* c, uint64_t first_no, size_t n_pages, const uint32_t* under) noexcept nogil:
-    """under: the slot that is mapped at each page, 0 where the store is not."""
-    cdef size_t page
-    cdef uint32_t item, hint = 0, remembered
-    cdef bint is_known
-    for page in range(n_pages):
-        item = rmap_find(&c.rmap, first_no + page, hint)
-        if item != 0:
-            hint = item
-        is_known = item != 0 and c.rmap.tags[item].over_store
-        # 0: the slot under the page is not remembered (it is not needed for a page that is not shared).
-        remembered = rmap_slot(&c.rmap, item) if is_known else 0
-        if is_known and under[page] != 0 and (remembered == 0 or under[page] == remembered):
-            continue
-        if under[page] != 0:
-            store_lose(&c.store, under[page])
-        if not is_known:
-            continue
-        if c.rmap.tags[item].state == PAGE_SHARED:
-            store_lose(&c.store, remembered)
-            batch_drop_sharer(&c.b, item)
-        if c.rmap.tags[item].state != PAGE_UNSHARED:
-            rmap_set_slot(&c.rmap, item, under[page])
-            rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
-        rmap_set_over_store(&c.rmap, item, under[page] != 0)
+# ---- putting right ------------------------------------------------------------------------------------
+
+cdef void _find(const vma_t* vma, void* context) noexcept nogil:
+    """Note the pages of regions that lie over the store. Called for each mapping, by address."""
+    cdef finding* all = <finding*>context
+    cdef engine_core* c = all.c
+    cdef region_t* region = regions_at(&c.regions, vma.start)
+    cdef uint32_t slot = 0
+    cdef uintptr_t start
+    cdef void* grown
+    if not _is_our_store(c, vma, &slot) or slot == 0:
+        return
+    while region != NULL and region.addr < vma.end and all.runs != NULL:
+        if (all.n_runs + 1) * sizeof(found_run) > all.n_bytes:
+            grown = sys_grow(all.runs, all.n_bytes, 2 * all.n_bytes, &all.err)
+            if grown == NULL:
+                _forget_runs(all)
+                return
+            all.runs = <found_run*>grown
+            all.n_bytes *= 2
+        start = max(vma.start, region.addr)
+        all.runs[all.n_runs].page_no = start // c.page_bytes
+        all.runs[all.n_runs].n_pages = (min(vma.end, regions_end_of(&c.regions, region)) - start) // c.page_bytes
+        all.runs[all.n_runs].slot = slot + (start - vma.start) // c.page_bytes
+        all.n_runs += 1
+        region = regions_next(&c.regions, region)
+
+
+cdef void _forget_runs(finding* all) noexcept nogil:
+    cdef sys_error ignored
+    sys_error_clear(&ignored)
+    if all.runs != NULL:
+        sys_unmap(<uintptr_t>all.runs, all.n_bytes, &ignored)
+    all.runs = NULL
+
+
+cdef int _put_right(engine_core* c, sys_error* err) noexcept nogil:
+    """What is remembered of the store becomes what is mapped. 0; or -1 with *err, and nothing was changed.
+
+    Mapped memory and no malloc: the allocator's lock may be held.
+    """
+    cdef finding all
+    cdef int32_t* n_missing      # of each slot: pages that are no longer where they were, less those found elsewhere
+    cdef size_t n_bytes = c.store.top * sizeof(int32_t), i, k = 0
+    cdef uint32_t slot
+    cdef int rc
+    memset(&all, 0, sizeof(finding))
+    all.c = c
+    all.n_bytes = sys_page_bytes()
+    all.runs = <found_run*>sys_map_anon(all.n_bytes, err)
+    n_missing = <int32_t*>sys_map_anon(n_bytes, err)
+    rc = -1 if all.runs == NULL or n_missing == NULL else maps_each(_find, &all, err)
+    if rc == 0 and all.runs == NULL:
+        err[0] = all.err
+        rc = -1
+    if rc == 0:
+        for i in range(c.regions.n):
+            _put_region_right(c, &c.regions.all[i], &all, &k, n_missing)
+        for slot in range(1, c.store.top):
+            if n_missing[slot] != 0:
+                store_lose(&c.store, slot)
+    if n_missing != NULL:
+        sys_unmap(<uintptr_t>n_missing, n_bytes, err)
+    _forget_runs(&all)
+    return rc
+
+
+cdef void _put_region_right(
+    engine_core* c, const region_t* region, const finding* all, size_t* k, int32_t* n_missing
+) noexcept nogil:
+    cdef uint64_t page_no = region.addr // c.page_bytes, end = page_no + region.n_pages
+    cdef uint32_t item, hint = 0, slot, remembered
+    cdef const found_run* run
+    while page_no < end:
+        while k[0] < all.n_runs and all.runs[k[0]].page_no + all.runs[k[0]].n_pages <= page_no:
+            k[0] += 1
+        slot = 0
+        if k[0] < all.n_runs and all.runs[k[0]].page_no <= page_no:
+            run = &all.runs[k[0]]
+            slot = <uint32_t>min(run.slot + (page_no - run.page_no), <uint64_t>INT32_MAX)
+        if slot >= c.store.top:
+            slot = 0             # never handed out: nothing but zeros, of which nobody keeps account
+        item = rmap_find(&c.rmap, page_no, hint)
+        hint = item if item != 0 else hint
+        remembered = rmap_slot(&c.rmap, item)
+        if slot != remembered:
+            n_missing[remembered] += 1
+            n_missing[slot] -= 1
+            _put_page_right(c, page_no, item, slot)
+        page_no += 1
+
+
+cdef void _put_page_right(engine_core* c, uint64_t page_no, uint32_t item, uint32_t slot) noexcept nogil:
+    """slot: what lies under the page, other than what is remembered; 0: the store does not."""
+    cdef sys_error ignored
+    sys_error_clear(&ignored)
+    if item == 0:
+        item = rmap_add(&c.rmap, page_no, &ignored)
+        if item == 0:
+            store_lose(&c.store, slot)
+            return
+    if c.rmap.tags[item].state == PAGE_SHARED:
+        batch_drop_sharer(&c.b, item)
+    match_leave_tree(c, item)
+    rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    batch_lie_over(&c.b, item, slot)
+    if slot != 0:
+        batch_adopt(&c.b, item)

@@ -4,7 +4,8 @@ Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 4
 the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
 pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
 18: a shared page whose bytes are not those it was filed under, 19: unstable or quiet items counted wrong, 20: a
-shared page that has room for a sharer, and that no search finds, 28: a file of the store counts its slots wrong.
+shared page that has room for a sharer, and that no search finds, 28: a file of the store counts its slots wrong, 29:
+pages over a slot counted wrong, 30: idle or hollow, and not as such should be.
 
 The caller holds the engine's lock.
 """
@@ -36,9 +37,30 @@ cdef bint _is_hidden(engine_core* c, uint32_t slot) noexcept nogil:
     return False
 
 
-cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
-    cdef uint32_t slot, n_used = 0, n_shared = 0, n_dead = 0
+cdef bint _is_odd(engine_core* c, uint32_t slot) noexcept nogil:
+    if c.store.uses[slot].hollow:
+        return (
+            not c.store.uses[slot].used or c.store.uses[slot].copy or c.store.uses[slot].number != 0
+            or (c.store.claims[slot] == 0 and not c.store.uses[slot].lost)
+        )
+    if c.store.uses[slot].idle:
+        return not c.store.uses[slot].used or store_block_sharers(&c.store, slot) != 0
+    return c.store.claims[slot] != 0 and not c.store.uses[slot].used
+
+
+cdef int _check_slots(engine_core* c, const uint32_t* n_sharers, const uint32_t* n_over) noexcept nogil:
+    cdef uint32_t slot, n_used = 0, n_shared = 0, n_dead = 0, n_idle = 0, n_hollow = 0
     for slot in range(1, c.store.top):
+        n_idle += c.store.uses[slot].idle
+        n_hollow += c.store.uses[slot].hollow
+        # Of a file that has gone nobody counts them.
+        if (
+            c.store.claims[slot] != n_over[slot]
+            and c.store.segments[slot // c.store.slots_per_segment].view != NULL
+        ):
+            return 29
+        if _is_odd(c, slot):
+            return 30
         if store_is_dead(&c.store, slot):
             if n_sharers[slot] != 0 or not store_file_of(&c.store, slot).is_frozen:
                 return 15
@@ -59,18 +81,23 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers) noexcept nogil:
         return 16
     if n_dead != c.store.n_dead:
         return 16
-    return _check_files(c, n_used, n_dead, n_shared)
+    if n_idle != c.store.n_idle or n_hollow != c.store.n_hollow:
+        return 30
+    return _check_files(c, n_used, n_dead, n_shared, n_hollow)
 
 
-cdef int _check_files(engine_core* c, uint32_t n_used, uint32_t n_dead, uint32_t n_shared) noexcept nogil:
+cdef int _check_files(
+    engine_core* c, uint32_t n_used, uint32_t n_dead, uint32_t n_shared, uint32_t n_hollow
+) noexcept nogil:
     """What the files count comes to what there is."""
     cdef uint32_t i, n_open = 0
     for i in range(c.store.n_files):
         n_used -= c.store.files[i].n_used
         n_dead -= c.store.files[i].n_dead
         n_shared -= c.store.files[i].n_shared
+        n_hollow -= c.store.files[i].n_hollow
         n_open += c.store.files[i].file.fd >= 0
-    return 0 if n_used == n_dead == n_shared == 0 and n_open == c.store.n_open else 28
+    return 0 if n_used == n_dead == n_shared == n_hollow == 0 and n_open == c.store.n_open else 28
 
 
 cdef int _check_stable(engine_core* c) noexcept nogil:
@@ -101,6 +128,7 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     cdef uint64_t page_no
     cdef int rc
     cdef uint32_t* n_sharers
+    cdef uint32_t* n_over
     rc = forest_check(&c.stable, True)
     if rc != 0:
         return rc
@@ -114,15 +142,17 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     rc = rmap_check(&c.rmap)
     if rc != 0:
         return 30 + rc
-    n_sharers = <uint32_t*>calloc(c.store.top, sizeof(uint32_t))
+    n_sharers = <uint32_t*>calloc(2 * <size_t>c.store.top, sizeof(uint32_t))
     if n_sharers == NULL:
         return -1
+    n_over = n_sharers + c.store.top
     for item in range(1, c.rmap.top):
         page_no = c.rmap.tags[item].page_no
         if page_no == 0:
             continue
         if not _in_region(c, page_no):
             rc = 11
+        n_over[rmap_slot(&c.rmap, item)] += 1
         if c.rmap.tags[item].state == PAGE_SHARED:
             n_sharers[rmap_slot(&c.rmap, item)] += 1
             if not c.rmap.tags[item].over_store:
@@ -135,7 +165,7 @@ cdef int check_engine(engine_core* c) noexcept nogil:
     if rc == 0 and (n_unstable != c.unstable.n_nodes or n_quiet != c.quiet.n_nodes):
         rc = 19
     if rc == 0:
-        rc = _check_slots(c, n_sharers)
+        rc = _check_slots(c, n_sharers, n_over)
     if rc == 0:
         rc = _check_stable(c)
     free(n_sharers)

@@ -3,8 +3,9 @@
 The caller holds the engine's lock, for one span at a time.
 
 No window is needed. The target is known to nobody yet, no pass looks at it, and a shared page does not change; that the
-source still shows it is asked of the kernel, and the caller has taken a census of the source. A write to the source
-meanwhile comes before or after the copy of that page, as with any copy that is made while somebody writes.
+source still shows it is asked of the kernel. The caller takes a census of the source before, and another after: where
+mappings of it have been moved meanwhile all bytes are copied. A write to the source meanwhile comes before or after the
+copy of that page, as with any copy that is made while somebody writes.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uintptr_t
@@ -14,12 +15,13 @@ from ksmcore._guard.merge cimport merge_share_range, run_t
 from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pages cimport page_compare, page_is_zero
+from ksmcore._pass.batch cimport batch_lie_over
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.costs cimport costs_of_mapping
 from ksmcore._records.regions cimport region_t, regions_at, regions_end_of
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_over_store, rmap_set_slot, rmap_set_state, rmap_slot,
+    PAGE_SHARED, rmap_add, rmap_find, rmap_remove, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_is_orphan, store_is_there, store_page, store_share, store_sharers
 
@@ -84,8 +86,7 @@ cdef bint _share(
         item = rmap_find(&c.rmap, addr // c.page_bytes + i, item)
         store_share(&c.store, slots[i])
         rmap_set_state(&c.rmap, item, PAGE_SHARED)
-        rmap_set_over_store(&c.rmap, item, True)
-        rmap_set_slot(&c.rmap, item, slots[i])
+        batch_lie_over(&c.b, item, slots[i])
         c.rmap.nodes[item].digest = digests[i]
     c.counters.pages_merged += n_pages
     c.budget.used += cost

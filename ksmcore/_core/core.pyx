@@ -12,6 +12,7 @@ from ksmcore._core.check cimport check_engine
 from ksmcore._core.copy cimport copy_span
 from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._core.registry cimport Registry
+from ksmcore._core.release cimport release_idle, release_if_worth
 from ksmcore._core.unmerge cimport unmerge_settle
 from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
@@ -21,6 +22,7 @@ from ksmcore._kernel.syscalls cimport (
     CALL_MINCORE, sys_error, sys_error_clear, sys_error_raise, sys_is_kept, sys_locks_future, sys_page_bytes,
 )
 from ksmcore._pass.blocks cimport blocks_offer_all
+from ksmcore._pass.look cimport look_begin_pass
 from ksmcore._pass.quiet cimport quiet_begin_pass, quiet_stop
 from ksmcore._pass.scan cimport scan_at
 from ksmcore._pass.state cimport state_begin_pass
@@ -57,14 +59,33 @@ cdef class Core(Registry):
         with nogil:
             guard_leave(<guard_kind>entered)
 
-    def begin_pass(self):
-        """Throw the unstable tree away."""
+    def begin_pass(self, bint patient=False):
+        """Throw the unstable tree away. `patient`: what this pass leaves it can leave to the next."""
         self._own()
         with nogil:
             self._lock()
             quiet_begin_pass(&self.c)
             state_begin_pass(&self.c)
+            look_begin_pass(&self.c, patient)
             self._unlock()
+
+    def release(self):
+        """Give back the shared pages that nobody shares any more. At the end of a pass."""
+        cdef guard_kind guard = self.guard
+        cdef sys_error ignored
+        cdef bint entered
+        sys_error_clear(&ignored)
+        self._own()
+        with nogil:
+            # For where it takes reading.
+            reader_enter()
+            entered = self._enter(&guard, &ignored) == 0
+            self._lock()
+            release_idle(&self.c, True)
+            self._unlock()
+            if entered:
+                guard_leave(guard)
+            reader_leave()
 
     def end_pass(self, *, bint full, bint spend_reserve):
         """Count a `full` pass; `spend_reserve`: let short runs have more of the map budget from now on."""
@@ -142,6 +163,7 @@ cdef class Core(Registry):
                 self.c.merges_left = merges_left
                 rc = scan_at(&self.c, &cursor, end, immediate, &done, &err)
                 merges_left = self.c.merges_left
+                release_if_worth(&self.c, True)
                 PyThread_release_lock(self.lock)
                 self._let_others()
             if entered:
@@ -161,6 +183,25 @@ cdef class Core(Registry):
         if region != NULL and region.addr <= target:
             region.being_made = being_made
 
+    cdef int _look_at_range(self, uintptr_t addr, uintptr_t end, sys_error* err) noexcept nogil:
+        """The census of what is registered in [addr, end): 1 if all of it is as remembered, 0 if it was put right, -1
+        with *err if it is not known. The caller holds the lock."""
+        cdef region_t* region = regions_at(&self.c.regions, addr)
+        cdef size_t page_bytes = self.c.page_bytes, n_blocked
+        cdef uintptr_t start = addr // page_bytes * page_bytes, stop = (end + page_bytes - 1) // page_bytes * page_bytes
+        cdef bint is_plain = True
+        cdef int rc = 1, one
+        while rc >= 0 and region != NULL and region.addr < end:
+            one = census_of_range(
+                &self.c, max(start, region.addr), min(stop, regions_end_of(&self.c.regions, region)), &is_plain,
+                &n_blocked, err
+            )
+            rc = min(rc, one)
+            # What lies there now is the program's: its bytes are copied, whatever is remembered.
+            region.altered = region.altered or (one >= 0 and not is_plain)
+            region = regions_next(&self.c.regions, region)
+        return rc
+
     def copy_memory(self, uintptr_t source, uintptr_t target, size_t len_bytes):
         """Copy bytes into fresh memory that begins as far into a page, is registered and was never touched, and that
         nobody else knows yet. Whole pages that are shared in the source are shared by both, what is not is copied.
@@ -169,45 +210,34 @@ cdef class Core(Registry):
 
         The caller keeps both mapped.
         """
-        cdef region_t* region
-        cdef size_t page_bytes = sys_page_bytes(), n, n_plain = 0, n_blocked
-        cdef uintptr_t end = source + len_bytes, made = target
+        cdef size_t page_bytes = sys_page_bytes(), n, done = 0, n_plain = 0
         cdef bint may_share = not sys_locks_future()
-        cdef bint is_plain
         cdef sys_error ignored
-        cdef int rc
         sys_error_clear(&ignored)
         self._own()
         with nogil:
             self._lock()
             # No pass looks at the target while it is made: one that did, between two spans, would give
             # items of its own to pages that the first bytes brought a huge page to.
-            self._set_being_made(made, True)
-            region = regions_at(&self.c.regions, source)
-            while region != NULL and region.addr < end:
-                rc = census_of_range(
-                    &self.c, max(source // page_bytes * page_bytes, region.addr),
-                    min((end + page_bytes - 1) // page_bytes * page_bytes, regions_end_of(&self.c.regions, region)),
-                    &is_plain, &n_blocked, &ignored
-                )
-                # What lies there now is the program's: its bytes are copied, whatever is remembered.
-                region.altered = region.altered or (rc == 0 and not is_plain)
-                may_share = may_share and rc == 0
-                region = regions_next(&self.c.regions, region)
+            self._set_being_made(target, True)
+            may_share = self._look_at_range(source, source + len_bytes, &ignored) >= 0 and may_share
             self._unlock()
-            while source < end:
-                n = min(end - source, page_bytes - source % page_bytes)
+            while done < len_bytes:
+                n = min(len_bytes - done, page_bytes - (source + done) % page_bytes)
                 if n == page_bytes:
-                    n = min((end - source) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
+                    n = min((len_bytes - done) // page_bytes, <size_t>SPAN_PAGES) * page_bytes
                     self._lock()
-                    copy_span(&self.c, source, target, n // page_bytes, may_share, &n_plain)
+                    copy_span(&self.c, source + done, target + done, n // page_bytes, may_share, &n_plain)
                     self._unlock()
                 else:
-                    memcpy(<void*>target, <const void*>source, n)
-                source += n
-                target += n
+                    memcpy(<void*>(target + done), <const void*>(source + done), n)
+                done += n
             self._lock()
-            self._set_being_made(made, False)
+            if may_share and self._look_at_range(source, source + len_bytes, &ignored) != 1:
+                # Mapped otherwise now than it was: what was shared may be what lay there at no time.
+                memcpy(<void*>target, <const void*>source, len_bytes)
+                n_plain = len_bytes // page_bytes
+            self._set_being_made(target, False)
             self._unlock()
         return n_plain
 

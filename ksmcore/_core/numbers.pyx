@@ -22,7 +22,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.pages_quiet = c.quiet.n_nodes
     numbers.pages_volatile = n_by_state[<int>PAGE_VOLATILE]
     numbers.ksm_zero_pages = n_by_state[<int>PAGE_ZERO]
-    numbers.store_pages = c.store.n_used
+    numbers.store_pages = c.store.n_used - c.store.n_hollow
     numbers.store_pages_frozen = store_frozen(&c.store)
     numbers.guard_waits = guard_n_waits()
     numbers.page_compares = c.stable.one.n_compares + c.unstable.one.n_compares + c.quiet.one.n_compares

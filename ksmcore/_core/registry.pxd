@@ -27,6 +27,7 @@ cdef class Registry:
     cdef void _unlock(self) noexcept nogil
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef void _drop(self, region_t* region) noexcept nogil
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
     cdef int _take_out(
         self, uint64_t region_id, uintptr_t addr, guard_kind guard, bint restore, bint keep, bint* found, bint* held,

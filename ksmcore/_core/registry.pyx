@@ -20,13 +20,18 @@ from ksmcore._core.census cimport census_of_region
 from ksmcore._core.region_numbers cimport (
     region_counts, region_numbers_as_dict, region_numbers_map, region_numbers_read,
 )
-from ksmcore._core.unmerge cimport unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_lose, unmerge_region
+from ksmcore._core.release cimport release_if_worth
+from ksmcore._core.unmerge cimport (
+    unmerge_abandon, unmerge_discard, unmerge_forget, unmerge_is_due, unmerge_lose, unmerge_region,
+)
 from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave, guard_weaker
 from ksmcore._guard.merge cimport merge_restore_range, run_t
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
-from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_page_bytes, sys_pause
+from ksmcore._kernel.syscalls cimport (
+    sys_error, sys_error_clear, sys_error_raise, sys_map_anon_at, sys_page_bytes, sys_pause,
+)
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._pass.quiet cimport quiet_unwatch
 from ksmcore._pass.state cimport state_destroy, state_init
@@ -159,17 +164,29 @@ cdef class Registry:
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
         """Forget a region that is about to be unmapped; nothing where it is not, or in a forked child."""
         cdef region_t* region
-        cdef size_t n_blocked
         if self.generation != forks_generation():
             return
         self._lock()
         region = self._region(region_id, addr)
         if region != NULL:
-            self._look_at(region, &n_blocked)
-            quiet_unwatch(&self.c, region)
-            unmerge_forget(&self.c, region)
-            regions_drop(&self.c.regions, region)
+            self._drop(region)
         self._unlock()
+
+    cdef void _drop(self, region_t* region) noexcept nogil:
+        """Forget a region that is about to be unmapped. The caller holds the lock."""
+        cdef size_t n_blocked
+        cdef sys_error ignored
+        sys_error_clear(&ignored)
+        self._look_at(region, &n_blocked)
+        quiet_unwatch(&self.c, region)
+        # Nobody looks there any more; and from here on nothing maps what is to be released, and nothing else.
+        if unmerge_is_due(&self.c, region) and (
+            sys_map_anon_at(region.addr, region.n_pages * self.c.page_bytes, &ignored) != 0
+        ):
+            unmerge_lose(&self.c, region)
+        unmerge_forget(&self.c, region)
+        regions_drop(&self.c.regions, region)
+        release_if_worth(&self.c, False)
 
     cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil:
         """Empty pages of the region with this id, which nobody uses; *emptied: all of them. False where they are
@@ -257,16 +274,18 @@ cdef class Registry:
         region = self._region(region_id, addr)
         found[0] = region != NULL
         held[0] = found[0] and restore and region.n_holds != 0
-        if found[0] and not held[0]:
+        if found[0] and not restore:
+            self._drop(region)
+        elif found[0] and not held[0]:
             self._look_at(region, n_blocked)
-            if not (restore and n_blocked[0] != 0):
+            if n_blocked[0] == 0:
                 if not keep:
                     quiet_unwatch(&self.c, region)   # so that no window need let go of it
-                if restore:
-                    rc = unmerge_region(&self.c, region, guard, err)
+                rc = unmerge_region(&self.c, region, guard, err)
                 if rc == 0 and not keep:
                     unmerge_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)
+                release_if_worth(&self.c, True)
         self._unlock()
         return rc
 
@@ -276,7 +295,7 @@ cdef class Registry:
         cdef sys_error ignored
         n_blocked[0] = 0
         sys_error_clear(&ignored)
-        if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, n_blocked, &ignored) != 0:
+        if self.c.rmap.n_over_store != 0 and census_of_region(&self.c, region, n_blocked, &ignored) < 0:
             unmerge_lose(&self.c, region)
 
     def hold(self, uintptr_t addr, size_t len_bytes):

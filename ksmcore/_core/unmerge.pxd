@@ -8,6 +8,7 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
 
 
+cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil
 cdef int unmerge_region(
     engine_core* c, const region_t* region, guard_kind guard, sys_error* err
 ) noexcept nogil

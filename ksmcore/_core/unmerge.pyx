@@ -7,20 +7,21 @@ Nothing here needs the GIL; the caller holds the engine's lock.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._core.census cimport census_of_range
+from ksmcore._core.release cimport release_if_worth
 from ksmcore._guard.merge cimport merge_empty_range, merge_restore_range, run_t
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
-from ksmcore._pass.batch cimport batch_drop_sharer
+from ksmcore._pass.batch cimport batch_drop_sharer, batch_lie_over
+from ksmcore._pass.look cimport look_before_restoring, look_flags
 from ksmcore._pass.match cimport match_forget_item
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
-from ksmcore._records.regions cimport region_t
-from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, rmap_find, rmap_set_over_store, rmap_set_slot, rmap_slot,
-)
-from ksmcore._records.store cimport store_lose, store_trim
+from ksmcore._records.regions cimport region_t, regions_end_of
+from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_slot
+from ksmcore._records.store cimport store_lose
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -33,9 +34,17 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
         item = rmap_find(&c.rmap, page_no + i, item)
         if c.rmap.tags[item].state == PAGE_SHARED:
             batch_drop_sharer(&c.b, item)
-        rmap_set_over_store(&c.rmap, item, False)
-        if c.rmap.tags[item].state != PAGE_UNSHARED:
-            rmap_set_slot(&c.rmap, item, 0)
+        batch_lie_over(&c.b, item, 0)
+
+
+cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil:
+    """Does any page of a region lie over the store?"""
+    cdef size_t page
+    cdef uint32_t hint = 0
+    for page in range(region.n_pages):
+        if _lies_over_store(c, region.addr // c.page_bytes + page, &hint):
+            return True
+    return False
 
 
 cdef int unmerge_region(
@@ -50,27 +59,32 @@ cdef int unmerge_region(
     cdef uint64_t first_no = region.addr // c.page_bytes
     cdef size_t page = 0, start, n_restored
     cdef uint32_t item = 0
+    cdef uintptr_t end
+    cdef bint has_looked = False
     cdef int rc = 0
     cdef run_t run
     run.guard = guard
     run.page_bytes = c.page_bytes
     run.over_store = True
-    run.flags = region.flags
     run.tracker = &c.tracker
     while page < region.n_pages and rc == 0:
         item = rmap_find(&c.rmap, first_no + page, item)
         if item == 0 or not c.rmap.tags[item].over_store:
             page += 1
             continue
+        if not has_looked:
+            look_before_restoring(c)
+            has_looked = True
         start = page
-        while item != 0 and c.rmap.tags[item].over_store and page < region.n_pages:
+        run.addr = region.addr + start * c.page_bytes
+        run.flags = look_flags(c, region, run.addr, &end)
+        end = min(end, regions_end_of(&c.regions, region))
+        while item != 0 and c.rmap.tags[item].over_store and region.addr + page * c.page_bytes < end:
             page += 1
             item = rmap_find(&c.rmap, first_no + page, item)
-        run.addr = region.addr + start * c.page_bytes
         run.n_pages = page - start
         rc = merge_restore_range(&run, &n_restored, err)
         _settle_restored(c, first_no + start, n_restored)
-    store_trim(&c.store)
     return rc
 
 
@@ -85,14 +99,13 @@ cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexc
 
 
 cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
-    """Drop all items of a region. The caller has restored its pages, or is about to unmap them."""
+    """Drop all items of a region, none of which lies over the store any more, but by the records."""
     cdef int64_t cost
     if c.rmap.n_over_store != 0:
         cost = costs_of_mapping(&c.rmap, region.addr // c.page_bytes, region.n_pages, 0)
         # A census counts no end where nothing follows.
         c.budget.used = max(c.budget.used + cost, <int64_t>0)
     _forget_pages(c, region.addr // c.page_bytes, region.n_pages)
-    store_trim(&c.store)
 
 
 cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
@@ -104,7 +117,7 @@ cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
     for page in range(region.n_pages):
         item = rmap_find(&c.rmap, first_no + page, hint)
         hint = item if item != 0 else hint
-        if item != 0 and c.rmap.tags[item].state == PAGE_SHARED:
+        if rmap_slot(&c.rmap, item) != 0:
             store_lose(&c.store, rmap_slot(&c.rmap, item))
 
 
@@ -138,7 +151,6 @@ cdef void unmerge_settle(engine_core* c, region_t* region) noexcept nogil:
                 region.cow_breaks += 1
                 batch_drop_sharer(&c.b, item)
         page += n
-    store_trim(&c.store)
 
 
 cdef bint _lies_over_store(engine_core* c, uint64_t page_no, uint32_t* hint) noexcept nogil:
@@ -153,16 +165,22 @@ cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr
     zeros and are passed over, until they are written again. No window is needed, since nobody writes there.
 
     False: some of them hold what they held, and may still be merged, because the kernel refused, or because a hole
-    in a merged run takes two mappings, which the map budget does not have.
+    in a merged run takes two mappings, which the map budget does not have; or it is not known what is mapped there.
     """
     cdef uint64_t first_no = addr // c.page_bytes
     cdef size_t page = 0, start
     cdef uint32_t hint = 0
     cdef int64_t cost
-    cdef bint all_emptied = True
+    cdef bint all_emptied = True, is_plain = False
+    cdef size_t n_blocked
     cdef sys_error ignored
     cdef run_t run
     sys_error_clear(&ignored)
+    # What is given up in place shows what lies there, and what is forgotten is released.
+    if c.rmap.n_over_store != 0 and (
+        census_of_range(c, addr, addr + n_pages * c.page_bytes, &is_plain, &n_blocked, &ignored) < 0 or not is_plain
+    ):
+        return False
     run.page_bytes = c.page_bytes
     run.flags = region.flags
     run.tracker = &c.tracker
@@ -179,5 +197,5 @@ cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr
             _forget_pages(c, first_no + start, run.n_pages)
         else:
             all_emptied = False
-    store_trim(&c.store)
+    release_if_worth(c, False)
     return all_emptied

@@ -140,6 +140,7 @@ class Passes:
             if left == 0 or after["maps_used"] >= after["maps_allowed"]:
                 break
             self._core.end_pass(full=False, spend_reserve=True)
+        self._core.release()
         # The first round looked at every page; the last one tells what is left out.
         scanned = first["pages_scanned"] - begun.numbers["pages_scanned"]
         return self._report(begun, last_round=before, scanned=scanned)
@@ -193,7 +194,7 @@ class Passes:
         """Begin a full pass; NotNowError when that will be possible later."""
         with self.alone:
             begun = self._begin()
-            self._core.begin_pass()
+            self._core.begin_pass(patient=True)
             return begun
 
     def make_batch(self, cursor: int, n_pages: int) -> int:
@@ -252,6 +253,7 @@ class Passes:
             self._take_census()
 
     def _end_full_pass(self, begun: Begun) -> PassReport:
+        self._core.release()
         left = self._core.snapshot()["skipped"]["map_budget"]
         more_left = left > begun.numbers["skipped"]["map_budget"]
         self._core.end_pass(full=True, spend_reserve=more_left)

@@ -3,7 +3,7 @@
     window_t w                  its first fields filled in
     guard_open(&w, &err)        from here on, of each page with outcome DONE: no write gets in, none is lost
       ... read at w.bytes, set the outcome of pages that are not to be remapped to something else, remap
-      the others, or guard_drop them ...
+      the others, or leave them away (guard_takes_away) ...
     guard_close(&w, ...)        the others are as they were before, and whoever waits goes on
 
 Between open and close the caller must not need the GIL, must not allocate and must not take a lock: the
@@ -28,8 +28,7 @@ cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
-cdef bint guard_drops(const window_t* w) noexcept nogil
-cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil
+cdef bint guard_takes_away(const window_t* w) noexcept nogil
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
 
 cdef guard_kind guard_by_name(str name) except *

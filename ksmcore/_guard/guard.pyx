@@ -12,14 +12,14 @@ from ksmcore._guard.mprotect cimport (
     mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
-    userfaultfd_drop, userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits,
-    userfaultfd_probe, userfaultfd_release, userfaultfd_shut,
+    userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits, userfaultfd_probe, userfaultfd_release,
+    userfaultfd_shut,
 )
 from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER,
-    CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_advise, sys_error, sys_error_clear, sys_is_passing,
+    CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER,
+    CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_error, sys_error_clear, sys_is_passing,
 )
 
 import os
@@ -97,22 +97,13 @@ cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
     return rc
 
 
-cdef bint guard_drops(const window_t* w) noexcept nogil:
-    """Can memory in this window be given up in place (guard_drop), or must a new mapping replace it?
+cdef bint guard_takes_away(const window_t* w) noexcept nogil:
+    """Are the pages of this window moved away? Then one that is found to be zeros is simply not moved back.
 
-    Where a page is given up the kernel takes it out of the page table first, and has the processors forget
-    it a moment later. If a thread can write there in between, its write goes to a new page, while others
-    still read the old one. Write-protection keeps no writer out of an anonymous page that is missing; over
-    the store it does, since the kernel marks the place as protected."""
-    return w.guard == GUARD_MPROTECT or w.over_store or userfaultfd_moves(w)
-
-
-cdef int guard_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
-    """Give up the memory of pages in the window, where guard_drops; what shows there again is the store, or
-    zeros."""
-    if w.guard != GUARD_MPROTECT:
-        return userfaultfd_drop(w, first, n, err)
-    return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
+    Elsewhere a new mapping has to replace it. Were it given up in place, the kernel would take it out of the page table
+    first, and have the processors forget it a moment later: a thread that writes there in between would write to a new
+    page, while others still read the old one."""
+    return w.guard != GUARD_MPROTECT and userfaultfd_moves(w)
 
 
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:

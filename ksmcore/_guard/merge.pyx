@@ -7,7 +7,9 @@ of the run afterwards holds the bytes that its program last wrote, and is writab
   compare   against bytes that cannot change (the store's copy, or zero). A page that differs is left
             out, and gets its permission back when the window closes.
   remap     one call for each stretch of equal pages. It replaces the mapping at once for everybody.
-            On failure the old mapping stands, and the stretch is left out like a changed page.
+            On failure the old mapping stands, and the stretch is left out like a changed page. No page is
+            given up in place (madvise): what would show then is up to the mapping that lies there at that
+            moment, and the program may have moved another one there.
   release   the private memory goes back to the system with its mapping.
 
 The functions for runs return 0, or -1 when the guard could not give something back (the one failure
@@ -19,20 +21,23 @@ from libc.errno cimport EAGAIN, EFAULT
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from ksmcore._guard.guard cimport guard_close, guard_drop, guard_drops, guard_open
+from ksmcore._guard.guard cimport guard_close, guard_open, guard_takes_away
 from ksmcore._guard.window cimport (
     BARRED, CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_BARRED, WINDOW_PAGES, WINDOW_STUCK, window_t,
 )
+from ksmcore._kernel.maps cimport maps_give_key, maps_give_policy, maps_lock_pages
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_NOHUGEPAGE, ADVISE_POPULATE_WRITE,
-    CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_is_passing, sys_map_anon,
-    sys_map_anon_at, sys_map_store_at, sys_move, sys_pause, sys_unmap,
+    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_MERGEABLE, ADVISE_NOHUGEPAGE,
+    ADVISE_POPULATE_WRITE, ADVISE_RANDOM, ADVISE_SEQUENTIAL, CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error,
+    sys_error_clear, sys_is_mapped, sys_is_passing, sys_map_anon, sys_map_anon_at, sys_map_store_at, sys_move, sys_pause,
+    sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._records.regions cimport (
-    REGION_DONTDUMP, REGION_DONTFORK, REGION_HUGEPAGE, REGION_NOHUGEPAGE, REGION_WATCHED,
+    REGION_BOUND, REGION_DONTDUMP, REGION_DONTFORK, REGION_HUGEPAGE, REGION_KEY, REGION_KEY_SHIFT, REGION_LOCKED,
+    REGION_MERGEABLE, REGION_NOHUGEPAGE, REGION_RANDOM, REGION_SEQUENTIAL, REGION_WATCHED,
 )
 from ksmcore._records.store cimport store_fd, store_file_of, store_is_there, store_offset, store_page, store_t
 
@@ -42,9 +47,8 @@ cdef extern from "_kernel/reader.h" nogil:
 # What to do with a stretch of pages that passed the comparison.
 ctypedef enum remap_kind:
     MAP_STORE
-    DROP_COPY                # of a page over the store: its private copy; what shows again is the store
-    DROP_ZERO                # of a page of anonymous memory: all; what shows again is zeros
     MAP_ZERO                 # new anonymous memory
+    LEAVE_ZERO               # of a page that the guard has moved away: it stays away, and zeros show
 
 
 cdef int _tracker_fd(const run_t* run) noexcept nogil:
@@ -61,6 +65,12 @@ cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* 
         sys_advise(addr, len_bytes, ADVISE_HUGEPAGE, err)
     if flags & REGION_NOHUGEPAGE:
         sys_advise(addr, len_bytes, ADVISE_NOHUGEPAGE, err)
+    if flags & REGION_SEQUENTIAL:
+        sys_advise(addr, len_bytes, ADVISE_SEQUENTIAL, err)
+    if flags & REGION_RANDOM:
+        sys_advise(addr, len_bytes, ADVISE_RANDOM, err)
+    if flags & REGION_MERGEABLE:
+        sys_advise(addr, len_bytes, ADVISE_MERGEABLE, err)
 
 
 # How often a mapping that the kernel took away in a failing call is asked for again, a millisecond apart.
@@ -105,8 +115,8 @@ cdef int _window(
     cdef const uint8_t* page
     cdef bint equal
     cdef int rc
-    if kind == DROP_ZERO and not guard_drops(w):
-        kind = MAP_ZERO
+    if kind == MAP_ZERO and guard_takes_away(w):
+        kind = LEAVE_ZERO
     rc = guard_open(w, err)
     if rc != 0:
         memset(w.outcomes, BARRED if rc == WINDOW_BARRED else REFUSED, w.n_pages)
@@ -115,7 +125,7 @@ cdef int _window(
         if w.outcomes[i] != DONE:
             continue
         page = w.bytes + i * w.page_bytes
-        if kind == DROP_ZERO or kind == MAP_ZERO:
+        if kind != MAP_STORE:
             equal = page_is_zero(page, w.page_bytes)
         else:
             equal = page_compare(page, store_page(store, slots[i]), w.page_bytes) == 0
@@ -130,19 +140,16 @@ cdef int _window(
         i += 1
         while i < w.n_pages and w.outcomes[i] == DONE and (kind != MAP_STORE or slots[i] == slots[i - 1] + 1):
             i += 1
-        if kind == DROP_COPY or kind == DROP_ZERO:
-            rc = guard_drop(w, start, i - start, err)
-        else:
-            rc = _map_over(
-                store, kind, w.addr + start * w.page_bytes, slots[start] if kind == MAP_STORE else 0,
-                (i - start) * w.page_bytes, w.page_bytes, flags, err
-            )
+        rc = 0 if kind == LEAVE_ZERO else _map_over(
+            store, kind, w.addr + start * w.page_bytes, slots[start] if kind == MAP_STORE else 0,
+            (i - start) * w.page_bytes, w.page_bytes, flags, err
+        )
         if rc == 0:
             n_remapped += i - start
         else:
             memset(w.outcomes + start, REFUSED, i - start)
-    # Dropping memory keeps the mapping, and with it what the guard has done to it.
-    return guard_close(w, n_remapped == w.n_pages and (kind == MAP_STORE or kind == MAP_ZERO), err)
+    # A page that is left away keeps its mapping, and with it what the guard has done to it.
+    return guard_close(w, n_remapped == w.n_pages and kind != LEAVE_ZERO, err)
 
 
 cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcept nogil:
@@ -150,7 +157,7 @@ cdef void _take_back(int tracker_fd, remap_kind kind, const window_t* w) noexcep
     cdef uint32_t i, start = 0
     cdef bint is_anon
     for i in range(w.n_pages):
-        is_anon = kind == DROP_ZERO or kind == MAP_ZERO if w.outcomes[i] == DONE else not w.over_store
+        is_anon = kind != MAP_STORE if w.outcomes[i] == DONE else not w.over_store
         if not is_anon:
             if start < i:
                 tracker_take_back(tracker_fd, w.addr + start * w.page_bytes, (i - start) * w.page_bytes)
@@ -224,16 +231,9 @@ cdef int merge_run(
     return _windows(store, MAP_STORE, run, slots, outcomes, err)
 
 
-cdef int merge_reshare_run(
-    store_t* store, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
-) noexcept nogil:
-    """Drop the private copies of pages that already map their slots, where equal."""
-    return _windows(store, DROP_COPY, run, slots, outcomes, err)
-
-
 cdef int merge_zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil:
     """Give back pages that hold only zeros."""
-    return _windows(NULL, MAP_ZERO if run.over_store else DROP_ZERO, run, NULL, outcomes, err)
+    return _windows(NULL, MAP_ZERO, run, NULL, outcomes, err)
 
 
 cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
@@ -284,6 +284,10 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
         w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)
         window_bytes = w.n_pages * run.page_bytes
         w.addr = run.addr + n_restored[0] * run.page_bytes
+        if run.flags & REGION_BOUND:
+            maps_give_policy(w.addr, fresh, window_bytes)
+        if run.flags & REGION_LOCKED:
+            maps_lock_pages(fresh, window_bytes)
         # Faulted in here, so that the copy inside the window neither allocates nor fails. Kernels
         # before 5.14 do not know the advice, and filters may refuse it; then the copy faults, and the window is longer.
         sys_error_clear(&ignored)
@@ -311,6 +315,9 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
             err.addr = w.addr
             err.len_bytes = window_bytes
             rc = -1
+        if rc == 0 and run.flags & REGION_KEY:
+            # Only now: with the key it may be that this thread must not write there.
+            maps_give_key(fresh, window_bytes, (run.flags & REGION_KEY) >> <int>REGION_KEY_SHIFT)
         if rc == 0:
             rc = _move(fresh, w.addr, window_bytes, err)
         if guard_close(&w, rc == 0, err) != 0 or rc != 0:

@@ -420,14 +420,6 @@ cdef int userfaultfd_shut(window_t* w, sys_error* err) noexcept nogil:
     return 0
 
 
-cdef int userfaultfd_drop(window_t* w, uint32_t first, uint32_t n, sys_error* err) noexcept nogil:
-    """Give up the private memory of pages in the window. Of those that were moved nothing is left there
-    already: it goes with the scratch."""
-    if userfaultfd_moves(w):
-        return 0
-    return sys_advise(w.addr + first * w.page_bytes, n * w.page_bytes, ADVISE_DONTNEED, err)
-
-
 cdef uint32_t userfaultfd_n_waits() noexcept nogil:
     return _n_waits
 

@@ -1,5 +1,5 @@
-/* The process's mappings: /proc/self/maps as text, and its ioctl. The types are for whoever visits, the rest for
-   maps.pyx. */
+/* The process's mappings: /proc/self/maps and smaps as text, and an ioctl. The types are for whoever visits, the rest
+   for maps.pyx. */
 
 #ifndef KSMCORE_MAPS_H
 #define KSMCORE_MAPS_H
@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum { KSM_VMA_READ = 1, KSM_VMA_WRITE = 2, KSM_VMA_EXEC = 4, KSM_VMA_SHARED = 8 };
@@ -23,7 +25,19 @@ typedef struct {
     uint64_t offset, dev_major, dev_minor, inode; /* of the file; inode 0: none */
     int flags;
     int is_store; /* the file is named as the stores of all engines are; not known by ksm_vma_at */
+    int traits;   /* ksm_traits_each only */
 } ksm_vma;
+
+/* What the program has advised or decided about a mapping. KEEP: a new mapping can be given it as well, by
+   madvise(2) or otherwise. The low bits, and the place of the protection key, are those of enum region_flag. */
+enum {
+    KSM_KEEP_DONTFORK = 1, KSM_KEEP_DONTDUMP = 2, KSM_KEEP_HUGEPAGE = 4, KSM_KEEP_NOHUGEPAGE = 8,
+    KSM_KEEP_SEQUENTIAL = 32, KSM_KEEP_RANDOM = 64, KSM_KEEP_MERGEABLE = 128, KSM_KEEP_LOCKED = 256,
+    KSM_BARRED = 512,         /* what merged pages would lose, or what cannot be mapped over */
+    KSM_WATCHED = 1024,       /* by a userfaultfd, for write-protection: may be our own tracker's */
+    KSM_WATCHED_ELSE = 2048,  /* for anything else, which is another's */
+    KSM_KEY_SHIFT = 12, KSM_KEY_MASK = 15 << 12
+};
 
 typedef void (*ksm_vma_visit)(const ksm_vma *vma, void *context);
 
@@ -49,12 +63,14 @@ static inline int ksm_vma_parse(char *line, size_t len, ksm_vma *vma) {
     return 0;
 }
 
-/* Visit all mappings, in the order of their addresses. A small buffer on the stack and no allocation;
-   of a line longer than the buffer only the beginning is looked at. -1 and errno when it cannot be read. */
-static inline int ksm_vma_each(int fd, ksm_vma_visit visit, void *context) {
+/* Hand out a text line by line until `take` returns other than 0. A small buffer on the stack and no allocation; of a
+   line longer than the buffer only the beginning is looked at. -1 and errno when it cannot be read. */
+typedef int (*ksm_take_line)(char *line, size_t len, void *context);
+
+static inline int ksm_each_line(int fd, ksm_take_line take, void *context) {
     char buf[16384];
     size_t kept = 0;
-    int skip = 0; /* inside a line whose beginning has been visited */
+    int skip = 0; /* inside a line whose beginning has been taken */
     if (lseek(fd, 0, SEEK_SET) != 0) return -1;
     for (;;) {
         ssize_t got = read(fd, buf + kept, sizeof buf - 1 - kept);
@@ -64,23 +80,82 @@ static inline int ksm_vma_each(int fd, ksm_vma_visit visit, void *context) {
         }
         size_t len = kept + (size_t)got, start = 0;
         char *end;
-        ksm_vma vma;
         while ((end = memchr(buf + start, '\n', len - start))) {
             size_t line = (size_t)(end - (buf + start));
-            if (!skip && ksm_vma_parse(buf + start, line, &vma) == 0) visit(&vma, context);
+            if (!skip && take(buf + start, line, context)) return 0;
             skip = 0;
             start += line + 1;
         }
         if (got == 0) return 0;
         kept = len - start;
         if (kept == sizeof buf - 1) {
-            if (!skip && ksm_vma_parse(buf, kept, &vma) == 0) visit(&vma, context);
+            if (!skip && take(buf, kept, context)) return 0;
             skip = 1;
             kept = 0;
         } else {
             memmove(buf, buf + start, kept);
         }
     }
+}
+
+/* Of the text of maps or smaps: the mapping whose lines are being read. */
+typedef struct {
+    ksm_vma_visit visit;
+    void *context;
+    uintptr_t end;    /* nothing from here on is of interest */
+    ksm_vma vma;
+    int is_begun;
+} ksm_vma_reading;
+
+static inline int ksm_take_vma(char *line, size_t len, void *context) {
+    ksm_vma_reading *r = context;
+    if (ksm_vma_parse(line, len, &r->vma) == 0) r->visit(&r->vma, r->context);
+    return 0;
+}
+
+/* Visit all mappings, in the order of their addresses. */
+static inline int ksm_vma_each(int fd, ksm_vma_visit visit, void *context) {
+    ksm_vma_reading r = {visit, context, 0, {0}, 0};
+    return ksm_each_line(fd, ksm_take_vma, &r);
+}
+
+/* "VmFlags: rd wr mr mw ..." */
+static inline int ksm_flags_parse(const char *at) {
+    static const struct { char code[3]; int trait; } known[] = {
+        {"dc", KSM_KEEP_DONTFORK}, {"dd", KSM_KEEP_DONTDUMP}, {"hg", KSM_KEEP_HUGEPAGE}, {"nh", KSM_KEEP_NOHUGEPAGE},
+        {"sr", KSM_KEEP_SEQUENTIAL}, {"rr", KSM_KEEP_RANDOM}, {"mg", KSM_KEEP_MERGEABLE},
+        {"lo", KSM_KEEP_LOCKED | KSM_BARRED},
+        {"io", KSM_BARRED}, {"pf", KSM_BARRED}, {"mm", KSM_BARRED}, {"ss", KSM_BARRED}, {"gd", KSM_BARRED},
+        {"ht", KSM_BARRED}, {"wf", KSM_BARRED}, {"dp", KSM_BARRED}, {"sl", KSM_BARRED}, {"mt", KSM_BARRED},
+        {"uw", KSM_WATCHED}, {"um", KSM_WATCHED_ELSE}, {"ui", KSM_WATCHED_ELSE},
+    };
+    int traits = 0;
+    for (; *at; at++)
+        for (size_t i = 0; at[-1] == ' ' && i < sizeof known / sizeof known[0]; i++)
+            if (at[0] == known[i].code[0] && at[1] == known[i].code[1]) traits |= known[i].trait;
+    return traits;
+}
+
+static inline int ksm_take_traits(char *line, size_t len, void *context) {
+    ksm_vma_reading *r = context;
+    line[len] = 0;
+    if (line[0] >= 'A' && line[0] <= 'Z') {
+        if (strncmp(line, "VmFlags:", 8) == 0) r->vma.traits |= ksm_flags_parse(line + 8);
+        else if (strncmp(line, "ProtectionKey:", 14) == 0) r->vma.traits |= (atoi(line + 14) & 15) << KSM_KEY_SHIFT;
+        return 0;
+    }
+    if (r->is_begun) r->visit(&r->vma, r->context);
+    r->is_begun = ksm_vma_parse(line, len, &r->vma) == 0;
+    r->vma.traits = 0;
+    return r->is_begun && r->vma.start >= r->end;
+}
+
+/* The same with traits, from smaps; up to `end`, for it costs much more: the kernel walks all page tables. */
+static inline int ksm_traits_each(int fd, uintptr_t end, ksm_vma_visit visit, void *context) {
+    ksm_vma_reading r = {visit, context, end, {0}, 0};
+    if (ksm_each_line(fd, ksm_take_traits, &r) != 0) return -1;
+    if (r.is_begun && r.vma.start < end) visit(&r.vma, context);
+    return 0;
 }
 
 /* PROCMAP_QUERY (Linux 6.11). The structure is that of the kernel's interface. */
@@ -108,8 +183,45 @@ static inline int ksm_vma_at(int fd, uintptr_t addr, ksm_vma *vma) {
     vma->dev_minor = q.dev_minor;
     vma->inode = q.inode;
     vma->flags = (int)(q.vma_flags & 15);
-    vma->is_store = 0;
+    vma->is_store = vma->traits = 0;
     return 0;
+}
+
+/* NUMA: the policy that a mapping has for itself. It can be given to another mapping; the numbers are the kernel's. */
+typedef struct {
+    int mode; /* 0: none */
+    unsigned long nodes[16];
+} ksm_policy;
+
+static inline int ksm_policy_at(uintptr_t addr, ksm_policy *policy) {
+#ifdef SYS_get_mempolicy
+    memset(policy, 0, sizeof *policy);
+    return (int)syscall(SYS_get_mempolicy, &policy->mode, policy->nodes, 8 * sizeof policy->nodes, addr, 2ul);
+#else
+    (void)addr, (void)policy;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+static inline int ksm_policy_set(uintptr_t addr, size_t len, const ksm_policy *policy) {
+#ifdef SYS_mbind
+    return (int)syscall(SYS_mbind, addr, len, policy->mode, policy->nodes, 8 * sizeof policy->nodes, 0ul);
+#else
+    (void)addr, (void)len, (void)policy;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+static inline int ksm_key_set(uintptr_t addr, size_t len, int key) {
+#ifdef SYS_pkey_mprotect
+    return (int)syscall(SYS_pkey_mprotect, addr, len, PROT_READ | PROT_WRITE, key);
+#else
+    (void)addr, (void)len, (void)key;
+    errno = ENOSYS;
+    return -1;
+#endif
 }
 
 #endif

@@ -11,6 +11,12 @@ cdef extern from "_kernel/maps.h":
         VMA_WRITE "KSM_VMA_WRITE"
         VMA_EXEC "KSM_VMA_EXEC"
         VMA_SHARED "KSM_VMA_SHARED"
+        # Traits. KEEP: bits of enum region_flag, as is the protection key.
+        TRAITS_KEEP "(KSM_BARRED - 1)"
+        TRAITS_BARRED "KSM_BARRED"
+        TRAITS_WATCHED "KSM_WATCHED"
+        TRAITS_WATCHED_ELSE "KSM_WATCHED_ELSE"
+        TRAITS_KEY "KSM_KEY_MASK"
     ctypedef struct vma_t "ksm_vma":
         uintptr_t start
         uintptr_t end
@@ -20,6 +26,7 @@ cdef extern from "_kernel/maps.h":
         uint64_t inode           # of the file; 0: none
         int flags
         bint is_store            # named as the stores of all engines are; maps_each only
+        int traits               # what the program has advised; maps_traits_each only
     ctypedef void (*vma_visit "ksm_vma_visit")(const vma_t* vma, void* context) noexcept nogil
 
 
@@ -37,3 +44,10 @@ cdef int maps_each_in(
 # descriptor left for it, or no /proc any more. Entering never fails.
 cdef void maps_enter() noexcept nogil
 cdef void maps_leave() noexcept nogil
+
+# What only smaps tells of them: up to `end`.
+cdef int maps_traits_each(uintptr_t end, vma_visit visit, void* context, sys_error* err) noexcept nogil
+cdef int maps_has_policy(uintptr_t addr) noexcept nogil      # a NUMA policy of its own; -1: it is not told
+cdef void maps_give_policy(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept nogil
+cdef void maps_give_key(uintptr_t addr, size_t len_bytes, int key) noexcept nogil
+cdef void maps_lock_pages(uintptr_t addr, size_t len_bytes) noexcept nogil

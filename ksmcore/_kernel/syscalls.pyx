@@ -41,6 +41,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE
     int MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_FIXED
     int MADV_DONTNEED, MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_NOHUGEPAGE
+    int MADV_SEQUENTIAL, MADV_RANDOM, MADV_MERGEABLE
     int MADV_POPULATE_WRITE
     int munmap(void* addr, size_t len)
     int mprotect(void* addr, size_t len, int prot)
@@ -270,6 +271,12 @@ cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* er
         value = MADV_HUGEPAGE
     elif what == ADVISE_NOHUGEPAGE:
         value = MADV_NOHUGEPAGE
+    elif what == ADVISE_SEQUENTIAL:
+        value = MADV_SEQUENTIAL
+    elif what == ADVISE_RANDOM:
+        value = MADV_RANDOM
+    elif what == ADVISE_MERGEABLE:
+        value = MADV_MERGEABLE
     elif what == ADVISE_POPULATE_WRITE:
         value = MADV_POPULATE_WRITE
     if sys_injected(CALL_MADVISE, addr, len_bytes, err):

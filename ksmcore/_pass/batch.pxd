@@ -145,4 +145,6 @@ cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil
 cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
 cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil
 cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil
+cdef void batch_lie_over(batch* b, uint32_t item, uint32_t slot) noexcept nogil
+cdef bint batch_adopt(batch* b, uint32_t item) noexcept nogil
 cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil

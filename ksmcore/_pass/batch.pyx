@@ -6,11 +6,14 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from ksmcore._kernel.syscalls cimport sys_error_clear
+from ksmcore._records.claims cimport claims_add, claims_drop
 from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
-from ksmcore._records.rmap cimport PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_state, rmap_slot
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_slot, rmap_set_state, rmap_slot,
+)
 from ksmcore._records.store cimport (
-    store_block, store_is_orphan, store_is_pending, store_page, store_pending, store_release, store_sharers,
-    store_unshare,
+    store_block, store_idle, store_is_live, store_is_orphan, store_is_pending, store_page, store_pending, store_share,
+    store_sharers, store_unshare,
 )
 
 
@@ -125,17 +128,39 @@ cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil:
         forest_put(b.stable, first, store_page(b.store, first))
 
 
+cdef void batch_lie_over(batch* b, uint32_t item, uint32_t slot) noexcept nogil:
+    """The mapping of a page points at this slot from now on; 0: at no slot."""
+    cdef uint32_t before = rmap_slot(b.rmap, item)
+    if slot == before:
+        return
+    rmap_set_slot(b.rmap, item, slot)
+    if slot != 0:
+        claims_add(b.store, slot)
+    if before != 0:
+        claims_drop(b.store, before)
+
+
+cdef bint batch_adopt(batch* b, uint32_t item) noexcept nogil:
+    """The page shows what it lies over, though it was taken for a private copy: it is a sharer again. The item is in no
+    tree. False where the slot is none that could be shared."""
+    cdef uint32_t slot = rmap_slot(b.rmap, item)
+    if not store_is_live(b.store, slot):
+        return False
+    store_share(b.store, slot)
+    rmap_set_state(b.rmap, item, PAGE_SHARED)
+    b.rmap.nodes[item].digest = b.store.nodes[slot].digest
+    b.rmap.tags[item].age = 0
+    return True
+
+
 cdef void batch_drop_sharer(batch* b, uint32_t item) noexcept nogil:
-    """Forget that a page shares its slot; the slot goes when it was the last. The item keeps the
-    number of the slot, because the page's mapping still points there."""
+    """Forget that a page shares its slot. Its mapping still points there. Where it was the last the shared page is
+    idle: nothing is released on the word of one look at one page."""
     cdef uint32_t slot = rmap_slot(b.rmap, item)
     cdef uint32_t first = store_unshare(b.store, slot)
     rmap_set_state(b.rmap, item, PAGE_VOLATILE)
-    if first == 0:
-        # With fewer than that before, the block had room, so was not set aside.
-        if store_sharers(b.store, slot) == b.max_page_sharing[0] - 1:
-            batch_offer(b, slot)
-        return
-    if forest_holds(b.stable, first):
-        forest_erase(b.stable, first)
-    store_release(b.store, first)
+    # With fewer than that before, the block had room, so was not set aside.
+    if store_sharers(b.store, slot) == b.max_page_sharing[0] - 1:
+        batch_offer(b, slot)
+    if first != 0:
+        store_idle(b.store, first)

@@ -54,8 +54,7 @@ cdef uint32_t blocks_new(
 
 
 cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
-    """The pending block that an intent leads to, or NULL for a shared page that existed before. (A page
-    can be over a released slot that is used again: then even INTENT_RESHARE leads to a pending one.)"""
+    """The pending block that an intent leads to, or NULL for a shared page that existed before."""
     if wanted.slot == 0 or not store_is_pending(b.store, wanted.slot):
         return NULL
     return &b.pendings[store_pending(b.store, wanted.slot)]
@@ -71,10 +70,13 @@ cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
             batch_leave(b, &b.intents[i], reason)
 
 
-cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
-    """A block that no more pages will map than it has slots saves nothing."""
+cdef void blocks_give_up_unwanted(batch* b, uint64_t* reason) noexcept nogil:
+    """A block that no more pages will map than it has slots saves nothing. `reason`: why others that wanted it were
+    left, so that these are as well."""
     cdef uint32_t i
     cdef pending_block* block
+    for i in range(b.n_pendings):
+        b.pendings[i].n_accepted = 0
     for i in range(b.n_intents):
         block = _pending_of(b, &b.intents[i])
         if block != NULL and b.intents[i].fate == OPEN:
@@ -82,8 +84,7 @@ cdef void blocks_give_up_unwanted(batch* b) noexcept nogil:
     for i in range(b.n_pendings):
         if b.pendings[i].n_accepted <= (0 if b.pendings[i].goes_on else b.pendings[i].n_copies):
             b.pendings[i].fate = LEFT
-    # Both halves are accepted but for the budget, so it is the reason for the other half too.
-    _leave_all_of(b, &b.counters.skipped.map_budget)
+    _leave_all_of(b, reason)
 
 
 cdef void blocks_write(batch* b) noexcept nogil:
@@ -204,5 +205,8 @@ cdef void blocks_offer_all(batch* b) noexcept nogil:
     """More pages than before may map a shared page: offer all that were set aside. Between two batches."""
     cdef uint32_t slot
     for slot in range(1, b.store.top):
-        if b.store.uses[slot].used and not b.store.uses[slot].copy and not store_is_dead(b.store, slot):
+        if (
+            b.store.uses[slot].used and not b.store.uses[slot].copy and not b.store.uses[slot].hollow
+            and not store_is_dead(b.store, slot)
+        ):
             batch_offer(b, slot)

@@ -9,7 +9,7 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_no_room,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_lie_over, batch_no_room,
     batch_set_aside, batch_sharers, batch_stable_page,
 )
 from ksmcore._pass.blocks cimport blocks_new
@@ -19,8 +19,7 @@ from ksmcore._pass.stretch cimport stretch_follow
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_next, forest_put
 from ksmcore._records.regions cimport region_t, regions_at
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_slot, rmap_set_state,
-    rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_align, store_block, store_is_shared_block, store_page
 from ksmcore._trees cimport rb_place
@@ -42,7 +41,6 @@ cdef void match_leave_tree(engine_core* c, uint32_t item) noexcept nogil:
     elif c.rmap.tags[item].epoch == c.epoch:
         forest_erase(&c.unstable, item)
     c.rmap.tags[item].epoch = 0
-    rmap_set_slot(&c.rmap, item, 0)
 
 
 cdef void match_forget_item(engine_core* c, uint32_t item) noexcept nogil:
@@ -50,6 +48,7 @@ cdef void match_forget_item(engine_core* c, uint32_t item) noexcept nogil:
     if c.rmap.tags[item].state == PAGE_SHARED:
         batch_drop_sharer(&c.b, item)
     match_leave_tree(c, item)
+    batch_lie_over(&c.b, item, 0)
     rmap_remove(&c.rmap, item)
 
 
@@ -70,7 +69,9 @@ cdef uint32_t _new_block(
     cdef uint32_t slot
     cdef int64_t room
     if c.max_shared_pages >= 0:
-        room = c.max_shared_pages - <int64_t>(c.store.n_used - c.store.n_dead)
+        room = c.max_shared_pages - <int64_t>(
+            c.store.n_used - c.store.n_dead - c.store.n_hollow - c.store.n_idle
+        )
         if room < <int64_t>least:
             c.counters.skipped.max_shared_pages += least == 1
             return 0
@@ -243,11 +244,8 @@ cdef void _match_unshared(
 
 
 cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_error* err) noexcept nogil:
-    """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory.
-
-    All of them before the first is matched: a slot may lose its last sharer here and be released, and
-    no intent may lead to a slot that is. c.marks[i] tells from here on also what page i was.
-    """
+    """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory. c.marks[i] tells
+    from here on also what page i was."""
     cdef size_t i
     cdef uint32_t item
     for i in range(n_look):

@@ -13,19 +13,19 @@ from libc.stdlib cimport qsort
 from libc.string cimport memset
 
 from ksmcore._guard.guard cimport guard_is_barred
-from ksmcore._guard.merge cimport merge_reshare_run, merge_restore_range, merge_run, merge_zero_run, run_t
+from ksmcore._guard.merge cimport merge_restore_range, merge_run, merge_zero_run, run_t
 from ksmcore._guard.window cimport BARRED, CHANGED, DONE, PINNED, REFUSED
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
-    batch_end_stage, batch_leave, intent,
+    batch_end_stage, batch_leave, batch_lie_over, intent,
 )
 from ksmcore._pass.blocks cimport (
     blocks_check, blocks_give_up_unwanted, blocks_offer, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._records.budget cimport budget_affords, map_budget
-from ksmcore._records.costs cimport costs_slot_under, costs_splits, costs_splits_surely
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_over_store, rmap_set_slot, rmap_set_state
+from ksmcore._records.costs cimport costs_slot_under, costs_splits
+from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_state
 from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
 
 
@@ -75,17 +75,17 @@ cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     cdef int64_t cost = 0
     for i in range(start, end):
         under = costs_slot_under(b.rmap, b.intents[i].page_no, b.intents[i].item)
-        cost += <int>costs_splits(after, b.intents[i].slot) - <int>costs_splits_surely(before, under)
+        cost += <int>costs_splits(after, b.intents[i].slot) - <int>costs_splits(before, under)
         before = under
         after = b.intents[i].slot
     if first.kind == INTENT_PLAIN:
         cost += (left == 0) + (right == 0)       # see costs_of_restoring
-    return cost + <int>costs_splits(after, right) - <int>costs_splits_surely(before, right)
+    return cost + <int>costs_splits(after, right) - <int>costs_splits(before, right)
 
 
 cdef bint _makes_mappings(const intent* first) noexcept nogil:
-    """Dropping memory makes no mapping."""
-    return first.kind != INTENT_RESHARE and (first.kind != INTENT_ZERO or first.over_store)
+    """Anonymous memory that is given back costs none."""
+    return first.kind != INTENT_ZERO or first.over_store
 
 
 cdef void _choose(batch* b) noexcept nogil:
@@ -99,7 +99,8 @@ cdef void _choose(batch* b) noexcept nogil:
     cdef map_budget budget = b.budget[0]
     if b.n_intents != 0 and guard_is_barred(b.guard[0]):
         for i in range(b.n_intents):
-            batch_leave(b, &b.intents[i], &b.counters.skipped.sigsegv_blocked)
+            if b.intents[i].fate == OPEN:
+                batch_leave(b, &b.intents[i], &b.counters.skipped.sigsegv_blocked)
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
@@ -123,12 +124,11 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
     done.fate = MERGED
     b.rmap.tags[item].age = 0
     if done.kind == INTENT_PLAIN:
-        rmap_set_over_store(b.rmap, item, False)
+        batch_lie_over(b, item, 0)
         return
     if done.kind == INTENT_ZERO:
         b.counters.pages_zeroed += 1
-        rmap_set_over_store(b.rmap, item, False)
-        rmap_set_slot(b.rmap, item, 0)
+        batch_lie_over(b, item, 0)
         rmap_set_state(b.rmap, item, PAGE_ZERO)
         return
     b.counters.pages_merged += 1
@@ -136,8 +136,7 @@ cdef void _account(batch* b, intent* done) noexcept nogil:
         b.counters.pages_reshared += 1
     store_share(b.store, done.slot)
     rmap_set_state(b.rmap, item, PAGE_SHARED)
-    rmap_set_over_store(b.rmap, item, True)
-    rmap_set_slot(b.rmap, item, done.slot)
+    batch_lie_over(b, item, done.slot)
 
 
 cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
@@ -167,10 +166,8 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     run.tracker = b.tracker
     for i in range(end - start):
         b.slots[i] = b.intents[start + i].slot
-    if first.kind == INTENT_MERGE:
+    if first.kind == INTENT_MERGE or first.kind == INTENT_RESHARE:
         rc = merge_run(b.store, &run, b.slots, b.outcomes, &err)
-    elif first.kind == INTENT_RESHARE:
-        rc = merge_reshare_run(b.store, &run, b.slots, b.outcomes, &err)
     elif first.kind == INTENT_ZERO:
         rc = merge_zero_run(&run, b.outcomes, &err)
     else:
@@ -230,8 +227,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         run.tracker = b.tracker
         if merge_restore_range(&run, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
-            rmap_set_over_store(b.rmap, founder.item, False)
-            rmap_set_slot(b.rmap, founder.item, 0)
+            batch_lie_over(b, founder.item, 0)
             b.counters.skipped.partner += 1
 
 
@@ -241,7 +237,7 @@ cdef int runs_flush(batch* b) noexcept nogil:
     cdef uint64_t begun = sys_now_ns()
     qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
     _choose(b)
-    blocks_give_up_unwanted(b)
+    blocks_give_up_unwanted(b, &b.counters.skipped.map_budget)
     blocks_write(b)
     blocks_check(b)
     blocks_settle(b)

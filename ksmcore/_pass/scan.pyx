@@ -37,14 +37,17 @@ from ksmcore._kernel.pagemap cimport (
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
-from ksmcore._pass.batch cimport batch_end_stage
+from ksmcore._pass.batch cimport batch_adopt, batch_end_stage
+from ksmcore._pass.look cimport look_at_intents
 from ksmcore._pass.match cimport match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
 from ksmcore._pass.state cimport IS_HUGE, engine_core
 from ksmcore._pass.stretch cimport stretch_go_on
 from ksmcore._records.forest cimport forest_prefetch
-from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
+from ksmcore._records.regions cimport (
+    BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
+)
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot,
 )
@@ -82,7 +85,17 @@ cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_
         return page_compare(page, store_page(&c.store, rmap_slot(&c.rmap, item)), c.page_bytes) != 0
     if c.rmap.tags[item].state == PAGE_ZERO:
         return flag & PAGE_OWNED or not page_is_zero(page, c.page_bytes)
-    return True
+    return not flag & PAGE_OF_FILE or not _adopt(c, item)
+
+
+cdef bint _adopt(engine_core* c, uint32_t item) noexcept nogil:
+    """A page over the store that was taken for a private copy, and is none: the program has thrown the copy away, or
+    has moved another mapping of the same slot there."""
+    match_leave_tree(c, item)
+    if batch_adopt(&c.b, item):
+        return True
+    rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    return False
 
 
 cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogil:
@@ -134,10 +147,12 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
         return
     if c.rmap.tags[item].quiet and flag & PAGE_SWAPPED:
         return                   # its protection goes with it, and comes back with it
-    if c.rmap.tags[item].over_store:
+    if c.rmap.tags[item].over_store and flag & PAGE_SWAPPED:
         # Kept, so that the mapping can be put right when the region is removed.
         match_leave_tree(c, item)
         rmap_set_state(&c.rmap, item, PAGE_VOLATILE)
+    elif c.rmap.tags[item].over_store:
+        _adopt(c, item)
     else:
         match_forget_item(c, item)
 
@@ -190,6 +205,7 @@ cdef int _scan_span(
         match_leave_store(c, region, n_look)
     batch_end_stage(&c.counters.stage_ns.trees, begun)
     sys_error_clear(&c.b.err)
+    look_at_intents(c)
     rc = runs_flush(&c.b)
     quiet_after_flush(c)
     if rc != 0:
@@ -228,8 +244,10 @@ cdef int scan_at(
         pass
     elif region.n_holds != 0:
         c.counters.skipped.held += n
-    elif region.altered:
+    elif region.altered or region.bar == BARRED_ALTERED:
         c.counters.skipped.altered += n
+    elif region.bar == BARRED_WATCHED:
+        c.counters.skipped.refused += n
     else:
         n = min(n, <size_t>STEP_PAGES)
         cursor[0] = from_here + n * c.page_bytes

@@ -8,6 +8,7 @@ from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._kernel.tracker cimport tracker_t
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._pass.batch cimport batch, scan_counters
+from ksmcore._records.advice cimport advice_t
 from ksmcore._records.budget cimport map_budget
 from ksmcore._records.forest cimport forest_t
 from ksmcore._records.regions cimport region_list
@@ -68,6 +69,9 @@ ctypedef struct engine_core:
     tracker_t tracker            # opened for the first region that is watched
     guard_kind guard             # in use
     map_budget budget
+    advice_t advice
+    size_t n_maps                # of the process, by the last census
+    uint32_t n_idle_left         # slots that the last release had to leave idle
     batch b
     scan_counters counters
     uint64_t merges_left         # in this batch; each page looked at makes one at most

@@ -11,6 +11,7 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pa
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_is_passing, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
+from ksmcore._records.advice cimport advice_destroy
 from ksmcore._records.forest cimport (
     forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
 )
@@ -70,6 +71,8 @@ cdef int state_init(
     memset(&c.quiet, 0, sizeof(c.quiet))
     memset(&c.b, 0, sizeof(c.b))
     memset(&c.budget, 0, sizeof(c.budget))
+    memset(&c.advice, 0, sizeof(c.advice))
+    c.n_maps = c.n_idle_left = 0
     c.guard = guard
     c.b.tracker = &c.tracker
     c.b.store = &c.store
@@ -136,6 +139,7 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
     tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
+    advice_destroy(&c.advice)
     free(c.marks)
     free(c.items)
     free(c.pages)
@@ -152,7 +156,7 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
     for i in range(c.regions.n):
         n_pages += c.regions.all[i].n_pages
     pagemap_reopen(&c.pm)
-    store_begin_pass(&c.store, _forget_slot, c)
+    store_begin_pass(&c.store, &c.pm, _forget_slot, c)
     forest_clear(&c.unstable)
     forest_expect(&c.unstable, n_pages // 2)
     forest_expect(&c.stable, n_pages // 2)

@@ -4,22 +4,12 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ksmcore._records.rmap cimport rmap_table
 
-cdef enum:
-    UNKNOWN_SLOT = 0xffffffff  # what lies under the page is of the store, and its slot is not known
-
 
 cdef inline bint costs_splits(uint32_t left, uint32_t right) noexcept nogil:
     """Does a mapping end between two neighbouring pages with these slots under them?"""
     if left == 0 and right == 0:
         return False
-    return left == 0 or left == UNKNOWN_SLOT or right != left + 1
-
-
-cdef inline bint costs_splits_surely(uint32_t left, uint32_t right) noexcept nogil:
-    """The same, but no where it is not known: what is taken off the cost must really be there."""
-    if left == UNKNOWN_SLOT or right == UNKNOWN_SLOT:
-        return left == 0 or right == 0
-    return costs_splits(left, right)
+    return left == 0 or right != left + 1
 
 
 cdef uint32_t costs_slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil

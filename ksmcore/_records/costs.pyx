@@ -11,14 +11,10 @@ from ksmcore._records.rmap cimport rmap_find, rmap_slot, rmap_table
 
 
 cdef uint32_t costs_slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil:
-    """What lies under a page: 0 for anonymous memory, a slot, or UNKNOWN_SLOT. `item`: 0 when it is not at hand."""
-    cdef uint32_t slot
+    """What lies under a page: a slot, or 0 for anonymous memory. `item`: 0 when it is not at hand."""
     if item == 0:
         item = rmap_find(rmap, page_no, 0)
-    if item == 0 or not rmap.tags[item].over_store:
-        return 0
-    slot = rmap_slot(rmap, item)
-    return slot if slot != 0 else UNKNOWN_SLOT
+    return rmap_slot(rmap, item) if item != 0 else 0
 
 
 cdef int64_t costs_of_mapping(rmap_table* rmap, uint64_t page_no, size_t n_pages, uint32_t slot) noexcept nogil:
@@ -33,11 +29,11 @@ cdef int64_t costs_of_mapping(rmap_table* rmap, uint64_t page_no, size_t n_pages
         item = rmap_find(rmap, page_no + i, hint)
         hint = item if item != 0 else hint
         under = costs_slot_under(rmap, page_no + i, item) if item != 0 else 0
-        cost += <int>costs_splits(after, slot) - <int>costs_splits_surely(before, under)
+        cost += <int>costs_splits(after, slot) - <int>costs_splits(before, under)
         before = under
         after = slot
         slot += slot != 0
-    return cost + <int>costs_splits(after, right) - <int>costs_splits_surely(before, right)
+    return cost + <int>costs_splits(after, right) - <int>costs_splits(before, right)
 
 
 cdef int64_t costs_of_restoring(rmap_table* rmap, uint64_t page_no, size_t n_pages) noexcept nogil:

@@ -10,13 +10,29 @@ cdef enum region_flag:
     REGION_HUGEPAGE = 4      # madvise
     REGION_NOHUGEPAGE = 8    # madvise
     REGION_WATCHED = 16      # a tracker watches its anonymous memory
+    REGION_SEQUENTIAL = 32   # madvise
+    REGION_RANDOM = 64       # madvise
+    REGION_MERGEABLE = 128   # madvise
+    REGION_LOCKED = 256      # mlock; for what is restored
+    REGION_KEY_SHIFT = 12    # memory protection key, in four bits; for what is restored
+    REGION_KEY = 15 << 12
+    REGION_BOUND = 1 << 16   # a NUMA policy; for what is restored
+
+# Why no pass looks at a region, although it is plain memory.
+cdef enum region_bar:
+    NOT_BARRED
+    BARRED_ALTERED           # it has what merging would lose
+    BARRED_WATCHED           # another's userfaultfd watches it
 
 # The whole pages inside one registered buffer.
 ctypedef struct region_t:
     uintptr_t addr           # of the first page
     size_t n_pages
     uint64_t id
-    int flags                # enum region_flag bits
+    int flags                # enum region_flag bits: as it was registered, and REGION_WATCHED
+    region_bar bar           # by the last look at what the program has advised
+    region_bar seen_bar      # private to look
+    bint looked              # it was part of that look
     uint32_t n_holds         # while not 0, no window is opened in it
     uint32_t watch_tried     # private to quiet
     bint being_made          # a copy fills it: not looked at
@@ -24,7 +40,6 @@ ctypedef struct region_t:
     bint altered             # the program has mapped it otherwise: not looked at (see census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to census
-    size_t n_store_pages     # private to census
 
 
 # By address, disjoint.

@@ -27,7 +27,7 @@ cdef extern from *:
     ctypedef struct rmap_tag:
         uint64_t page_no       # address / page; 0 for an item that is not in use
         uint64_t state         # enum page_state
-        uint64_t over_store    # the mapping under this page is of the store, whatever the state
+        uint64_t over_store    # the mapping under this page is of the store, whatever the state: see rmap_slot
         uint64_t quiet         # in the quiet tree: the kernel tells when it is written; UNSHARED only
         uint64_t huge          # was in a huge page when it was looked at last
         uint64_t age           # looks in vain since it changed or was merged, 7 at most
@@ -42,11 +42,13 @@ cdef enum page_state:
     N_STATES
 
 
-# An item is an index into three arrays, 28 bytes in all. Item 0 is never used.
+# An item is an index into four arrays, 32 bytes in all; the last is touched where a page lies over the store.
+# Item 0 is never used.
 ctypedef struct rmap_table:
-    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees; else see rmap_slot
+    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees
     rmap_tag* tags
     uint32_t* nexts        # next item of the bucket; next free item when not in use
+    uint32_t* slots        # see rmap_slot
     uint32_t* buckets
     uint32_t n_items       # in use
     uint32_t top           # items below it have been handed out at least once
@@ -57,17 +59,29 @@ ctypedef struct rmap_table:
     uint32_t bucket_capacity
     uint32_t n_by_state[<int>N_STATES]
     uint32_t n_over_store  # items with over_store
+    uint64_t placed        # identity of all that lies over the store
 
 
 cdef inline uint32_t rmap_slot(const rmap_table* table, uint32_t item) noexcept nogil:
-    """The slot of the store that the page's mapping points at; 0 when that is not known, as while the page is
-    UNSHARED, or when there is none."""
-    return table.nodes[item].left if table.tags[item].state != PAGE_UNSHARED else 0
+    """The slot of the store that the page's mapping points at, whatever the state; 0 where there is none."""
+    return table.slots[item]
 
 
-cdef inline void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil:
-    """Kept in place of a link, so the item stands in no tree; void once it is put into one."""
-    table.nodes[item].left = slot
+cdef inline uint64_t _corner(uint64_t diagonal, uint64_t page_no) noexcept nogil:
+    cdef uint64_t mixed = page_no * <uint64_t>0x9e3779b97f4a7c15 + diagonal * <uint64_t>0xc2b2ae3d27d4eb4f
+    mixed = (mixed ^ mixed >> 30) * <uint64_t>0xbf58476d1ce4e5b9
+    mixed = (mixed ^ mixed >> 27) * <uint64_t>0x94d049bb133111eb
+    return mixed ^ mixed >> 31
+
+
+cdef inline uint64_t rmap_identity(uint64_t page_no, uint64_t slot, uint64_t n_pages) noexcept nogil:
+    """A number for this: n_pages neighbours, from page_no on, lie over as many slots, from `slot` on.
+
+    Numbers are added up, in any order, and are those of the pieces wherever a run is cut: along a run page and slot
+    differ by the same, and what stands for its beginning less what stands for its end cancels out at each cut. Two
+    sums are equal if the same pages lie over the same slots; and, but for one case in 2**64, only then."""
+    cdef uint64_t diagonal = page_no - slot
+    return _corner(diagonal, page_no) - _corner(diagonal, page_no + n_pages)
 
 
 cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexcept nogil
@@ -76,7 +90,7 @@ cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noex
 cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil
-cdef void rmap_set_over_store(rmap_table* table, uint32_t item, bint over_store) noexcept nogil
+cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil
 cdef void rmap_forget_epochs(rmap_table* table) noexcept nogil
 cdef size_t rmap_bytes(rmap_table* table) noexcept nogil
 cdef int rmap_check(rmap_table* table) noexcept nogil

@@ -12,7 +12,7 @@ order, the next page's item usually is the next item: `rmap_find` takes that gue
 Invariants, checked by `rmap_check`:
   1. every item in use is in exactly one bucket, the one of its page number;
   2. no two items have the same page number;
-  3. n_items, and n_by_state, count the items in use;
+  3. n_items, n_by_state and n_over_store count the items in use, and `placed` is the sum of what lies over the store;
   4. the free list holds exactly the items below `top` that are not in use.
 """
 
@@ -53,7 +53,11 @@ cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexce
     table.nodes = <rb_node*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(rb_node), err)
     table.tags = <rmap_tag*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(rmap_tag), err)
     table.nexts = <uint32_t*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(uint32_t), err)
-    if table.buckets == NULL or table.nodes == NULL or table.tags == NULL or table.nexts == NULL:
+    table.slots = <uint32_t*>sys_map_anon(<size_t>FIRST_CAPACITY * sizeof(uint32_t), err)
+    if (
+        table.buckets == NULL or table.nodes == NULL or table.tags == NULL or table.nexts == NULL
+        or table.slots == NULL
+    ):
         rmap_destroy(table)
         return -1
     return 0
@@ -72,6 +76,7 @@ cdef void rmap_destroy(rmap_table* table) noexcept nogil:
     _unmap_array(table.nodes, <size_t>table.capacity * sizeof(rb_node))
     _unmap_array(table.tags, <size_t>table.capacity * sizeof(rmap_tag))
     _unmap_array(table.nexts, <size_t>table.capacity * sizeof(uint32_t))
+    _unmap_array(table.slots, <size_t>table.capacity * sizeof(uint32_t))
     memset(table, 0, sizeof(rmap_table))
 
 
@@ -86,37 +91,36 @@ cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noex
     return item
 
 
+cdef bint _grow_array(void** array, size_t n_before, size_t n_after, size_t item_bytes, sys_error* err) noexcept nogil:
+    cdef void* grown = sys_grow(array[0], n_before * item_bytes, n_after * item_bytes, err)
+    if grown != NULL:
+        array[0] = grown
+    return grown != NULL
+
+
 cdef int _grow_items(rmap_table* table, sys_error* err) noexcept nogil:
-    """Double the three arrays. One that grew before another failed keeps its size unknown to nobody:
-    the arrays are shrunk back in the same way."""
-    cdef size_t old = table.capacity
-    cdef size_t new = old * 2
-    cdef void* grown
-    if new > MAX_ITEMS:
-        new = MAX_ITEMS
-        if old >= new:
-            return -1
-    grown = sys_grow(table.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
-    if grown == NULL:
+    """Double the four arrays. When one cannot grow, those that grew before it are shrunk back."""
+    cdef void** arrays[4]
+    cdef size_t item_bytes[4]
+    cdef size_t n_before = table.capacity, n_after = min(2 * n_before, <size_t>MAX_ITEMS)
+    cdef int i, n_grown = 0
+    arrays[0] = <void**>&table.nodes
+    arrays[1] = <void**>&table.tags
+    arrays[2] = <void**>&table.nexts
+    arrays[3] = <void**>&table.slots
+    item_bytes[0] = sizeof(rb_node)
+    item_bytes[1] = sizeof(rmap_tag)
+    item_bytes[2] = item_bytes[3] = sizeof(uint32_t)
+    if n_before >= n_after:
         return -1
-    table.nodes = <rb_node*>grown
-    grown = sys_grow(table.tags, old * sizeof(rmap_tag), new * sizeof(rmap_tag), err)
-    if grown == NULL:
-        _shrink(table.nodes, new * sizeof(rb_node), old * sizeof(rb_node))
+    while n_grown < 4 and _grow_array(arrays[n_grown], n_before, n_after, item_bytes[n_grown], err):
+        n_grown += 1
+    if n_grown < 4:
+        for i in range(n_grown):
+            _unmap_array(<char*>arrays[i][0] + n_before * item_bytes[i], (n_after - n_before) * item_bytes[i])
         return -1
-    table.tags = <rmap_tag*>grown
-    grown = sys_grow(table.nexts, old * sizeof(uint32_t), new * sizeof(uint32_t), err)
-    if grown == NULL:
-        _shrink(table.nodes, new * sizeof(rb_node), old * sizeof(rb_node))
-        _shrink(table.tags, new * sizeof(rmap_tag), old * sizeof(rmap_tag))
-        return -1
-    table.nexts = <uint32_t*>grown
-    table.capacity = <uint32_t>new
+    table.capacity = <uint32_t>n_after
     return 0
-
-
-cdef void _shrink(void* array, size_t from_bytes, size_t to_bytes) noexcept nogil:
-    _unmap_array(<char*>array + to_bytes, from_bytes - to_bytes)
 
 
 cdef void _grow_buckets(rmap_table* table) noexcept nogil:
@@ -183,23 +187,30 @@ cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noex
 
 
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil:
-    """Forget an item; the caller has taken it out of its tree."""
+    """Forget an item; the caller has taken it out of its tree, and it lies over no slot."""
     cdef uint32_t* link = &table.buckets[_bucket_of(table, table.tags[item].page_no)]
     while link[0] != item:
         link = &table.nexts[link[0]]
     link[0] = table.nexts[item]
     table.n_by_state[<int>table.tags[item].state] -= 1
-    table.n_over_store -= table.tags[item].over_store
     table.n_items -= 1
     table.tags[item].page_no = 0
     table.nexts[item] = table.free_head
     table.free_head = item
 
 
-cdef void rmap_set_over_store(rmap_table* table, uint32_t item, bint over_store) noexcept nogil:
-    table.n_over_store -= table.tags[item].over_store
-    table.n_over_store += over_store
-    table.tags[item].over_store = over_store
+cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil:
+    """What the page's mapping points at; 0: not at the store. The store counts such pages too: see claims."""
+    cdef uint64_t page_no = table.tags[item].page_no
+    cdef uint32_t before = table.slots[item]
+    if before != 0:
+        table.placed -= rmap_identity(page_no, before, 1)
+    if slot != 0:
+        table.placed += rmap_identity(page_no, slot, 1)
+    table.n_over_store += <int>(slot != 0) - <int>(before != 0)
+    table.tags[item].over_store = slot != 0
+    if before != slot:
+        table.slots[item] = slot
 
 
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil:
@@ -219,14 +230,14 @@ cdef size_t rmap_bytes(rmap_table* table) noexcept nogil:
     """Bytes of metadata in use: touched items, and buckets."""
     return (
         <size_t>table.top * (sizeof(rb_node) + sizeof(rmap_tag) + sizeof(uint32_t))
-        + <size_t>table.n_buckets * sizeof(uint32_t)
+        + (<size_t>table.n_over_store + table.n_buckets) * sizeof(uint32_t)
     )
 
 
 cdef int rmap_check(rmap_table* table) noexcept nogil:
     """0, or the number of the first broken invariant."""
     cdef uint32_t bucket, item, other
-    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0
+    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0, placed = 0
     cdef uint64_t by_state[<int>N_STATES]
     cdef int state
     memset(by_state, 0, sizeof(by_state))
@@ -242,11 +253,15 @@ cdef int rmap_check(rmap_table* table) noexcept nogil:
                 other = table.nexts[other]
             by_state[table.tags[item].state] += 1
             n_over_store += table.tags[item].over_store
+            if table.tags[item].over_store != (table.slots[item] != 0):
+                return 3
+            if table.slots[item] != 0:
+                placed += rmap_identity(table.tags[item].page_no, table.slots[item], 1)
             n_chained += 1
             if n_chained > table.n_items:
                 return 3
             item = table.nexts[item]
-    if n_chained != table.n_items or n_over_store != table.n_over_store:
+    if n_chained != table.n_items or n_over_store != table.n_over_store or placed != table.placed:
         return 3
     for state in range(<int>N_STATES):
         if by_state[state] != table.n_by_state[state]:

@@ -2,13 +2,13 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._kernel.pagemap cimport pagemap
 from ksmcore._kernel.syscalls cimport sys_error
-from ksmcore._records.store_files cimport store_file, store_file_of, store_forget, store_t
+from ksmcore._records.store_files cimport DEAD, store_file, store_file_of, store_forget, store_t
 
 
 cdef enum:
-    MAX_SHARERS = 0x07ff0000   # what `number` of a slot can hold, less what one batch can add
-    DEAD = 0x07ffffff          # released, but still mapped by another process
+    MAX_SHARERS = 0x01ff0000   # what `number` of a slot can hold, less what one batch can add
 
 
 cdef int store_told_huge     # -1; or, by a test, whether the kernel gives memory files huge pages
@@ -43,6 +43,14 @@ cdef inline uint32_t store_sharers(const store_t* store, uint32_t slot) noexcept
 
 cdef inline bint store_is_dead(const store_t* store, uint32_t slot) noexcept nogil:
     return store.uses[slot].used and store.uses[slot].number == DEAD
+
+
+cdef inline bint store_is_live(const store_t* store, uint32_t slot) noexcept nogil:
+    """Has this slot bytes that pages share, or may share?"""
+    return (
+        0 < slot < store.top and store.uses[slot].used and not store.uses[slot].pending
+        and not store.uses[slot].hollow and store.uses[slot].number != DEAD
+    )
 
 
 cdef inline bint store_is_shared_block(const store_t* store, uint32_t slot, uint32_t digest) noexcept nogil:
@@ -83,11 +91,13 @@ cdef int store_write(
 ) noexcept nogil
 cdef void store_share(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil
+cdef void store_idle(store_t* store, uint32_t first) noexcept nogil
+cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil
 cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_trim(store_t* store) noexcept nogil
-cdef void store_begin_pass(store_t* store, store_forget forget, void* context) noexcept nogil
+cdef void store_begin_pass(store_t* store, pagemap* pm, store_forget forget, void* context) noexcept nogil
 cdef uint32_t store_frozen(const store_t* store) noexcept nogil
 cdef size_t store_bytes(store_t* store) noexcept nogil

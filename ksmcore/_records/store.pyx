@@ -20,9 +20,14 @@ remembering (in its tree node, which it does not need any more) the last fork wh
 `store_begin_pass` gives dead slots back as the children end. `seen_forks` is compared with the process's count of
 forks, under the fork lock, before anything is punched.
 
+A slot whose memory is given back while pages of this process still lie over it, all of them private copies, is
+hollow: it is handed out again when nothing lies over it any more. So a copy that the program throws away (madvise)
+uncovers zeros, never the bytes of somebody else.
+
 Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
-that is not used has no sharers and no flag; `copy` slots follow their block without a gap; a dead
-slot is in a frozen file, or in one out of reach, and has DEAD in place of its sharers. Each file counts its own too.
+that is not used has no sharers, no claims and no flag; `copy` slots follow their block without a gap; a dead
+slot is in a frozen file, or in one out of reach, and has DEAD in place of its sharers; a hollow one has no sharers, but
+claims. Each file counts its own too.
 """
 
 from libc.errno cimport EAGAIN, EFBIG
@@ -31,13 +36,15 @@ from libc.stdlib cimport qsort
 from libc.string cimport memset, strstr
 
 from ksmcore._kernel.forks cimport forks_count, forks_living, forks_lock, forks_look, forks_unlock
+from ksmcore._kernel.pagemap cimport pagemap
 from ksmcore._kernel.syscalls cimport (
     sys_close, sys_device, sys_error, sys_error_clear, sys_file_limit, sys_is_kept, sys_open_read, sys_punch,
     sys_read_at, sys_write_at,
 )
+from ksmcore._records.claims cimport claims_set_hollow, claims_unshown
 from ksmcore._records.store_files cimport (
-    MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after,
-    store_files_make_room, store_segment, store_use,
+    DEAD, MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after, store_files_make_room,
+    store_segment, store_use,
 )
 from ksmcore._trees cimport rb_node
 
@@ -260,14 +267,13 @@ cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
     if store.uses[slot].number == 1:
         store.n_shared += 1
         store_file_of(store, slot).n_shared += 1
+        if store.uses[slot].idle:
+            store_wake(store, slot)
 
 
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
-    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0.
-
-    The caller then takes that slot out of the stable tree and releases it. One out of reach is in no tree, and goes
-    with its file.
-    """
+    """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0. One out of reach
+    goes with its file."""
     cdef uint32_t first, n_copies, i
     store.uses[slot].number -= 1
     if store.uses[slot].number != 0:
@@ -281,6 +287,25 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
         if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
             return 0
     return first
+
+
+cdef void store_idle(store_t* store, uint32_t first) noexcept nogil:
+    """The block that begins here has lost its last sharer: it stands in the stable tree, to be shared again or
+    released (see core's release)."""
+    cdef uint32_t n_copies, i
+    store_block(store, first, &n_copies)
+    for i in range(n_copies):
+        store.n_idle += not store.uses[first + i].idle
+        store.uses[first + i].idle = 1
+
+
+cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil:
+    """The block of this slot does not wait for its release any more."""
+    cdef uint32_t n_copies, i
+    cdef uint32_t first = store_block(store, slot, &n_copies)
+    for i in range(n_copies):
+        store.n_idle -= store.uses[first + i].idle
+        store.uses[first + i].idle = 0
 
 
 cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
@@ -312,8 +337,9 @@ cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil:
 
 
 cdef void store_release(store_t* store, uint32_t slot) noexcept nogil:
-    """Give back the whole block that begins at `slot`. Carried out by store_trim, for all of it at once:
-    were its first slot free before the others, a new block there would be taken to go on over them."""
+    """Give back the whole block that begins at `slot`, which is in no tree, and whose bytes nobody shows. Carried out
+    by store_trim, for all of it at once: were its first slot free before the others, a new block there would be taken
+    to go on over them."""
     cdef uint32_t n_copies, i
     store_block(store, slot, &n_copies)
     if store.n_releases + n_copies > <uint32_t>MAX_RELEASES:
@@ -343,19 +369,23 @@ cdef void _see_forks(store_t* store) noexcept nogil:
 
 
 cdef void _free_slots(store_t* store, uint32_t first, uint32_t n) noexcept nogil:
-    """Punch neighbouring slots of one file, which are free then. The caller holds the fork lock.
+    """Punch neighbouring slots of one file, which are free then, or hollow. The caller holds the fork lock.
 
     A hole that cannot be punched costs memory, not correctness: its slot is free all the same, and
     writing it again replaces its bytes.
     """
     cdef store_file* file = store_file_of(store, first)
     cdef sys_error ignored
+    cdef uint32_t slot
     sys_error_clear(&ignored)
     if sys_is_kept(&file.file):
         sys_punch(file.file.fd, store_offset(store, first), <size_t>n * store.page_bytes, &ignored)
     memset(&store.uses[first], 0, n * sizeof(store_use))
     store.n_used -= n
     file.n_used -= n
+    for slot in range(first, first + n):
+        if store.claims[slot] != 0:
+            claims_set_hollow(store, slot, True)
 
 
 cdef void store_trim(store_t* store) noexcept nogil:
@@ -388,16 +418,18 @@ cdef void store_trim(store_t* store) noexcept nogil:
     store.n_releases = 0
 
 
-cdef void _thaw(store_t* store, store_file* file) noexcept nogil:
+cdef void _thaw(store_t* store, pagemap* pm, store_file* file) noexcept nogil:
     """Give back what was kept for children that are gone by now. The caller holds the fork lock."""
     cdef uint32_t slot = file.first + 1, n
     file.is_frozen = forks_living(file.made, store.seen_forks)
     while slot < file.top and file.n_dead != 0:
         n = 0
-        while slot + n < file.top and store_is_dead(store, slot + n) and not (
+        while slot + n < file.top and store_is_dead(store, slot + n) and not store.uses[slot + n].lost and not (
             file.is_frozen and forks_living(file.made, store.nodes[slot + n].digest)
         ):
             n += 1
+        # What is still shown stays dead: by what the program has moved, or by a child that nobody told of.
+        n = claims_unshown(store, pm, slot, n)
         if n > 0:
             _free_slots(store, slot, n)
             store.n_dead -= n
@@ -405,7 +437,7 @@ cdef void _thaw(store_t* store, store_file* file) noexcept nogil:
         slot += max(n, <uint32_t>1)
 
 
-cdef void store_begin_pass(store_t* store, store_forget forget, void* context) noexcept nogil:
+cdef void store_begin_pass(store_t* store, pagemap* pm, store_forget forget, void* context) noexcept nogil:
     """Look after the files: what children have kept and is free by now, what is out of reach, what is empty."""
     cdef uint32_t i
     cdef bint any_frozen = False
@@ -417,7 +449,7 @@ cdef void store_begin_pass(store_t* store, store_forget forget, void* context) n
         forks_look()
         for i in range(store.n_files):
             if store.files[i].is_frozen:
-                _thaw(store, &store.files[i])
+                _thaw(store, pm, &store.files[i])
     forks_unlock()
     store_files_look_after(store, forget, context)
 
@@ -437,6 +469,6 @@ cdef size_t store_bytes(store_t* store) noexcept nogil:
     for i in range(store.n_files):
         n += store.files[i].top - store.files[i].first if store.files[i].n_segments != 0 else 0
     return (
-        n * (sizeof(rb_node) + sizeof(store_use)) + store.n_segments * sizeof(store_segment)
+        n * (sizeof(rb_node) + sizeof(store_use) + sizeof(uint32_t)) + store.n_segments * sizeof(store_segment)
         + store.n_files * sizeof(store_file) + sizeof(store_t)
     )

@@ -11,25 +11,30 @@ cdef extern from *:
     #ifndef KSMCORE_STORE_USE
     #define KSMCORE_STORE_USE
     typedef struct {
-        uint32_t number : 27;
+        uint32_t number : 25;
         uint32_t used : 1;
         uint32_t copy : 1;
         uint32_t orphan : 1;
         uint32_t pending : 1;
         uint32_t lost : 1;
+        uint32_t idle : 1;
+        uint32_t hollow : 1;
     } store_use;
     #endif
     """
     # What is known of one slot, in 4 bytes beside its tree node.
     ctypedef struct store_use:
         uint32_t number        # private to store: of sharers; while pending, what it is pending as; or DEAD
-        uint32_t used          # handed out, and its release not yet carried out
+        uint32_t used          # handed out, and not to be had again yet
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
         uint32_t orphan        # its file is out of reach: it stands in no tree, and gets no further sharer
         uint32_t lost          # mapped where nobody keeps account of it: never released
         uint32_t pending       # not written yet; its bytes are still the candidate's
+        uint32_t idle          # of a block without sharers that waits for its release
+        uint32_t hollow        # released, its memory given back; pages still lie over it
 
 cdef enum:
+    DEAD = 0x01ffffff          # in place of the number: released, but still mapped by another process
     SEGMENT_BYTES = 0x4000000  # 64 MiB: a file grows, and is viewed, by this much
     MAX_FILES = 16             # that have a descriptor
     MAX_RELEASES = 1024        # slots waiting to be punched together; more than the longest block has
@@ -44,6 +49,7 @@ ctypedef struct store_file:
     uint32_t n_segments        # 0: no slot of it is used; it is only known, since pages may lie over it
     uint32_t n_used
     uint32_t n_dead            # of those: released here, kept for other processes only
+    uint32_t n_hollow          # of those
     uint32_t n_shared          # slots with at least one sharer
     uint32_t made              # forks of the process before there was this file: the children of later ones can map it
     bint is_frozen             # such a child may live
@@ -59,6 +65,7 @@ ctypedef struct store_t:
     size_t page_bytes
     rb_node* nodes             # stable tree node of each slot; .digest: checksum of its bytes
     store_use* uses
+    uint32_t* claims           # pages here that lie over each slot, by the rmap table; sharers are among them
     store_segment* segments
     store_file* files
     int gets_huge_pages        # the kernel gives them to memory files; -1: not asked yet
@@ -74,6 +81,8 @@ ctypedef struct store_t:
     uint32_t aligned_end       # slots up to here are for a huge page, so none is taken elsewhere
     uint32_t n_used
     uint32_t n_dead            # of those: released here, kept for other processes only
+    uint32_t n_idle            # of those
+    uint32_t n_hollow          # of those
     uint32_t n_shared          # slots with at least one sharer
     uint32_t seen_forks        # forks that the files were looked at for
     uint32_t n_releases

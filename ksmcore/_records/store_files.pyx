@@ -25,7 +25,6 @@ from ksmcore._trees cimport rb_node
 
 cdef enum:
     MAX_SLOTS = 0x7fffffff     # a tree link holds 31 bits
-    DEAD = 0x07ffffff          # see store
 
 
 # ---- growing ----------------------------------------------------------------------------------
@@ -51,26 +50,25 @@ cdef int _lengthen(store_t* store, store_file* file, size_t len_bytes, sys_error
 
 
 cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) noexcept nogil:
-    cdef void* nodes
-    cdef void* uses
-    if old == 0:
-        nodes = sys_map_anon(new * sizeof(rb_node), err)
-        if nodes == NULL:
+    """All three. When one cannot grow, those before it are longer than need be, and grown again next time: harmless."""
+    cdef void** arrays[3]
+    cdef size_t entry_bytes[3]
+    cdef void* grown
+    cdef int i
+    arrays[0] = <void**>&store.nodes
+    arrays[1] = <void**>&store.uses
+    arrays[2] = <void**>&store.claims
+    entry_bytes[0] = sizeof(rb_node)
+    entry_bytes[1] = sizeof(store_use)
+    entry_bytes[2] = sizeof(uint32_t)
+    for i in range(3):
+        if arrays[i][0] == NULL:
+            grown = sys_map_anon(new * entry_bytes[i], err)
+        else:
+            grown = sys_grow(arrays[i][0], max(old, <size_t>store.slots_per_segment) * entry_bytes[i], new * entry_bytes[i], err)
+        if grown == NULL:
             return -1
-        uses = sys_map_anon(new * sizeof(store_use), err)
-        if uses == NULL:
-            sys_unmap(<uintptr_t>nodes, new * sizeof(rb_node), err)
-            return -1
-    else:
-        nodes = sys_grow(store.nodes, old * sizeof(rb_node), new * sizeof(rb_node), err)
-        if nodes == NULL:
-            return -1
-        store.nodes = <rb_node*>nodes
-        uses = sys_grow(store.uses, old * sizeof(store_use), new * sizeof(store_use), err)
-        if uses == NULL:
-            return -1            # nodes is longer than need be, and grown again next time: harmless
-    store.nodes = <rb_node*>nodes
-    store.uses = <store_use*>uses
+        arrays[i][0] = grown
     return 0
 
 
@@ -215,14 +213,16 @@ cdef void _vacate(store_t* store, store_file* file) noexcept nogil:
         store.segments[i].view = NULL
     _empty_array(<uintptr_t>store.nodes, sizeof(rb_node), file.first, file.top)
     _empty_array(<uintptr_t>store.uses, sizeof(store_use), file.first, file.top)
+    _empty_array(<uintptr_t>store.claims, sizeof(uint32_t), file.first, file.top)
     store.n_used -= file.n_used
     store.n_dead -= file.n_dead
+    store.n_hollow -= file.n_hollow
     if file.file.fd >= 0:
         sys_drop(&file.file)
         store.n_open -= 1
         if store.n_open == 0:
             forks_watch(-1)
-    file.n_segments = file.n_used = file.n_dead = file.n_shared = 0
+    file.n_segments = file.n_used = file.n_dead = file.n_hollow = file.n_shared = 0
     file.is_frozen = False
 
 
@@ -269,7 +269,7 @@ cdef void store_files_look_after(store_t* store, store_forget forget, void* cont
         file = &store.files[i]
         if file.n_segments != 0 and (
             file.n_shared == 0 if file.file.fd < 0
-            else file.n_used == 0 and not store_files_can_be_written(store, file)
+            else file.n_used == file.n_hollow and not store_files_can_be_written(store, file)
         ):
             _vacate(store, file)
     if store.n_open >= <uint32_t>MAX_FILES:
@@ -291,6 +291,8 @@ cdef void store_files_close_all(store_t* store) noexcept nogil:
         sys_unmap(<uintptr_t>store.nodes, <size_t>store.capacity * sizeof(rb_node), &ignored)
     if store.uses != NULL:
         sys_unmap(<uintptr_t>store.uses, <size_t>store.capacity * sizeof(store_use), &ignored)
+    if store.claims != NULL:
+        sys_unmap(<uintptr_t>store.claims, <size_t>store.capacity * sizeof(uint32_t), &ignored)
     for i in range(store.n_files):
         if store.files[i].file.fd >= 0:
             sys_drop(&store.files[i].file)

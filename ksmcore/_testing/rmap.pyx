@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise
 from ksmcore._records.rmap cimport (
-    rmap_add, rmap_bytes, rmap_check, rmap_destroy, rmap_find, rmap_init, rmap_remove, rmap_table,
+    rmap_add, rmap_bytes, rmap_check, rmap_destroy, rmap_find, rmap_identity, rmap_init, rmap_remove, rmap_table,
 )
 
 
@@ -76,3 +76,8 @@ cdef class RmapTable:
     @property
     def metadata_bytes(self):
         return rmap_bytes(&self.table)
+
+
+def identity(uint64_t page_no, uint64_t slot, uint64_t n_pages):
+    """The number for a run of pages over the store."""
+    return rmap_identity(page_no, slot, n_pages)

@@ -16,49 +16,18 @@ import threading
 import numpy as np
 import pytest
 
-from helpers.libc import MAP_FAILED, MAP_FIXED, libc, why_failed
-from helpers.memory import PAGE, PRIVATE
+from helpers.loose import Loose, call, map_at, move
+from helpers.memory import PAGE
 from helpers.processes import run_python
 import ksmcore
 from ksmcore._kernel import smaps
 
 N = 64
-MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 
 @pytest.fixture
 def guard(each_guard):
     return each_guard
-
-
-def call(name: str, *args: int) -> int:
-    result = getattr(libc, name)(*args)
-    assert result not in (-1, MAP_FAILED), why_failed(name)
-    return result
-
-
-def map_at(addr: int, n_pages: int, prot: int = 3, flags: int = PRIVATE, fd: int = -1) -> int:
-    return call("mmap", addr, n_pages * PAGE, prot, flags | (MAP_FIXED if addr else 0), fd, 0)
-
-
-class Loose:
-    """An array over bare pages, which nobody owns and misses."""
-
-    def __init__(self, source: np.ndarray) -> None:
-        self.n_pages = len(source)
-        self.addr = map_at(0, self.n_pages)
-        self.pages = self.view(self.addr)
-        self.pages[:] = source
-
-    def view(self, addr: int) -> np.ndarray:
-        raw = (ctypes.c_uint8 * (self.n_pages * PAGE)).from_address(addr)
-        return np.frombuffer(raw, np.uint8).reshape(-1, PAGE)
-
-    def at(self, page: int) -> int:
-        return self.addr + page * PAGE
-
-    def unmap(self) -> None:
-        call("munmap", self.addr, self.n_pages * PAGE)
 
 
 @pytest.fixture
@@ -158,8 +127,7 @@ def test_mremap_elsewhere(engine, merged, source, first):
     """What is moved away keeps its bytes, whatever the engine does afterwards."""
     loose, region, partner = merged
     target = map_at(0, N)
-    flags = MREMAP_MAYMOVE | MREMAP_FIXED
-    call("mremap", loose.addr, N * PAGE, N * PAGE, flags, target)
+    move(loose.addr, target, N)
     moved = loose.view(target)
     assert np.array_equal(moved, source)
     if first == "close":
@@ -185,7 +153,7 @@ def test_mremap_elsewhere(engine, merged, source, first):
 def test_mremap_of_a_part(engine, merged, source):
     loose, region, partner = merged
     target = map_at(0, 10)
-    call("mremap", loose.at(20), 10 * PAGE, 10 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target)
+    move(loose.at(20), target, 10)
     partner[:] = 0
     region.close()
     engine.dedup()
