@@ -65,7 +65,9 @@ cdef int _grow_arrays(store_t* store, size_t old, size_t new, sys_error* err) no
         if arrays[i][0] == NULL:
             grown = sys_map_anon(new * entry_bytes[i], err)
         else:
-            grown = sys_grow(arrays[i][0], max(old, <size_t>store.slots_per_segment) * entry_bytes[i], new * entry_bytes[i], err)
+            # There from the first try, if that was not all.
+            old = max(old, <size_t>store.slots_per_segment)
+            grown = sys_grow(arrays[i][0], old * entry_bytes[i], new * entry_bytes[i], err)
         if grown == NULL:
             return -1
         arrays[i][0] = grown
@@ -185,6 +187,8 @@ cdef void _orphan(store_t* store, store_file* file, store_forget forget, void* c
             continue
         if not store.uses[slot].copy and store.uses[slot].number != <uint32_t>DEAD:
             forget(context, slot)
+        store.n_idle -= store.uses[slot].idle
+        store.uses[slot].idle = 0
         store.uses[slot].orphan = 1
 
 
