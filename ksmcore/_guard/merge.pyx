@@ -17,7 +17,7 @@ that must be reported at once); everything else is told by page in `outcomes`. N
 allocates inside a window. The store is read only; whoever hands it in holds its engine's lock.
 """
 
-from libc.errno cimport EAGAIN, EFAULT
+from libc.errno cimport EAGAIN, EFAULT, ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -30,7 +30,7 @@ from ksmcore._kernel.reader cimport ksm_reader, reader_here
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_MERGEABLE, ADVISE_NOHUGEPAGE,
     ADVISE_POPULATE_WRITE, ADVISE_RANDOM, ADVISE_SEQUENTIAL, CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error,
-    sys_error_clear, sys_is_mapped, sys_is_passing, sys_map_anon, sys_map_anon_at, sys_map_store_at, sys_move, sys_pause,
+    sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at, sys_map_store_at, sys_move, sys_pause,
     sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
@@ -292,7 +292,7 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
         # before 5.14 do not know the advice, and filters may refuse it; then the copy faults, and the window is longer.
         sys_error_clear(&ignored)
         if sys_advise(fresh, window_bytes, ADVISE_POPULATE_WRITE, &ignored) != 0 and (
-            sys_is_passing(ignored.code) or ignored.code == EFAULT
+            ignored.code == ENOMEM or ignored.code == EFAULT
         ):
             err[0] = ignored
             rc = -1
