@@ -12,7 +12,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.pythread cimport (
     PyThread_acquire_lock, PyThread_allocate_lock, PyThread_free_lock, PyThread_release_lock, WAIT_LOCK,
 )
-from libc.errno cimport EEXIST, ENOMEM
+from libc.errno cimport EEXIST, EFAULT, ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
@@ -30,7 +30,7 @@ from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
-    sys_error, sys_error_clear, sys_error_raise, sys_map_anon_at, sys_page_bytes, sys_pause,
+    sys_error, sys_error_clear, sys_error_raise, sys_is_mapped, sys_map_anon_at, sys_page_bytes, sys_pause,
 )
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._pass.quiet cimport quiet_unwatch
@@ -47,6 +47,13 @@ cdef extern from *:
 
 cdef enum:
     MOST_PAUSES = 8            # of a millisecond, for others to get the lock between two spans
+    LOOK_TRIES = 100           # while the program takes memory away, and gives it back, as it is restored
+
+
+cdef bint _went_away(const sys_error* err) noexcept nogil:
+    """Is this how a call fails on pages that the program has taken away, or their permissions, after they were looked
+    at?"""
+    return err.code == EFAULT or (err.addr != 0 and not sys_is_mapped(err.addr, err.len_bytes))
 
 
 cdef class Registry:
@@ -269,7 +276,7 @@ cdef class Registry:
     ) noexcept nogil:
         """What `remove` does, under a guard that has been entered. -1 with *err when it could not be restored."""
         cdef region_t* region
-        cdef int rc = 0
+        cdef int rc = 0, tries = 0
         self._lock()
         region = self._region(region_id, addr)
         found[0] = region != NULL
@@ -282,6 +289,15 @@ cdef class Registry:
                 if not keep:
                     quiet_unwatch(&self.c, region)   # so that no window need let go of it
                 rc = unmerge_region(&self.c, region, guard, err)
+                # The program may have taken pages away, or their permissions, since they were looked at.
+                while rc != 0 and _went_away(err) and n_blocked[0] == 0:
+                    if tries == <int>LOOK_TRIES:
+                        n_blocked[0] = err.len_bytes // self.c.page_bytes
+                        break
+                    tries += 1
+                    sys_error_clear(err)
+                    self._look_at(region, n_blocked)
+                    rc = unmerge_region(&self.c, region, guard, err) if n_blocked[0] == 0 else -1
                 if rc == 0 and not keep:
                     unmerge_forget(&self.c, region)
                     regions_drop(&self.c.regions, region)

@@ -21,7 +21,7 @@ from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.reader cimport reader_return
 from ksmcore._kernel.syscalls cimport (
     CALL_SIGACTION, sys_check, sys_close, sys_error, sys_error_clear, sys_injected, sys_is_mapped, sys_now_ns,
-    sys_open_read, sys_page_bytes, sys_pause, sys_protect,
+    sys_open_read, sys_page_bytes, sys_pause, sys_protect, sys_spent_ns,
 )
 
 cdef extern from "_guard/segv.h":
@@ -96,7 +96,7 @@ cdef enum:
 cdef threads_found _found = THREADS_CLEAR
 cdef uint32_t _n_threads = 0
 cdef uint64_t _looked_ns = 0     # when the masks were looked at last,
-cdef uint64_t _look_ns = 0       # and how long that took
+cdef uint64_t _look_ns = 0       # and how much of this thread's processor time that took
 cdef uint64_t _changed_ns = 0    # when the number of threads was seen to be another
 cdef uint64_t _blocked_ns = 0    # since when a thread blocks SIGSEGV, 0: none does
 
@@ -192,25 +192,29 @@ cdef int mprotect_ready(sys_error* err) noexcept nogil:
 
 # ---- windows --------------------------------------------------------------------------------------
 
-cdef void _look() noexcept nogil:
+cdef void _look(bint is_way_back) noexcept nogil:
+    """What was found a moment ago serves as well, but not to refuse the way back: nobody would try that again."""
     global _found, _n_threads, _looked_ns, _look_ns, _changed_ns, _blocked_ns
-    cdef uint64_t begun_ns = sys_now_ns()
+    cdef uint64_t begun_ns = sys_now_ns(), spent_ns
     cdef uint32_t n_threads = threads_count()
     cdef sys_error ignored
     cdef int dir, share = LOOK_SHARE
+    cdef bint serves = _found == THREADS_CLEAR or (_found == THREADS_BLOCKED and not is_way_back)
     if n_threads != _n_threads:
+        serves = False
         _n_threads = n_threads
         _changed_ns = begun_ns
     if begun_ns - _changed_ns < <uint64_t>NEWCOMERS_NS:
         share = NEWCOMERS_SHARE
-    if _found != THREADS_UNKNOWN and n_threads != 0 and begun_ns - _looked_ns < share * _look_ns:
+    if serves and n_threads != 0 and begun_ns - _looked_ns < share * _look_ns:
         return
+    spent_ns = sys_spent_ns()
     sys_error_clear(&ignored)
     dir = sys_open_read(THREADS_DIRECTORY, &ignored)
     _found = threads_look(dir) if dir >= 0 else THREADS_UNKNOWN
     sys_close(dir)
     _looked_ns = sys_now_ns()
-    _look_ns = _looked_ns - begun_ns
+    _look_ns = sys_spent_ns() - spent_ns
     if _found != THREADS_BLOCKED:
         _blocked_ns = 0
     elif _blocked_ns == 0:
@@ -224,12 +228,12 @@ cdef bint mprotect_may_shut(bint is_way_back) noexcept nogil:
     `is_way_back`: that has to be possible where /proc cannot be read, too.
     """
     cdef uint64_t patience_ns = LONG_PATIENCE_NS if is_way_back else PATIENCE_NS
-    _look()
+    _look(is_way_back)
     while _found == THREADS_BLOCKED and sys_now_ns() - _blocked_ns < patience_ns:
         forks_unlock()
         sys_pause()
         forks_lock()
-        _look()
+        _look(is_way_back)
     return _found == THREADS_CLEAR or (_found == THREADS_UNKNOWN and is_way_back)
 
 

@@ -99,6 +99,7 @@ cdef void sys_drop(sys_file* file) noexcept nogil                 # close it if 
 cdef void sys_device(const sys_file* file, uint64_t* dev_major, uint64_t* dev_minor) noexcept nogil
 cdef size_t sys_page_bytes() noexcept nogil
 cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
+cdef uint64_t sys_spent_ns() noexcept nogil
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 cdef bint sys_locks_future() noexcept nogil          # is all new memory locked?

@@ -11,7 +11,7 @@ import os
 
 from libc.errno cimport EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from posix.types cimport off_t
 
 cdef extern from "_kernel/kept.h" nogil:
@@ -140,6 +140,13 @@ cdef uint64_t sys_now_ns() noexcept nogil:
     """A monotonic clock; no system call where the kernel shows the time to programs."""
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef uint64_t sys_spent_ns() noexcept nogil:
+    """Processor time of this thread."""
+    cdef timespec now
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now)
     return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
