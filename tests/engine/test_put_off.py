@@ -124,7 +124,8 @@ def test_arrays_go_and_numbers_stay_right_without_descriptors(guard):
             assert engine.stats().regions == 2
             assert engine.stats().pages_sharing == N_PAGES
             arrays += [engine.array(random_pages(3, N_PAGES)) for _ in range(2)]
-        wait_until(lambda: engine.stats().pages_sharing == engine.stats().store_pages == 2 * N_PAGES)
+        wait_until(lambda: engine.stats().pages_sharing == 2 * N_PAGES)
+        wait_until(lambda: engine.stats().store_pages == 2 * N_PAGES)
         assert engine.scanning
         assert np.array_equal(*arrays)
         assert np.array_equal(*kept)
