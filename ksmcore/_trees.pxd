@@ -35,8 +35,8 @@ ctypedef struct rb_place:  # where a missing key belongs; valid until the tree c
     bint right             # right child of parent, otherwise left
     bint alone             # in digest order: no node has this digest
 
-# Is this node in a tree? For nodes of zeroed memory, and of trees that are never cleared: a red node has a parent, and a
-# black one its bit.
+# Is this node in a tree? For nodes of zeroed memory, and of trees that are never cleared: a red node has a parent, and
+# a black one its bit.
 cdef inline bint rb_is_in(const rb_node* nodes, uint32_t node) noexcept nogil:
     return nodes[node].parent_colour != 0
 

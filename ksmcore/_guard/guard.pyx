@@ -12,8 +12,8 @@ from ksmcore._guard.mprotect cimport (
     mprotect_shut,
 )
 from ksmcore._guard.userfaultfd cimport (
-    userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits, userfaultfd_probe, userfaultfd_release,
-    userfaultfd_shut,
+    userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits, userfaultfd_probe,
+    userfaultfd_release, userfaultfd_shut,
 )
 from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock

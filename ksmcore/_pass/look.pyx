@@ -8,9 +8,9 @@ the old one. So before anything is remapped the mappings are looked at as they a
   - A region with anything else is barred: no pass looks at it until a look shows that it was taken back.
 
 Only smaps tells, and reading it takes a walk over all page tables. So it is read when something is to be remapped, and
-then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what it took; none is older than
-the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in the time that its
-look is good for, to pages that are remapped in just that time.
+then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what it took; none is older
+than the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in the time
+that its look is good for, to pages that are remapped in just that time.
 
 The caller holds the engine's lock.
 """
@@ -18,7 +18,8 @@ The caller holds the engine's lock.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._kernel.maps cimport (
-    TRAITS_BARRED, TRAITS_KEEP, TRAITS_KEY, TRAITS_WATCHED, TRAITS_WATCHED_ELSE, maps_has_policy, maps_traits_each, vma_t,
+    TRAITS_BARRED, TRAITS_KEEP, TRAITS_KEY, TRAITS_WATCHED, TRAITS_WATCHED_ELSE, maps_has_policy, maps_traits_each,
+    vma_t,
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport OPEN, batch_leave, intent
@@ -83,6 +84,7 @@ cdef int _take(engine_core* c, sys_error* err) noexcept nogil:
     cdef looking all
     cdef region_t* region
     cdef size_t i
+    cdef uintptr_t end
     cdef uint64_t begun_ns = sys_now_ns()
     all.c = c
     all.asks_policies = True
@@ -95,7 +97,8 @@ cdef int _take(engine_core* c, sys_error* err) noexcept nogil:
     for i in range(c.regions.n):
         c.regions.all[i].seen_bar = NOT_BARRED
         c.regions.all[i].looked = False
-    if maps_traits_each(regions_end_of(&c.regions, &c.regions.all[c.regions.n - 1]), _see, &all, err) != 0 or all.is_full:
+    end = regions_end_of(&c.regions, &c.regions.all[c.regions.n - 1])
+    if maps_traits_each(end, _see, &all, err) != 0 or all.is_full:
         return -1
     c.advice.n_barred = 0
     for i in range(c.regions.n):

@@ -9,8 +9,8 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport (
-    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_lie_over, batch_no_room,
-    batch_set_aside, batch_sharers, batch_stable_page,
+    INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_lie_over,
+    batch_no_room, batch_set_aside, batch_sharers, batch_stable_page,
 )
 from ksmcore._pass.blocks cimport blocks_new
 from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still

@@ -117,6 +117,8 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < quiet_min_pages:
         return False
     region.watch_tried = c.epoch
+    if c.pm.file.fd < 0:
+        return False             # a pass may have its descriptor again
     sys_error_clear(&ignored)
     if c.tracker.file.fd < 0 and tracker_open(&c.tracker, &c.pm, &ignored) != 0:
         c.may_watch = sys_is_passing(ignored.code)

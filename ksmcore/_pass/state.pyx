@@ -55,6 +55,7 @@ cdef int state_init(
     cdef uint8_t* zeros
     cdef const uint8_t* zero_page
     cdef sys_error ignored
+    cdef int pagemap_errno
     c.page_bytes = sys_page_bytes()
     memset(&c.counters, 0, sizeof(c.counters))
     c.epoch = 1
@@ -109,12 +110,12 @@ cdef int state_init(
     zero_page = zeros
     c.checksum(&zero_page, 1, c.page_bytes, &c.zero_digest)
     free(zeros)
-    pagemap_open(&c.pm, c.page_bytes, with_pagemap)
-    pagemap_try_scanning(&c.pm)
     sys_error_clear(&ignored)
+    pagemap_errno = pagemap_open(&c.pm, c.page_bytes, with_pagemap)
+    pagemap_try_scanning(&c.pm)
     # In content order a quiet page that is written would break the order of the tree it stays in.
     c.may_watch = with_tracker and not c.by_content and (
-        tracker_open(&c.tracker, &c.pm, &ignored) == 0 or sys_is_passing(ignored.code)
+        tracker_open(&c.tracker, &c.pm, &ignored) == 0 or sys_is_passing(ignored.code) or sys_is_passing(pagemap_errno)
     )
     tracker_close(&c.tracker)
     return 0

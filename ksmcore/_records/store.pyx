@@ -43,8 +43,8 @@ from ksmcore._kernel.syscalls cimport (
 )
 from ksmcore._records.claims cimport claims_set_hollow, claims_unshown
 from ksmcore._records.store_files cimport (
-    DEAD, MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after, store_files_make_room,
-    store_segment, store_use,
+    DEAD, MAX_RELEASES, SEGMENT_BYTES, store_files_can_be_written, store_files_close_all, store_files_look_after,
+    store_files_make_room, store_segment, store_use,
 )
 from ksmcore._trees cimport rb_node
 

@@ -8,9 +8,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 
 import numpy as np
@@ -19,7 +16,6 @@ import pytest
 from helpers.loose import Loose, call, map_at, move
 from helpers.memory import PAGE
 from helpers.processes import run_python
-import ksmcore
 from ksmcore._kernel import smaps
 
 N = 64

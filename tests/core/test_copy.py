@@ -4,8 +4,6 @@ import ctypes
 import errno
 import gc
 import mmap
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import ksmcore
+from helpers.kernels_view import pss_bytes, pss_of
 from helpers.libc import MAP_FIXED, libc
 from helpers.memory import PAGE
 from helpers.processes import run_python
-from helpers.kernels_view import pss_bytes, pss_of
-
-import ksmcore
-from ksmcore._kernel import smaps, syscalls
+from ksmcore._kernel import smaps
 from ksmcore._testing import faults
 
 MIB = 1 << 20

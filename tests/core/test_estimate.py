@@ -7,11 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from helpers.memory import PAGE, random_pages
 import ksmcore
+from helpers.memory import PAGE, random_pages
 from ksmcore._kernel import smaps
 from ksmcore._testing import hooks, pagemap
-
 
 
 def mixture(rng, n_pages, n_contents, zero_every=0, unique_every=0):

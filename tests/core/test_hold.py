@@ -1,6 +1,5 @@
 """Holds: while one is taken, nothing in its region is protected or remapped."""
 
-import mmap
 import os
 import threading
 import time
@@ -8,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
+import ksmcore
 from helpers.kernels_view import store_mappings
 from helpers.memory import PAGE, extent, private_memory, random_pages
-import ksmcore
 from ksmcore._engine.passes import BATCH_PAGES
 
 

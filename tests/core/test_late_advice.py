@@ -1,4 +1,4 @@
-"""What a program advises or decides about memory after it has registered it: kept, or not merged."""
+"""What a program advises about memory after it has registered it: kept, or not merged."""
 
 import errno
 import mmap
@@ -88,7 +88,7 @@ def is_over_store(loose):
     return store_bytes(loose.addr, loose.at(N)) != 0
 
 
-# --- what a new mapping is given as well ------------------------------------------------------------
+# --- what a new mapping is given as well ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", [7, 0])
@@ -159,7 +159,7 @@ def test_a_child_has_nothing_of_what_it_is_not_to_have(engine, loose):
     region.close()
 
 
-# --- what it cannot be given ------------------------------------------------------------------------
+# --- what it cannot be given ----------------------------------------------------------------------
 
 
 class Wiped:
@@ -334,7 +334,7 @@ def test_what_merged_memory_was_given_it_has_when_it_is_plain_again(
     assert np.array_equal(partner, source)
 
 
-# --- the look itself --------------------------------------------------------------------------------
+# --- the look itself ------------------------------------------------------------------------------
 
 
 def test_nothing_is_remapped_while_the_kernel_does_not_tell(engine, loose):

@@ -1,7 +1,8 @@
 """What is moved keeps its bytes: merged memory that changes places behind the engine's back.
 
-After each move the engine is given every reason to release and to hand out again what it may: the others that shared
-the moved pages are written, passes are made, and new contents come that want slots.
+After each move the engine is given every reason to release and to hand out again what it may: the
+others that shared the moved pages are written, passes are made, and new contents come that want
+slots.
 """
 
 import os

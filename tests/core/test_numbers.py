@@ -1,15 +1,12 @@
 """The counters' arithmetic, written out: what each number is after each step of the 2009 scenario,
 in which virtual machines of the same kind come one after the other; here they are buffers."""
 
-import mmap
-import time
-
 import numpy as np
 import pytest
 
+import ksmcore
 from helpers.memory import PAGE
 from helpers.waiting import wait_until
-import ksmcore
 from ksmcore._engine.counters import NUMBERS
 
 # Of each buffer: the same in all, its own, zero, and written all the time.

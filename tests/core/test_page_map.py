@@ -5,10 +5,9 @@ import mmap
 import numpy as np
 import pytest
 
-from helpers.memory import PAGE
 import ksmcore
+from helpers.memory import PAGE
 from ksmcore import PageState
-
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Merged memory that changes places: what is remembered of a mapping is which page lies where, not how many do."""
+"""Merged memory that changes places: what is remembered is which page lies where, not how many."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def rotate(arrays, first, n_pages, spare):
     places = [address(array) + first * PAGE for array in arrays]
     n_bytes = n_pages * PAGE
     moved(places[-1], address(spare), n_bytes)
-    for old, new in reversed(list(zip(places, places[1:], strict=False))):
+    for old, new in reversed(list(itertools.pairwise(places))):
         moved(old, new, n_bytes)
     moved(address(spare), places[0], n_bytes)
     # Nobody else's memory is to come where it was.

@@ -325,7 +325,7 @@ class TestMetadata:
         engine.dedup()
         stats = engine.stats()
         assert stats.pages_tracked == self.LEN_BYTES // PAGE
-        assert stats.metadata_bytes <= 40 * stats.pages_tracked
+        assert stats.metadata_bytes <= 46 * stats.pages_tracked
         return stats
 
     def unique(self, rng, len_bytes):

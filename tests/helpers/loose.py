@@ -1,4 +1,4 @@
-"""Memory that nobody owns and misses, and calls of the C library that change what is mapped there."""
+"""Memory that nobody owns and misses, and calls that change what is mapped there."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def move(source: int, target: int, n_pages: int, more: int = 0) -> None:
-    """Whatever is at the target is gone then. Mapping by mapping: older kernels move one at a time."""
+    """What is at the target is gone then. Mapping by mapping: older kernels move one at a time."""
     flags = MREMAP_MAYMOVE | MREMAP_FIXED | more
     for start, end in pieces(source, source + n_pages * PAGE):
         call("mremap", start, end - start, end - start, flags, target + start - source)
 
 
 def under_a_gap(n_pages: int, gap_bytes: int = 4 << 30) -> int:
-    """Pages that nobody has mapped, with a large gap above them. The kernel maps at the highest place that is free: so
-    it takes that gap, and not the holes which moving leaves here, whatever other threads map meanwhile."""
+    """Pages that nobody has mapped, with a large gap above. The kernel maps at the highest place
+    that is free: so it takes that gap, and not the holes which moving leaves here, whatever other
+    threads map meanwhile."""
     addr = call("mmap", 0, n_pages * PAGE + gap_bytes, 0, PRIVATE | MAP_NORESERVE, -1, 0)
     call("munmap", addr, n_pages * PAGE + gap_bytes)
     return addr

@@ -1,4 +1,4 @@
-"""What other software may do to memory: a userfaultfd of its own, a NUMA policy, a protection key."""
+"""What others may do to memory: a userfaultfd of their own, a NUMA policy, a protection key."""
 
 from __future__ import annotations
 
@@ -86,7 +86,5 @@ def protection_key() -> int:
 
 
 def give_key(addr: int, len_bytes: int, key: int) -> None:
-    result = libc.pkey_mprotect(
-        ctypes.c_void_p(addr), ctypes.c_size_t(len_bytes), _READ_WRITE, key
-    )
+    result = libc.pkey_mprotect(ctypes.c_void_p(addr), ctypes.c_size_t(len_bytes), _READ_WRITE, key)
     assert result == 0, why_failed("pkey_mprotect")

@@ -14,7 +14,10 @@ HARMLESS = ["rd", "wr", "mr", "mw", "me", "ac", "nr", "sd", "zz"]
 
 def told(flags, key=0, extra=""):
     """Of the second of three mappings, written to a file as the kernel does."""
-    record = "{start}-{end} rw-p 00000000 00:00 0 {name}\nSize: 4 kB\nKernelPageSize: 4 kB\nProtectionKey: {key}\n{extra}VmFlags: {flags} \n"
+    record = (
+        "{start}-{end} rw-p 00000000 00:00 0 {name}\nSize: 4 kB\nKernelPageSize: 4 kB\n"
+        "ProtectionKey: {key}\n{extra}VmFlags: {flags} \n"
+    )
     text = "".join(
         record.format(start=start, end=end, name="/a file\\012", flags=f, key=k, extra=extra)
         for start, end, f, k in (

@@ -108,7 +108,7 @@ def test_a_child_that_is_killed(engine, memory):
 
 
 def test_shared_pages_that_kept_their_sharers(engine, memory):
-    """They stay as they are, and when they lose their sharers later they go at once."""
+    """They stay as they are, and when they lose their sharers later they go with the next pass."""
     other = Memory.merged(engine, 2)
     with Child(stays(memory)) as child:
         child.paused()
@@ -120,6 +120,7 @@ def test_shared_pages_that_kept_their_sharers(engine, memory):
     other.check()
     other.arrays.clear()
     other.expected.clear()
+    engine.scan()
     assert_thawed(engine, N_PAGES)
     memory.check()
 
