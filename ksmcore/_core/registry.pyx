@@ -50,10 +50,13 @@ cdef enum:
     LOOK_TRIES = 100           # while the program takes memory away, and gives it back, as it is restored
 
 
-cdef bint _went_away(const sys_error* err) noexcept nogil:
-    """Is this how a call fails on pages that the program has taken away, or their permissions, after they were looked
-    at?"""
-    return err.code == EFAULT or (err.addr != 0 and not sys_is_mapped(err.addr, err.len_bytes))
+cdef bint _went_away(const region_t* region, size_t page_bytes, const sys_error* err) noexcept nogil:
+    """Is this how a call fails on pages of a region that the program has taken away, or their permissions, after they
+    were looked at?"""
+    return err.code == EFAULT or (
+        region.addr <= err.addr < region.addr + region.n_pages * page_bytes
+        and not sys_is_mapped(err.addr, err.len_bytes)
+    )
 
 
 cdef class Registry:
@@ -290,7 +293,7 @@ cdef class Registry:
                     quiet_unwatch(&self.c, region)   # so that no window need let go of it
                 rc = unmerge_region(&self.c, region, guard, err)
                 # The program may have taken pages away, or their permissions, since they were looked at.
-                while rc != 0 and _went_away(err) and n_blocked[0] == 0:
+                while rc != 0 and _went_away(region, self.c.page_bytes, err) and n_blocked[0] == 0:
                     if tries == <int>LOOK_TRIES:
                         n_blocked[0] = err.len_bytes // self.c.page_bytes
                         break

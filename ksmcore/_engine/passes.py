@@ -302,7 +302,8 @@ class Passes:
     def _warn_of_blocked_signal(self, n_pages: int) -> None:
         """Once, and not of a moment that is over."""
         blocking = procfs.threads_blocking(signal.SIGSEGV)
-        if blocking == []:
+        # Where /proc is there, it is for want of descriptors that it does not tell.
+        if blocking == [] or (blocking is None and procfs.TASKS.exists()):
             return
         self._has_warned = True
         who = "/proc does not tell whether a thread blocks SIGSEGV"

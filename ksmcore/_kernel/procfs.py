@@ -124,9 +124,12 @@ def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
     of the kernel's.
     """
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
-    threads = sorted(tasks.glob("*/status"))
+    try:
+        threads = sorted(os.listdir(tasks))
+    except OSError:
+        return None
     found = []
-    for status in threads:
+    for status in (tasks / thread / "status" for thread in threads):
         # Nothing of a thread that has ended meanwhile.
         told = words(status)
         mask = int(told.get("SigBlk", "0"), 16)

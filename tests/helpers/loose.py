@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,10 +35,20 @@ def pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def move(source: int, target: int, n_pages: int, more: int = 0) -> None:
-    """What is at the target is gone then. Mapping by mapping: older kernels move one at a time."""
+    """Whatever is at the target is gone then. Mapping by mapping: older kernels move one at a time.
+    Where a mapping ends may change meanwhile."""
     flags = MREMAP_MAYMOVE | MREMAP_FIXED | more
-    for start, end in pieces(source, source + n_pages * PAGE):
-        call("mremap", start, end - start, end - start, flags, target + start - source)
+    at, last = source, source + n_pages * PAGE
+    while at < last:
+        start, end = next(pieces(at, last), (last, last))
+        if start == last:
+            return
+        n_bytes = end - start
+        where = libc.mremap(start, n_bytes, n_bytes, flags, target + start - source)
+        if where != MAP_FAILED:
+            at = end
+        else:
+            assert ctypes.get_errno() == errno.EFAULT, why_failed("mremap")
 
 
 def under_a_gap(n_pages: int, gap_bytes: int = 4 << 30) -> int:

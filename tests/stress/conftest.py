@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 import ksmcore
+from helpers.handlers import SOURCE
 from helpers.native import compiled
 from ksmcore._engine.settings import GUARDS
 
 
 @pytest.fixture(scope="session")
 def writers(tmp_path_factory):
-    """The C files of this directory, as one library."""
-    sources = sorted(Path(__file__).parent.glob("*.c"))
+    """The C files of this directory, and the handlers, as one library."""
+    sources = [*sorted(Path(__file__).parent.glob("*.c")), SOURCE]
     loaded = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("writers"), sources)))
     loaded.writers_run.restype = ctypes.c_long
     loaded.writers_flip.restype = None
