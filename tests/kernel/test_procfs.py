@@ -4,6 +4,7 @@ how much more memory there is."""
 import builtins
 import ctypes
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -189,3 +190,8 @@ def test_unregister_is_refused_when_there_is_not_enough(engine, rng, monkeypatch
     monkeypatch.undo()
     region.close()
     assert engine.stats().regions == 1
+
+
+def test_where_no_threads_are_told_it_is_not_known_who_blocks_a_signal(tmp_path):
+    """As without descriptors. That is no error: whoever asks goes on."""
+    assert procfs.threads_blocking(signal.SIGSEGV, tmp_path / "task") is None
