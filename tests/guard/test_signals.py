@@ -53,12 +53,12 @@ def check(engine, pages, handlers):
 
 
 def test_a_handler_writes_on_the_thread_that_scans(engine, words, library):
-    handlers = Handlers(library, words)
+    handlers = Handlers(library, words, n_each=N_PAGES, pause_us=50)
     me = threading.get_native_id()
 
     def has_met() -> bool:
         engine.dedup()
-        return has_merged(engine, 4 * N_PAGES) and handlers.n_runs(me) > 200
+        return has_merged(engine, 16 * N_PAGES) and handlers.n_runs(me) > 500
 
     with handlers.running():
         wait_until(has_met)
