@@ -130,6 +130,11 @@ class Export:
         """Address after the last whole page."""
         return self.addr + self.n_bytes
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Its pages, as (address, length in bytes)."""
+        return [(self.addr, self.n_bytes)]
+
     def release(self) -> None:
         """Let go of the buffer; a second call does nothing.
 
@@ -238,8 +243,8 @@ _LARGER = {
 def not_a_buffer(thing: object) -> TypeError:
     """For what holds no memory that there is a way to."""
     return TypeError(
-        f"{type(thing).__name__!r} is not a buffer, and none was found in it; pass an mmap, a NumPy "
-        "array, a bytearray, a tensor, or what holds such: a model, a data frame, a dict, a list"
+        f"{type(thing).__name__!r} is not a buffer, and holds none; pass an mmap, a NumPy array, a "
+        "bytearray, a tensor, or an object that is made of such: a model, a data frame, a dict"
     )
 
 

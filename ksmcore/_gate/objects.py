@@ -192,7 +192,8 @@ class _Walk:
         if isinstance(thing, np.ndarray):
             return self._parts_of_array(thing)
         if is_a(kind, "jaxlib", "ArrayImpl") and len(thing.sharding.device_set) > 1:
-            return [shard.data for shard in thing.addressable_shards]
+            shards: list[object] = [shard.data for shard in thing.addressable_shards]
+            return shards
         for library, names, parts in _NAMED:
             if is_a(kind, library, *names):
                 return parts(thing)
@@ -223,7 +224,8 @@ class _Walk:
     def _parts_of_array(self, array: np.ndarray[Any, Any]) -> Iterable[object]:
         """Its memory, as a whole: views of one array share pages."""
         if array.dtype.kind == "O":
-            return iter(array.flat)
+            values: Iterable[object] = array.flat
+            return iter(values)
         if array.dtype.hasobject:
             raise UnreachableError("its values are references")
         base: Any = array
@@ -323,7 +325,7 @@ def _flat(answer: Any) -> Iterator[object]:
 
 
 def _arrow_of_polars(thing: Any) -> object:
-    """The same memory as pyarrow sees it. Text is converted on the way, except in the newest form."""
+    """The same memory as pyarrow sees it. In older forms than the newest, text is converted."""
     frame = thing.to_frame() if hasattr(thing, "to_frame") else thing
     newest = sys.modules["polars"].CompatLevel.newest()
     return frame.to_arrow(compat_level=newest)

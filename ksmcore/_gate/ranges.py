@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["disjoint", "overlap_bytes"]
+__all__ = ["disjoint", "gaps", "overlap_bytes"]
 
 
 def disjoint(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -30,3 +30,17 @@ def overlap_bytes(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, i
         else:
             j += 1
     return n_bytes
+
+
+def gaps(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of [start, end) lies in none of the ranges `taken`, which are sorted and disjoint."""
+    for taken_start, taken_end in taken:
+        if taken_end <= start:
+            continue
+        if taken_start >= end:
+            break
+        if taken_start > start:
+            yield start, taken_start
+        start = taken_end
+    if start < end:
+        yield start, end
