@@ -287,12 +287,12 @@ class Engine(Closing):
         Without arguments: of everything registered. Pages are compared with each other and with all
         shared ones; nothing waits for a second pass. What it registers stays registered.
 
-        Raises as `register`, before anything is registered; and as `scan`: a later pass merges then.
+        Raises as `register`, before anything is registered; and as `scan`: later passes merge then.
         """
         parts = self._open()
         parts.passes.tidy(idle_only=bool(buffers))
-        pages, unreached = parts.registrar.register_all(buffers) if buffers else (EVERYTHING, {})
-        return parts.passes.merge(pages, progress, unreached)
+        pages, left_out = parts.registrar.register_all(buffers) if buffers else (EVERYTHING, {})
+        return parts.passes.merge(pages, progress, left_out)
 
     def unmerge(self) -> None:
         """Make everything plain private memory again, and leave it registered: later passes merge

@@ -70,7 +70,7 @@ def test_unregister_by_object_area_and_part(engine, model):
     assert len(area.regions) == 1
     engine.unregister(area)
     assert engine.stats().regions == 0
-    with pytest.raises(ValueError, match="not registered|nothing of this"):
+    with pytest.raises(ValueError, match="nothing of this"):
         engine.unregister(model)
     engine.dedup(model)
     engine.unregister(model)
@@ -386,7 +386,7 @@ class TestTorch:
     def test_small_tensors_packed_in_one_storage(self, engine, torch):
         storage = torch.ones(N_PAGES * PAGE // 4)
         parts = storage.split(100)
-        report = engine.dedup({n: part for n, part in enumerate(parts)})
+        report = engine.dedup(dict(enumerate(parts)))
         assert engine.stats().regions == 1
         assert report.pages_scanned >= N_PAGES - 1
         assert report.unreached == {}

@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -47,6 +48,11 @@ class Slotted:
     values: object
 
 
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
 class Own(dict):
     pass
 
@@ -73,7 +79,7 @@ HOLDERS = {
     "deque": lambda x: collections.deque([x]),
     "mapping proxy": lambda x: types.MappingProxyType({"x": x}),
     "chain": lambda x: collections.ChainMap({}, {"x": x}),
-    "named tuple": lambda x: collections.namedtuple("Pair", "a b")(1, x),
+    "named tuple": lambda x: Pair(1, x),
     "namespace": lambda x: types.SimpleNamespace(x=x),
     "dataclass": Plain,
     "with slots": Slotted,
@@ -252,7 +258,7 @@ def test_capsules_give_back_what_they_hold():
 def test_a_capsule_is_used_once():
     capsule = block().__dlpack__()
     capsules.CapsuleMemory(capsule)
-    with pytest.raises(ValueError, match="(?i)capsule"):
+    with pytest.raises(ValueError, match=r"(?i)capsule"):
         capsules.CapsuleMemory(capsule)
     for wrong in (None, 7, object()):
         with pytest.raises((ValueError, TypeError)):
