@@ -28,6 +28,7 @@ __all__ = [
     "gather",
     "lies_within",
     "not_taken",
+    "together",
 ]
 
 Unreached = Counter[str]
@@ -138,6 +139,21 @@ def _export_with(
         held.release()
         raise ValueError("it moved meanwhile")
     return held
+
+
+def together(objects: Iterable[Gathered]) -> Gathered:
+    """What was found in several objects, each page once; what is there once more is let go."""
+    exports: list[Export] = []
+    unreached: Unreached = Counter()
+    covered = 0
+    for gathered in objects:
+        exports += gathered.exports
+        unreached += gathered.unreached
+    apart: list[Export] = []
+    for export in sorted(exports, key=lambda one: (one.addr, -one.end)):
+        apart += _left_over([export], [(0, covered)])
+        covered = max(covered, export.end)
+    return Gathered(apart, unreached)
 
 
 def not_taken(

@@ -29,6 +29,7 @@ from ksmcore._engine.gathering import (
     gather,
     lies_within,
     not_taken,
+    together,
 )
 from ksmcore._engine.region import Region
 from ksmcore._gate.buffers import (
@@ -136,7 +137,11 @@ class Registrar:
     def _register_parts(self, thing: object, privatize: bool) -> Area:
         """Register what is found in an object and is not registered yet."""
         gathered = self._gather(thing)
-        new = self._new(gathered, self._own_ranges())
+        try:
+            new = self._new(gathered, self._own_ranges())
+        except BaseException:
+            gathered.release()
+            raise
         if not new:
             raise ValueError(
                 f"all of this {type(thing).__name__} that can be merged is registered already"
@@ -172,29 +177,24 @@ class Registrar:
                     if self._find(export) is not None:
                         missing.pop().release()
                 taken = [*self._own_ranges(), *((one.addr, one.end) for one in missing)]
-                found: list[Export] = []
-                for gathered in objects:
-                    ranges += [(export.addr, export.end) for export in gathered.exports]
-                    new = self._new(gathered, disjoint(taken))
-                    missing += new
-                    found += new
-                    taken += [(export.addr, export.end) for export in new]
-                    unreached += gathered.unreached
-                n_found = sum(len(gathered.exports) for gathered in objects)
+                found = together(objects)
+                ranges += [(export.addr, export.end) for export in found.exports]
+                new = self._new(found, disjoint(taken))
+                unreached += found.unreached
                 admissions = admit_those(
-                    found,
+                    new,
                     unreached,
                     page_bytes=self.page_bytes,
-                    needed=len(found) >= n_found,
+                    needed=len(new) >= len(found.exports),
                 )
-                wanted = missing[: len(missing) - len(found)]
             except BaseException:
                 release_all(missing)
                 for gathered in objects:
                     gathered.release()
                 raise
             try:
-                admissions += admit(_outermost(wanted), page_bytes=self.page_bytes)
+                # Last, as it lets go of what it refuses.
+                admissions += admit(_outermost(missing), page_bytes=self.page_bytes)
             except BaseException:
                 release_all(admissions)
                 raise

@@ -199,6 +199,8 @@ def _of_interface(thing: Any) -> Memory:
 def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     """(address of the first byte, length in bytes) of an array's memory, with the gaps in it."""
     addr: int = array.__array_interface__["data"][0]
+    if array.flags.forc:
+        return addr, array.nbytes
     if array.size == 0:
         return addr, 0
     reach = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]

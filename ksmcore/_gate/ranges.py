@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["disjoint", "gaps", "overlap_bytes"]
@@ -34,7 +35,9 @@ def overlap_bytes(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, i
 
 def gaps(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """What of [start, end) lies in none of the ranges `taken`, which are sorted and disjoint."""
-    for taken_start, taken_end in taken:
+    first = max(bisect.bisect_right(taken, (start, start)) - 1, 0)
+    for n in range(first, len(taken)):
+        taken_start, taken_end = taken[n]
         if taken_end <= start:
             continue
         if taken_start >= end:
