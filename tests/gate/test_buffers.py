@@ -93,7 +93,7 @@ def test_array(name):
 def test_array_of_a_foreign_type():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     values = np.zeros(LEN_BYTES // 2, ml_dtypes.bfloat16)
-    assert admit(values).len_bytes == LEN_BYTES
+    assert admit(values).export.len_bytes == LEN_BYTES
 
 
 @pytest.mark.parametrize(
