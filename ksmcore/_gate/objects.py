@@ -50,6 +50,10 @@ _ATOMS = frozenset(
 )
 # What leads to the program, not to what an object is made of; and what has no large memory.
 _LEFT_ALONE = (
+    int,
+    float,
+    complex,
+    str,
     type,
     types.ModuleType,
     types.FunctionType,

@@ -1,5 +1,5 @@
-"""Tests of other libraries' objects, for each that is there, in a process of its own: the threads of
-some block SIGSEGV, or warn of forks, which is not for other tests to meet."""
+"""The tests of other libraries' objects, for each that is there, in a process of its own: threads
+of theirs block SIGSEGV, or they warn of forks, which is not for other tests to meet."""
 
 import subprocess
 import sys

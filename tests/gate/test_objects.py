@@ -164,6 +164,7 @@ def test_what_a_program_has_around_its_data_is_no_trouble():
     thing.file = io.StringIO()
     thing.random = np.random.default_rng(1)
     thing.error = ValueError("x")
+    thing.kinds = [type("Int", (int,), {})(5), type("Text", (str,), {})("x"), Own()]
     assert extent(values) in places(thing)
     assert named(thing) == {}
 
