@@ -1,7 +1,7 @@
 """Kernel Samepage Merging inside one process, for Python programs that hold large arrays.
 
     import ksmcore
-    region = ksmcore.register(buffer)    # any writable, contiguous buffer
+    region = ksmcore.register(buffer)    # any contiguous buffer; a tensor, a model, a data frame
     ksmcore.start()                      # a background scanner; stop() ends it
     report = ksmcore.scan()              # one pass; or dedup(a, b, c): register and merge now
     ksmcore.unregister(region)           # plain private memory again, same bytes
@@ -20,7 +20,7 @@ require_linux()
 import functools  # noqa: E402
 import operator  # noqa: E402
 from importlib import metadata  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+from typing import TYPE_CHECKING, Any, overload  # noqa: E402
 
 from ksmcore._arrays import installing as _allocating  # noqa: E402
 from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from typing import SupportsIndex
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from typing_extensions import Buffer
 
     from ksmcore._arrays.making import Order
     from ksmcore._show.plotting import Picture
@@ -105,21 +106,27 @@ def configure(**changes: Any) -> Settings:
     return default_engine().configure(**changes)
 
 
-def register(buffer: object, *, privatize: bool = False) -> Region:
-    """`Engine.register` of the default engine: let the pages of a buffer be merged."""
+@overload
+def register(buffer: "Buffer", *, privatize: bool = False) -> Region: ...
+@overload
+def register(buffer: object, *, privatize: bool = False) -> Region | Area: ...
+def register(buffer: object, *, privatize: bool = False) -> Region | Area:
+    """`Engine.register` of the default engine: let the pages of a buffer, or of all memory that an
+    object holds, be merged."""
     return default_engine().register(buffer, privatize=privatize)
 
 
-def unregister(buffer: Region | object) -> None:
-    """Make a region's or a registered buffer's pages plain private memory again, whichever engine
-    has the region (a bare buffer is looked up in the default engine). See `Engine.unregister`."""
-    if isinstance(buffer, Region):
+def unregister(buffer: object) -> None:
+    """Make the pages of a region, an area, or of what is registered of an object, plain private
+    memory again, whichever engine has the region or area (all else is looked up in the default
+    engine). See `Engine.unregister`."""
+    if isinstance(buffer, Region | Area):
         buffer.close()
     else:
         default_engine().unregister(buffer)
 
 
-def hold(buffer: Region | object) -> "AbstractContextManager[None]":
+def hold(buffer: object) -> "AbstractContextManager[None]":
     """Keep the scanner away from registered memory while system calls write into it, whichever
     engine has the region (a bare buffer: the default engine). See `Engine.hold`."""
     return buffer.hold() if isinstance(buffer, Region) else default_engine().hold(buffer)

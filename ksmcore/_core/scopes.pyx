@@ -64,7 +64,8 @@ cdef class GuardScope:
 cdef class HoldScope:
     """Memory that is held within the block: nothing in it is merged. For one `with` block.
 
-    `take` gives the hold on the buffer itself, with `addr` and `n_pages`, which `release` ends.
+    `take` gives the hold on the memory itself, with `ranges` of (address, length), which `release`
+    ends.
     """
 
     cdef object core
@@ -81,9 +82,13 @@ cdef class HoldScope:
             raise RuntimeError("this hold was entered before: ask for another")
         # Python code: an exception leaves nothing but the buffer's export in its frames.
         export = self.take()
+        held = []
         try:
-            held = self.core.hold(export.addr, export.n_bytes)
+            for addr, n_bytes in export.ranges:
+                held += self.core.hold(addr, n_bytes)
         except BaseException:
+            for region_id, addr in held:
+                self.core.let_go(region_id, addr)
             export.release()
             raise
         if not held:

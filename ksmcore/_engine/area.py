@@ -6,51 +6,80 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol, overload
 
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.stats import RegionStats
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from ksmcore._engine.region import Region
 
-__all__ = ["Area"]
+__all__ = ["Area", "Registers"]
 
 log = logging.getLogger("ksmcore")
 
 
 class Registers(Protocol):
-    def register(self, buffer: object, *, privatize: bool = False) -> Region: ...
+    @overload
+    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    @overload
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
 
 
 class Area(Closing):
-    """A group of regions of one engine. Made by `Engine.area`; ended by `close`, `with`, or when it
-    is collected: then its regions are plain private memory again. Any thread may use it."""
+    """A group of regions of one engine. Made by `Engine.area`, and by `register` for an object that
+    holds memory in many places; ended by `close` or `with`: then its regions are plain private
+    memory again. One made by `Engine.area` ends when it is collected, too. Any thread may use it.
+    """
 
-    def __init__(self, engine: Registers) -> None:
+    def __init__(
+        self,
+        engine: Registers,
+        regions: Iterable[Region] | None = None,
+        unreached: Mapping[str, int] | None = None,
+    ) -> None:
         self._engine = engine
         # Not weak references: those of a cycle are cleared before its finalisers run.
-        self._regions: set[Region] = set()
+        self._regions: set[Region] = set(regions or ())
+        self._unreached: Counter[str] = Counter(unreached)
+        # What `register` made stays registered, as every region does that is not closed.
+        self._ends_when_collected = regions is None
         self._most_kept = 16  # closed ones are dropped once there are so many
         self._lock = threading.RLock()  # a finaliser may run while its own thread holds it
         self._closed = False
 
-    def register(self, buffer: object, *, privatize: bool = False) -> Region:
-        """As `Engine.register`; the region ends with the area at the latest.
+    @overload
+    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    @overload
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
+        """As `Engine.register`; the region, or all of the object, ends with the area at the latest.
 
         Raises as that does, and ValueError when the area is closed.
         """
         self._check_open()
-        region = self._engine.register(buffer, privatize=privatize)
+        made = self._engine.register(buffer, privatize=privatize)
         with self._lock:
             if not self._closed:
-                self._regions.add(region)
+                self._regions.update(made.regions if isinstance(made, Area) else [made])
+                if isinstance(made, Area):
+                    self._unreached += made._unreached
                 if len(self._regions) > self._most_kept:
                     self._regions = {one for one in self._regions if not one.closed}
                     self._most_kept = 2 * len(self._regions) + 16
-                return region
-        region.close()
+                return made
+        made.close()
         raise ValueError("this area was closed meanwhile")
+
+    @property
+    def unreached(self) -> dict[str, int]:
+        """What there was no way to in the objects registered with it: how many, by class and
+        reason."""
+        return dict(self._unreached)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -92,7 +121,7 @@ class Area(Closing):
             raise ValueError("this area is closed")
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True):
+        if getattr(self, "_closed", True) or not self._ends_when_collected:
             return
         with contextlib.suppress(ValueError):
             try:

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 
 from ksmcore._arrays import making
 from ksmcore._core.core import Core
@@ -37,6 +37,7 @@ from ksmcore._kernel.syscalls import page_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from typing_extensions import Buffer
 
     from ksmcore._arrays.making import Order
 
@@ -202,25 +203,30 @@ class Engine(Closing):
 
     # ---- registration -------------------------------------------------------------------------
 
-    def register(self, buffer: object, *, privatize: bool = False) -> Region:
-        """Let the pages of a writable, contiguous buffer be merged.
+    @overload
+    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    @overload
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
+        """Let the pages of a contiguous buffer, a tensor, or all that an object holds, be merged.
 
-        The whole pages inside the buffer are scanned; a first and last page that it shares with
-        other memory are never touched. The buffer is held until the region is closed.
+        Its whole pages are scanned; those that it shares with others are never touched. It is held
+        until the region is closed. Of a model, a frame, a dict, or any other object, all memory is
+        taken that is not registered yet; the area that is returned names the `unreached` rest.
 
         `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
-        memory in place, with the same bytes; other processes then no longer see what is written.
+        memory in place, with the same bytes; other processes no longer see what is written.
 
         Raises:
-            TypeError: not a buffer, or one that holds references to objects.
-            ValueError: read-only, not contiguous, no whole page inside, registered already (in part
-                or whole), or memory that cannot be merged; the message says why and what to do.
+            TypeError: no buffer and none in it, or one that holds references to objects.
+            ValueError: not contiguous, no whole page inside, registered already, or memory that
+                cannot be merged; the message says what to do.
             OSError: the kernel does not tell what memory that is (no /proc, no file descriptor).
         """
         return self._open().registrar.register(buffer, privatize=privatize)
 
-    def unregister(self, buffer: Region | object) -> None:
-        """Make the pages of a region, or of a registered buffer, plain private memory again.
+    def unregister(self, buffer: object) -> None:
+        """Make a region, an area, a buffer, or all that an object holds now, plain memory again.
 
         Raises:
             ValueError: it is not registered with this engine.
@@ -228,26 +234,25 @@ class Engine(Closing):
         """
         self._open().registrar.unregister(buffer)
 
-    def hold(self, buffer: Region | object) -> contextlib.AbstractContextManager[None]:
+    def hold(self, buffer: object) -> contextlib.AbstractContextManager[None]:
         """Keep the scanner away from registered memory, for system calls that write into it:
 
             with engine.hold(buffer):
                 sock.recv_into(buffer)
 
-        Entering waits until the scanner is out of the buffer's regions (a span of pages at most);
-        nothing in them is merged until the block is left. Holds may be nested, and taken by several
-        threads. A region that is held cannot be unregistered. The buffer may be any part of a
-        registered one, and is kept in memory meanwhile.
+        Entering waits until the scanner is out of these regions (a span of pages at most); nothing
+        in them is merged until the block is left. Holds may be nested, and taken by several
+        threads. What is held cannot be unregistered. Any part of a registered buffer will do.
 
         Raises:
             ValueError: nothing of the buffer is registered with this engine.
-            TypeError: not a writable, contiguous buffer.
+            TypeError: no buffer, and none in it.
         """
         return self._open().registrar.hold(buffer)
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """The open regions, in the order of their registration; arrays made by the engine aside."""
+        """The open regions by registration; arrays made by the engine aside."""
         return self._now().registrar.regions
 
     def area(self) -> Area:
@@ -279,16 +284,15 @@ class Engine(Closing):
     def dedup(self, *buffers: object, progress: Progress = None) -> PassReport:
         """Register what is not yet registered, and merge equal pages of these buffers now.
 
-        Without arguments: of everything registered. The pages are compared with each other and with
-        all shared pages; nothing waits for a second pass. What it registers stays registered.
+        Without arguments: of everything registered. Pages are compared with each other and with all
+        shared ones; nothing waits for a second pass. What it registers stays registered.
 
-        Raises as `register` does, before anything is registered or merged; and as `scan` does: then
-        the buffers are registered, and a later pass merges them.
+        Raises as `register`, before anything is registered; and as `scan`: later passes merge then.
         """
         parts = self._open()
         parts.passes.tidy(idle_only=bool(buffers))
-        pages = parts.registrar.register_all(buffers) if buffers else EVERYTHING
-        return parts.passes.merge(pages, progress)
+        pages, left_out = parts.registrar.register_all(buffers) if buffers else (EVERYTHING, {})
+        return parts.passes.merge(pages, progress, left_out)
 
     def unmerge(self) -> None:
         """Make everything plain private memory again, and leave it registered: later passes merge
@@ -375,10 +379,9 @@ class Engine(Closing):
         merged with their copies, so the next copy shares them from the start. Writes to either side
         stay there. Shape, dtype and strides are kept.
 
-        For that the source has to lie in memory that is registered with this engine: made by it, or
-        under the allocator, or registered. Others, arrays of fewer than 16 pages, and views whose
-        elements leave large gaps or lie over each other are copied as by `array`: page-aligned,
-        their axes in the same order.
+        For that the source has to lie in memory that is registered with this engine. Others, arrays
+        of fewer than 16 pages, and views whose elements leave large gaps or lie over each other are
+        copied as by `array`: page-aligned, their axes in the same order.
 
         Raises:
             TypeError: no array; or one that holds references to objects.
@@ -399,17 +402,16 @@ class Engine(Closing):
     def estimate(self, *buffers: object, progress: Progress = None) -> Estimate:
         """What merging these buffers would save at most; without arguments, everything registered.
 
-        Registers, maps, protects and faults in nothing. Only present pages are counted: those that
-        were merged, and not read since, are not. Not considered: the map budget, which may leave
-        isolated pages out.
+        Registers, maps and faults in nothing. Only present pages are counted: those that were
+        merged, and not read since, are not. The map budget may leave isolated pages out.
 
         Raises as `register` does for buffers that could not be merged.
         """
         parts = self._open()
         with contextlib.ExitStack() as held:
-            ranges = parts.registrar.hold_ranges(buffers, held)
+            ranges, unreached = parts.registrar.hold_ranges(buffers, held)
             checksum = parts.in_force.settings.checksum
-            return estimating.tally(ranges, self.page_bytes, checksum, progress)
+            return estimating.tally(ranges, self.page_bytes, checksum, progress, unreached)
 
     def stats(self) -> Stats:
         """All counters of this moment."""

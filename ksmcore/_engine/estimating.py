@@ -5,6 +5,7 @@ The caller holds the memory meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from ksmcore._core.estimate import Tally
@@ -21,8 +22,10 @@ def tally(
     page_bytes: int,
     checksum: Literal["jhash", "mmh3"],
     progress: Progress,
+    unreached: Mapping[str, int],
 ) -> Estimate:
-    """Count the equal pages in `ranges` of whole pages (address, end), each address once."""
+    """Count the equal pages in `ranges` of whole pages (address, end), each address once.
+    `unreached`: what there was no way to, to be told."""
     counts = Tally(checksum)
     ranges = disjoint(ranges)
     n_pages = sum(end - start for start, end in ranges) // page_bytes
@@ -37,4 +40,5 @@ def tally(
         pages_present=counts.n_present,
         pages_zero=counts.n_zero,
         pages_distinct=counts.distinct(),
+        unreached=unreached,
     )

@@ -12,7 +12,8 @@ import errno
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ksmcore._core.scopes import GuardScope, PassLock
@@ -118,12 +119,19 @@ class Passes:
         self.tell(report)
         return report
 
-    def merge(self, pages: list[tuple[int, int]], progress: Progress = None) -> PassReport:
-        """Merge what is equal in these address ranges, without the wait for a second pass."""
+    def merge(
+        self,
+        pages: list[tuple[int, int]],
+        progress: Progress = None,
+        unreached: Mapping[str, int] | None = None,
+    ) -> PassReport:
+        """Merge what is equal in these address ranges, without the wait for a second pass.
+        `unreached`: what there was no way to, to be told."""
         with self.alone:
             begun = self._begin()
             with GuardScope(self._core):
-                return self._merge_in_rounds(begun, pages, progress)
+                report = self._merge_in_rounds(begun, pages, progress)
+        return replace(report, unreached=unreached or {})
 
     def _merge_in_rounds(
         self, begun: Begun, pages: list[tuple[int, int]], progress: Progress

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import numpy as np
 
@@ -19,10 +20,30 @@ from ksmcore._arrays import arena
 from ksmcore._arrays.page_memory import PageMemory
 from ksmcore._core.core import Core
 from ksmcore._core.scopes import HoldScope
+from ksmcore._engine.area import Area, Registers
+from ksmcore._engine.closing import Closing
+from ksmcore._engine.gathering import (
+    Gathered,
+    Unreached,
+    admit_those,
+    gather,
+    lies_within,
+    not_taken,
+    together,
+)
 from ksmcore._engine.region import Region
-from ksmcore._gate.buffers import Admission, Export, Known, admit, release_all
+from ksmcore._gate.buffers import (
+    Admission,
+    Export,
+    Known,
+    admit,
+    not_a_buffer,
+    release_all,
+)
+from ksmcore._gate.memories import UnreachableError, one_memory
+from ksmcore._gate.objects import is_hopeless
 from ksmcore._gate.phase import Phases
-from ksmcore._gate.ranges import disjoint
+from ksmcore._gate.ranges import disjoint, gaps
 from ksmcore._kernel import forks, procfs
 from ksmcore._kernel.per_process import PerProcess
 from ksmcore._kernel.syscalls import page_bytes
@@ -44,6 +65,21 @@ def _with_gaps(buffer: object) -> object:
     while isinstance(base, np.ndarray):
         base = base.base
     return base if isinstance(base, PageMemory) else buffer
+
+
+def _one(buffer: object) -> object | None:
+    """What the gate takes for this object, None if there may be memory in many places of it.
+
+    TypeError, ValueError where there is none, or no way to it.
+    """
+    if is_hopeless(buffer):
+        raise not_a_buffer(buffer)
+    if isinstance(buffer, np.ndarray) and buffer.dtype.kind == "O":
+        return None
+    try:
+        return one_memory(buffer)
+    except UnreachableError as error:
+        raise ValueError(f"this {type(buffer).__name__} cannot be merged: {error}") from error
 
 
 class Registrar:
@@ -80,10 +116,15 @@ class Registrar:
 
     # ---- in -----------------------------------------------------------------------------------
 
-    def register(self, buffer: object, *, privatize: bool = False) -> Region:
+    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
         """See `Engine.register`."""
+        if isinstance(buffer, Closing):
+            raise not_a_buffer(buffer)
         with _registering.get():
-            export = self._export(buffer)
+            one = _one(buffer)
+            if one is None:
+                return self._register_parts(buffer, privatize)
+            export = self._export(one)
             try:
                 if self._find(export) is not None:
                     raise ValueError(f"this buffer ({_shown(export)}) is already registered")
@@ -93,10 +134,31 @@ class Registrar:
             admissions = admit([export], page_bytes=self.page_bytes, privatize=privatize)
             return self._add_all(admissions)[0]
 
-    def register_all(self, buffers: Sequence[object]) -> list[tuple[int, int]]:
-        """Register the buffers that are not, all or none of them; returns all page ranges."""
+    def _register_parts(self, thing: object, privatize: bool) -> Area:
+        """Register what is found in an object and is not registered yet."""
+        gathered = self._gather(thing)
+        try:
+            new = self._new(gathered, self._own_ranges())
+        except BaseException:
+            gathered.release()
+            raise
+        if not new:
+            raise ValueError(
+                f"all of this {type(thing).__name__} that can be merged is registered already"
+            )
+        admissions = admit_those(
+            new, gathered.unreached, page_bytes=self.page_bytes, privatize=privatize
+        )
+        engine = cast(Registers, self._engine())
+        return Area(engine, self._add_all(admissions), gathered.unreached)
+
+    def register_all(self, buffers: Sequence[object]) -> tuple[list[tuple[int, int]], Unreached]:
+        """Register the buffers that are not, all or none of them; returns all page ranges. Of what
+        is found in objects, that which cannot be is counted."""
         ranges: list[tuple[int, int]] = []
+        unreached = Unreached()
         missing: list[Export] = []
+        objects: list[Gathered] = []
         with _registering.get():
             try:
                 for buffer in buffers:
@@ -105,16 +167,61 @@ class Registrar:
                             raise ValueError(f"{buffer!r} is not registered with this engine")
                         ranges.append((buffer.addr, buffer.addr + buffer.nbytes))
                         continue
-                    export = self._export(buffer)
+                    one = _one(buffer)
+                    if one is None:
+                        objects.append(self._gather(buffer))
+                        continue
+                    export = self._export(one)
                     missing.append(export)
                     ranges.append((export.addr, export.end))
                     if self._find(export) is not None:
                         missing.pop().release()
+                taken = [*self._own_ranges(), *((one.addr, one.end) for one in missing)]
+                found = together(objects)
+                ranges += [(export.addr, export.end) for export in found.exports]
+                new = self._new(found, disjoint(taken))
+                unreached += found.unreached
+                admissions = admit_those(
+                    new,
+                    unreached,
+                    page_bytes=self.page_bytes,
+                    needed=len(new) >= len(found.exports),
+                )
             except BaseException:
                 release_all(missing)
+                for gathered in objects:
+                    gathered.release()
                 raise
-            self._add_all(admit(_outermost(missing), page_bytes=self.page_bytes))
-        return disjoint(ranges)
+            try:
+                # Last, as it lets go of what it refuses.
+                admissions += admit(_outermost(missing), page_bytes=self.page_bytes)
+            except BaseException:
+                release_all(admissions)
+                raise
+            self._add_all(admissions)
+        return disjoint(ranges), unreached
+
+    def _gather(self, thing: object, known: Known | None = None) -> Gathered:
+        return gather(thing, lambda memory, name: self._export(memory, known, name), self._parts_of)
+
+    def _parts_of(self, thing: object) -> list[object] | None:
+        """Of a region or an area: the memory; an engine is not entered."""
+        if isinstance(thing, Region):
+            return [] if thing.closed else [thing._view()]
+        if isinstance(thing, Area):
+            return list(thing.regions)
+        return [] if type(thing) is type(self._engine()) else None
+
+    def _own_ranges(self) -> list[tuple[int, int]]:
+        return disjoint(
+            (addr, addr + n_pages * self.page_bytes) for _, addr, n_pages in self._core.regions()
+        )
+
+    def _new(self, gathered: Gathered, taken: list[tuple[int, int]]) -> list[Export]:
+        """What of it lies in none of these ranges, and is not registered with another engine."""
+        others = [other for other in list(_registrars) if other is not self and other.is_current()]
+        theirs = disjoint(one for other in others for one in other._own_ranges())
+        return not_taken(gathered, taken, theirs)
 
     def _add_all(self, admissions: list[Admission]) -> list[Region]:
         """Register what the gate has let in, all or none of it; the others are let go."""
@@ -135,6 +242,12 @@ class Registrar:
         """On any error the buffer is let go."""
         export, traits = admission.export, admission.traits
         region_id = next(_region_ids)
+        try:
+            if export.settle is not None:
+                export.settle()
+        except BaseException:
+            admission.release()
+            raise
         try:
             if traits.must_privatize:
                 self._core.privatize(export.addr, export.n_pages, traits.region_flags)
@@ -168,7 +281,17 @@ class Registrar:
                 raise ValueError("this region belongs to another engine")
             buffer.close()
             return
-        with self._export(buffer) as export:
+        if isinstance(buffer, Area):
+            if buffer._engine is not self._engine():
+                raise ValueError("this area belongs to another engine")
+            buffer.close()
+            return
+        one = _one(buffer)
+        if one is None:
+            with self._gather(buffer) as gathered:
+                self._unregister_within(gathered.exports, type(buffer).__name__)
+            return
+        with self._export(one) as export:
             found = self._find(export)
             if found is None or found[1:] != (export.addr, export.n_pages):
                 what = "not registered with this engine"
@@ -180,6 +303,29 @@ class Registrar:
                 self._restore(found[0], export.addr)
         if region is not None:
             region.close()
+
+    def _unregister_within(self, exports: list[Export], name: str) -> None:
+        """All regions that lie in these. What cannot be taken out does not keep the others in."""
+        failed: Exception | None = None
+        held = [(export.addr, export.end) for export in exports]
+        found = [
+            (region_id, addr)
+            for region_id, addr, n_pages in self._core.regions()
+            if lies_within(addr, addr + n_pages * self.page_bytes, held)
+        ]
+        if not found:
+            raise ValueError(f"nothing of this {name} is registered with this engine by itself")
+        for region_id, addr in found:
+            region = self._regions.get(region_id)
+            try:
+                if region is None:
+                    self._restore(region_id, addr)
+                else:
+                    region.close()
+            except (MemoryError, RuntimeError, OSError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def close_region(self, region: Region) -> None:
         """See `Region.close`."""
@@ -236,26 +382,43 @@ class Registrar:
             start = first_byte - first_byte % self.page_bytes
             return start, -(-(first_byte + len_bytes - start) // self.page_bytes)
 
-        given = buffer._view() if isinstance(buffer, Region) else buffer
-        return HoldScope(self._core, lambda: self._export(given, touched))
+        def take() -> Export | Gathered:
+            one = buffer._view() if isinstance(buffer, Region) else _one(buffer)
+            return self._gather(buffer, touched) if one is None else self._export(one, touched)
+
+        return HoldScope(self._core, take)
 
     def hold_ranges(
         self, buffers: Sequence[object], held: contextlib.ExitStack
-    ) -> list[tuple[int, int]]:
-        """(address, end) of each buffer's pages, kept mapped until `held` is closed; without
-        buffers, of everything registered here."""
+    ) -> tuple[list[tuple[int, int]], Unreached]:
+        """(address, end) of each buffer's pages, kept mapped until `held` is closed, and what of
+        objects there is no way to; without buffers, of everything registered here."""
+        unreached = Unreached()
         if not buffers:
-            return list(self._all_ranges(held))
+            return list(self._all_ranges(held)), unreached
         ranges: list[tuple[int, int]] = []
         unknown: list[Export] = []
+        found: list[Export] = []
         for buffer in buffers:
-            given = buffer._view() if isinstance(buffer, Region) else buffer
-            export = held.enter_context(self._export(given))
+            one = buffer._view() if isinstance(buffer, Region) else _one(buffer)
+            if one is None:
+                gathered = self._gather(buffer)
+                held.callback(gathered.release)
+                unreached += gathered.unreached
+                found += gathered.exports
+                continue
+            export = held.enter_context(self._export(one))
             ranges.append((export.addr, export.end))
             if self._find(export) is None:
                 unknown.append(export)
         admit(unknown, page_bytes=self.page_bytes)
-        return ranges
+        own = self._own_ranges()
+        known = [one for one in found if not list(gaps(one.addr, one.end, own))]
+        ranges += [(export.addr, export.end) for export in known]
+        unknown = [one for one in found if list(gaps(one.addr, one.end, own))]
+        admissions = admit_those(unknown, unreached, page_bytes=self.page_bytes, needed=not known)
+        ranges += [(one.export.addr, one.export.end) for one in admissions]
+        return ranges, unreached
 
     def _all_ranges(self, held: contextlib.ExitStack) -> Iterator[tuple[int, int]]:
         for memory in list(self._memories.values()):
@@ -287,10 +450,12 @@ class Registrar:
     def _owns(self, region: Region) -> bool:
         return region._engine is self._engine()
 
-    def _export(self, buffer: object, known: Known | None = None) -> Export:
+    def _export(
+        self, buffer: object, known: Known | None = None, name: str | None = None
+    ) -> Export:
         """The buffer, held. Of an array made by this engine all pages count, also a last one that
         is not full: nothing else is there."""
-        return Export(_with_gaps(buffer), self.page_bytes, known or self._known)
+        return Export(_with_gaps(buffer), self.page_bytes, known or self._known, name)
 
     def _known(self, first_byte: int, len_bytes: int) -> tuple[int, int] | None:
         memory = self._memories.get(first_byte)

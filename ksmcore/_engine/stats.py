@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from ksmcore._kernel import smaps
@@ -54,6 +54,11 @@ class Snapshot:
         own: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
         derived = [name for name, value in vars(cls).items() if isinstance(value, property)]
         return [*own, *derived]
+
+
+def _told(unreached: Mapping[str, int]) -> str:
+    n_unreached = sum(unreached.values())
+    return f"; {n_unreached} not reached" if n_unreached else ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,6 +121,8 @@ class PassReport(Snapshot):
     """Pages that could have been merged and were not, by reason."""
     seconds: float
     """How long it took."""
+    unreached: Mapping[str, int] = field(default_factory=dict)
+    """What there was no way to in the objects given to `dedup`: how many, by class and reason."""
 
     @property
     def pages_skipped(self) -> int:
@@ -126,7 +133,7 @@ class PassReport(Snapshot):
         return (
             f"<ksmcore.PassReport: {human_bytes(self.bytes_saved)} saved, "
             f"{self.pages_merged} merged, {self.pages_zeroed} zero, {self.pages_skipped} skipped "
-            f"of {self.pages_scanned} pages in {self.seconds:.3f} s>"
+            f"of {self.pages_scanned} pages in {self.seconds:.3f} s{_told(self.unreached)}>"
         )
 
     def _repr_html_(self) -> str:
@@ -149,6 +156,8 @@ class Estimate(Snapshot):
     """Present pages that hold only zeros."""
     pages_distinct: int
     """Different contents among the others: pages that would remain."""
+    unreached: Mapping[str, int] = field(default_factory=dict)
+    """What there was no way to in the objects given: how many, by class and reason."""
 
     @property
     def pages_duplicate(self) -> int:
@@ -164,7 +173,8 @@ class Estimate(Snapshot):
         return (
             f"<ksmcore.Estimate: {human_bytes(self.bytes_saved)} of "
             f"{human_bytes(self.pages_present * self.page_bytes)} could be saved: "
-            f"{self.pages_duplicate} duplicate, {self.pages_zero} zero pages>"
+            f"{self.pages_duplicate} duplicate, {self.pages_zero} zero pages"
+            f"{_told(self.unreached)}>"
         )
 
     def _repr_html_(self) -> str:

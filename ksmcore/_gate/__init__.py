@@ -1,2 +1,3 @@
-"""May this buffer be merged? Looks at the buffer and at the mappings under it, never at its bytes;
-holds no lock. Words: admission (a buffer that was let in, and the hold on it), phase."""
+"""May this buffer be merged, and where are those of an object? Looks at buffers and at the mappings
+under them, never at their bytes; holds no lock. Words: admission (a buffer that was let in, and the
+hold on it), memory (what is no buffer, told by its address), leaf (found in an object), phase."""

@@ -1,13 +1,13 @@
 """Where a buffer lies. In C, so that no signal handler can run while the buffer is exported for the question."""
 
-from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uintptr_t
 
 
 def address_of(view):
-    """Address of the first byte of a contiguous, writable buffer; BufferError where it is not so."""
+    """Address of the first byte of a contiguous buffer; BufferError where it is not so."""
     cdef Py_buffer raw
-    PyObject_GetBuffer(view, &raw, PyBUF_ANY_CONTIGUOUS | PyBUF_WRITABLE)
+    PyObject_GetBuffer(view, &raw, PyBUF_ANY_CONTIGUOUS)
     cdef uintptr_t addr = <uintptr_t>raw.buf
     PyBuffer_Release(&raw)
     return addr

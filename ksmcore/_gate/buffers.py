@@ -4,9 +4,13 @@ Owns the rules for what can be merged and the texts for what cannot. The gate ne
 writes and never touches the bytes of a buffer, so a page that was not present stays so. It looks at
 two things:
 
-1. the buffer: writable, contiguous, free of object references, with a whole page inside;
+1. the buffer: contiguous, free of object references, with a whole page inside;
 2. the mappings under its whole pages: plain private anonymous memory, readable and writable, with
    nothing about it that a new mapping in its place would lose.
+
+Whether the buffer itself may be written does not matter: merging changes no byte, and what is
+written through other ways to the same memory is copied by the kernel as ever. Memory that nobody
+may write is known by its mapping.
 
 The export of the buffer is taken first and held from then on. So no bytes can be resized or
 unmapped between the answer and the end of the registration.
@@ -28,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksmcore._gate.address import address_of
-from ksmcore._gate.mapping_rules import MappingTraits, check_mappings, refusal
+from ksmcore._gate.mapping_rules import MappingTraits, Refusal, judge_mappings
+from ksmcore._gate.memories import Memory, library_of
 from ksmcore._kernel import smaps
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Admission", "Export", "admit", "release_all"]
+__all__ = ["Admission", "Export", "admit", "admit_some", "not_a_buffer", "release_all"]
 
 # Tells for (address of the first byte, length in bytes) which pages belong to that buffer alone, as
 # (address, pages), when more is known of it than that its whole pages do; else None.
@@ -49,15 +54,28 @@ class Export:
 
     Raises:
         TypeError: not a buffer, or it holds Python objects.
-        ValueError: read-only, not contiguous, or no whole page inside.
+        ValueError: not contiguous, or no whole page inside.
     """
 
-    __slots__ = ("addr", "len_bytes", "n_bytes", "n_pages", "phase", "view")
+    __slots__ = (
+        "addr",
+        "first_byte",
+        "len_bytes",
+        "library",
+        "n_bytes",
+        "n_pages",
+        "name",
+        "phase",
+        "settle",
+        "view",
+    )
 
     view: memoryview
     """All bytes of the buffer; holds its export."""
     addr: int
     """Address of the first whole page."""
+    first_byte: int
+    """Address of the buffer's first byte."""
     n_pages: int
     """Whole pages; at least 1."""
     n_bytes: int
@@ -66,11 +84,28 @@ class Export:
     """Address of the buffer's first byte modulo the page size."""
     len_bytes: int
     """Length of the buffer, head and tail included."""
+    name: str
+    """Of what it was made of: the name of a class."""
+    library: str
+    """Whose memory it is, for advice; "" for that of NumPy and Python."""
+    settle: Callable[[], object] | None
+    """To be called before it is registered; see `Memory`."""
 
-    def __init__(self, buffer: object, page_bytes: int, known: Known | None = None) -> None:
-        self.view = _writable_view(buffer)
+    def __init__(
+        self,
+        buffer: object,
+        page_bytes: int,
+        known: Known | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = type(buffer).__name__ if name is None else name
+        self.settle = None
+        if isinstance(buffer, Memory):
+            self.view, self.library, self.settle = buffer.view(), buffer.library, buffer.settle
+        else:
+            self.view, self.library = _view(buffer), library_of(buffer)
         try:
-            first_byte = address_of(self.view)
+            self.first_byte = first_byte = address_of(self.view)
             self.len_bytes = self.view.nbytes
             self.phase = first_byte % page_bytes
             self.addr = first_byte + -first_byte % page_bytes
@@ -83,8 +118,8 @@ class Export:
             if self.n_pages == 0:
                 raise ValueError(
                     f"no whole page inside this buffer: it has {self.len_bytes:,} bytes and begins "
-                    f"{self.phase} bytes into a page of {page_bytes:,} bytes; register larger "
-                    "buffers, or make page-aligned ones with ksmcore.empty"
+                    f"{self.phase} bytes into a page of {page_bytes:,} bytes; "
+                    f"{_LARGER.get(self.library, _LARGER[''])}"
                 )
         except BaseException:
             self.view.release()
@@ -94,6 +129,11 @@ class Export:
     def end(self) -> int:
         """Address after the last whole page."""
         return self.addr + self.n_bytes
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Its pages, as (address, length in bytes)."""
+        return [(self.addr, self.n_bytes)]
 
     def release(self) -> None:
         """Let go of the buffer; a second call does nothing.
@@ -148,12 +188,38 @@ def admit(
             says why and what to do.
         OSError: ``/proc/self/smaps`` cannot be read.
     """
+    admissions: list[Admission] = []
     try:
-        traits = _traits_of(exports, page_bytes, privatize)
+        for export, found in zip(exports, _judge(exports, page_bytes, privatize), strict=True):
+            if isinstance(found, Refusal):
+                raise found.error()
+            admissions.append(Admission(export, found))
     except BaseException:
         release_all(exports)
         raise
-    return [Admission(export, found) for export, found in zip(exports, traits, strict=True)]
+    return admissions
+
+
+def admit_some(
+    exports: Sequence[Export], *, page_bytes: int, privatize: bool = False
+) -> tuple[list[Admission], list[tuple[str, Refusal]]]:
+    """As `admit`, except that what cannot be merged is let go, and told by the name of its class.
+
+    Raises OSError as that does; all are let go then.
+    """
+    admissions: list[Admission] = []
+    refused: list[tuple[str, Refusal]] = []
+    try:
+        for export, found in zip(exports, _judge(exports, page_bytes, privatize), strict=True):
+            if isinstance(found, Refusal):
+                export.release()
+                refused.append((export.name, found))
+            else:
+                admissions.append(Admission(export, found))
+    except BaseException:
+        release_all(exports)
+        raise
+    return admissions, refused
 
 
 def release_all(held: Iterable[Export | Admission]) -> None:
@@ -163,8 +229,27 @@ def release_all(held: Iterable[Export | Admission]) -> None:
         one.release()
 
 
-def _writable_view(buffer: object) -> memoryview:
-    """A memoryview that exports `buffer`, known to be writable, contiguous and without objects."""
+# What to do about buffers that are too small, by whose they are.
+_LARGER = {
+    "": "register larger buffers, or make page-aligned ones with ksmcore.empty",
+    "torch": "small tensors share their pages with strangers; keep many of them in one large "
+    "tensor, as views, or make them with torch.from_numpy(ksmcore.empty(...))",
+    "jax": "small arrays share their pages with strangers; stack many of them into one",
+    "pyarrow": "combine chunks (combine_chunks), so that there are fewer and larger buffers",
+    "polars": "rechunk(), so that there are fewer and larger buffers",
+}
+
+
+def not_a_buffer(thing: object) -> TypeError:
+    """For what holds no memory that there is a way to."""
+    return TypeError(
+        f"{type(thing).__name__!r} is not a buffer, and holds none; pass an mmap, a NumPy array, a "
+        "bytearray, a tensor, or an object that is made of such: a model, a data frame, a dict"
+    )
+
+
+def _view(buffer: object) -> memoryview:
+    """A memoryview that exports `buffer`, known to be contiguous and without objects."""
     if isinstance(buffer, np.ndarray):
         return _view_of_array(buffer)
     try:
@@ -172,15 +257,10 @@ def _writable_view(buffer: object) -> memoryview:
         exporter: Any = buffer
         view = memoryview(exporter)
     except TypeError:
-        raise TypeError(
-            f"{type(buffer).__name__!r} is not a buffer; pass an mmap, a NumPy array, a bytearray, "
-            "a memoryview or what else exports its memory (for a tensor: its .numpy())"
-        ) from None
+        raise not_a_buffer(buffer) from None
     try:
         if _holds_objects(view.format):
             raise _object_error(f"format {view.format!r}")
-        if view.readonly:
-            raise _read_only_error(type(buffer).__name__)
         if not view.contiguous:
             raise _stride_error(type(buffer).__name__)
     except BaseException:
@@ -194,8 +274,6 @@ def _view_of_array(array: np.ndarray[Any, Any]) -> memoryview:
     name = type(array).__name__
     if array.dtype.hasobject:
         raise _object_error(f"dtype {array.dtype}")
-    if not array.flags.writeable:
-        raise _read_only_error(name)
     if not array.flags.forc:
         raise _stride_error(name)
     # Without the subclass: matrix refuses one dimension, MaskedArray carries its mask along.
@@ -221,13 +299,6 @@ def _object_error(what: str) -> TypeError:
     )
 
 
-def _read_only_error(name: str) -> ValueError:
-    return ValueError(
-        f"this {name} is read-only, so ksmcore cannot tell who else relies on its memory; register "
-        "the writable object that owns the memory, or a copy made with ksmcore.copy"
-    )
-
-
 def _stride_error(name: str) -> ValueError:
     return ValueError(
         f"this {name} is not contiguous; register the array it is a part of, or a copy made with "
@@ -235,30 +306,37 @@ def _stride_error(name: str) -> ValueError:
     )
 
 
-def _traits_of(exports: Sequence[Export], page_bytes: int, privatize: bool) -> list[MappingTraits]:
+def _judge(
+    exports: Sequence[Export], page_bytes: int, privatize: bool
+) -> list[MappingTraits | Refusal]:
+    """What the mappings under each of them say."""
     if not exports:
         return []
-    lowest = min(export.addr for export in exports)
-    highest = max(export.end for export in exports)
-    snapshot = smaps.Snapshot(lowest, highest)
-    found: list[MappingTraits] = []
+    snapshot = smaps.Snapshot(
+        min(export.addr for export in exports), max(export.end for export in exports)
+    )
+    found: list[MappingTraits | Refusal] = []
     # By address, as many buffers can lie in one mapping.
     judged: dict[int, smaps.Vma] = {}
     for export in exports:
-        start, end = export.addr, export.end
-        mappings = snapshot.vmas_in(start, end)
-        found.append(
-            check_mappings(mappings, start, end, page_bytes=page_bytes, privatize=privatize)
+        mappings = snapshot.vmas_in(export.addr, export.end)
+        verdict = judge_mappings(
+            mappings, export.addr, export.end, page_bytes=page_bytes, privatize=privatize
         )
-        judged.update((vma.start, vma) for vma in mappings)
+        found.append(verdict)
+        if not isinstance(verdict, Refusal):
+            judged.update((vma.start, vma) for vma in mappings)
     # Last and once for all, because it can cost another reading of a file as slow as smaps.
-    own_policy = smaps.own_numa_policy(list(judged.values()))
-    if own_policy is not None:
+    rest = list(judged.values())
+    while (own_policy := smaps.own_numa_policy(rest)) is not None:
         vma, policy = own_policy
-        raise refusal(
-            max(lowest, vma.start),
-            min(highest, vma.end),
-            f"its pages have the NUMA policy {policy!r}, which merged pages cannot keep",
-            "set it back to MPOL_DEFAULT with mbind(2)",
-        )
+        del rest[: rest.index(vma) + 1]
+        for n, export in enumerate(exports):
+            if vma.start < export.end and vma.end > export.addr:
+                found[n] = Refusal(
+                    max(export.addr, vma.start),
+                    min(export.end, vma.end),
+                    f"its pages have the NUMA policy {policy!r}, which merged pages cannot keep",
+                    "set it back to MPOL_DEFAULT with mbind(2)",
+                )
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ksmcore._kernel import smaps
 
-__all__ = ["MappingTraits", "check_mappings", "refusal"]
+__all__ = ["MappingTraits", "Refusal", "check_mappings", "judge_mappings"]
 
 _SHARED_ANONYMOUS = "/dev/zero (deleted)"
 _OWN_STORE = "/memfd:ksmcore-store"
@@ -72,20 +72,42 @@ class MappingTraits:
         return self.dontfork | self.dontdump << 1 | self.hugepage << 2 | self.nohugepage << 3
 
 
-def refusal(start: int, end: int, why: str, way_out: str) -> ValueError:
-    """Error for the pages [start, end): why they cannot be merged, and what the user can do."""
-    return ValueError(f"cannot register the memory at {start:#x}-{end:#x}: {why}; {way_out}")
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the pages [start, end) cannot be merged, and what the user can do."""
+
+    start: int
+    end: int
+    why: str
+    way_out: str
+
+    def error(self) -> ValueError:
+        return ValueError(
+            f"cannot register the memory at {self.start:#x}-{self.end:#x}: {self.why}; "
+            f"{self.way_out}"
+        )
 
 
 def check_mappings(
     mappings: Sequence[smaps.Vma], start: int, end: int, *, page_bytes: int, privatize: bool = False
 ) -> MappingTraits:
-    """Judge the pages [start, end) by `mappings`, all that overlap them, lowest first.
-
-    A pure function of what smaps says, so that rare flags can be tried with invented text.
+    """As `judge_mappings`, with the refusal as an error.
 
     Raises:
         ValueError: the pages cannot be merged.
+    """
+    found = judge_mappings(mappings, start, end, page_bytes=page_bytes, privatize=privatize)
+    if isinstance(found, Refusal):
+        raise found.error()
+    return found
+
+
+def judge_mappings(
+    mappings: Sequence[smaps.Vma], start: int, end: int, *, page_bytes: int, privatize: bool = False
+) -> MappingTraits | Refusal:
+    """Judge the pages [start, end) by `mappings`, all that overlap them, lowest first.
+
+    A pure function of what smaps says, so that rare flags can be tried with invented text.
     """
     covered = start
     must_privatize = False
@@ -100,9 +122,9 @@ def check_mappings(
             if not (privatize and _is_shared_anonymous(vma)):
                 refused = _why_not_shared(vma)
         if refused is not None:
-            raise refusal(max(start, vma.start), min(end, vma.end), *refused)
+            return Refusal(max(start, vma.start), min(end, vma.end), *refused)
     if covered < end:
-        raise refusal(
+        return Refusal(
             covered,
             end,
             "not mapped there" if covered == start else "mapped only in part: a hole begins there",
@@ -110,7 +132,7 @@ def check_mappings(
         )
     no_fork = {"dc" in vma.flags for vma in mappings}
     if len(no_fork) > 1:
-        raise refusal(
+        return Refusal(
             start,
             end,
             "a part of it has MADV_DONTFORK and a part has not",
@@ -157,8 +179,8 @@ def _why_not(vma: smaps.Vma, page_bytes: int) -> tuple[str, str] | None:
         protection = "r" if vma.readable else "w" if vma.writable else "neither"
         names = {"r": "only readable", "w": "only writable", "neither": "not accessible"}
         return (
-            f"it is {names[protection]} (mprotect), though its buffer says writable",
-            "make it readable and writable first",
+            f"it is {names[protection]} (mapped so, or by mprotect)",
+            f"make it readable and writable first, or {_MAKE_A_COPY}",
         )
     return None if vma.shared else _why_not_private(vma)
 

@@ -21,8 +21,28 @@ class PhaseWarning(UserWarning):
     """Two buffers of one size begin at different offsets within a page, so cannot share pages."""
 
 
-def phase_advice(len_bytes: int, phase: int, other_phase: int) -> str:
-    """Text of a `PhaseWarning` for a new buffer of `len_bytes` bytes.
+# Of memory that comes from the C library, and is not NumPy's.
+_FROM_MALLOC = (
+    "put where the C library has room. With MALLOC_MMAP_THRESHOLD_=65536 in the environment in "
+    "which the program is started, all large ones begin at one offset"
+)
+# What helps, by whose memory it is.
+_ADVICE = {
+    "": "Page-aligned arrays always match: make them with ksmcore.empty, zeros, full or array, or "
+    "under ksmcore.allocator(); copy what exists with ksmcore.array. "
+    "For frames and records ksmcore.rows(n, row_shape, dtype) begins every row on a page.",
+    "torch": f"Tensors are {_FROM_MALLOC}. Or make them of page-aligned memory: "
+    "torch.from_numpy(ksmcore.empty(shape, dtype)), and ksmcore.array for a copy of what exists.",
+    "jax": f"JAX's arrays are {_FROM_MALLOC}.",
+    "pyarrow": "pyarrow's own pools put buffers anywhere. With the one of the system "
+    "(ARROW_DEFAULT_MEMORY_POOL=system in the environment in which the program is started, or "
+    f"pyarrow.set_memory_pool(pyarrow.system_memory_pool())) they are {_FROM_MALLOC}.",
+    "polars": "polars has an allocator of its own, which puts buffers anywhere.",
+}
+
+
+def phase_advice(len_bytes: int, phase: int, other_phase: int, library: str = "") -> str:
+    """Text of a `PhaseWarning` for a new buffer of `len_bytes` bytes, of one of a library's.
 
     `phase` and `other_phase` are the offsets in bytes within a page at which the new buffer and a
     registered one of the same size begin.
@@ -30,11 +50,8 @@ def phase_advice(len_bytes: int, phase: int, other_phase: int) -> str:
     return (
         f"this buffer of {len_bytes:,} bytes begins {phase} bytes into a page, a registered buffer "
         f"of the same size {other_phase} bytes. Equal arrays share pages only if they begin at the "
-        "same offset; so these two will share next to nothing. Page-aligned arrays always match: "
-        "make them with ksmcore.empty, zeros, full or array, or under ksmcore.allocator(); copy "
-        "what exists with ksmcore.array. "
-        "For frames and records ksmcore.rows(n, row_shape, dtype) begins every row on a page."
-    )
+        "same offset; so these two will share next to nothing. "
+    ) + _ADVICE.get(library, _ADVICE[""])
 
 
 class Phases:
@@ -65,7 +82,7 @@ class Phases:
             others.add(first.setdefault(buffer.len_bytes, buffer.phase))
             others.discard(buffer.phase)
             if others:
-                text = phase_advice(buffer.len_bytes, buffer.phase, min(others))
+                text = phase_advice(buffer.len_bytes, buffer.phase, min(others), buffer.library)
                 warnings.warn(text, PhaseWarning, stacklevel=_callers_level())
                 self._told.add(buffer.len_bytes)  # not where the warning is an error
                 return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["disjoint", "overlap_bytes"]
+__all__ = ["disjoint", "gaps", "overlap_bytes"]
 
 
 def disjoint(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -30,3 +31,19 @@ def overlap_bytes(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, i
         else:
             j += 1
     return n_bytes
+
+
+def gaps(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of [start, end) lies in none of the ranges `taken`, which are sorted and disjoint."""
+    first = max(bisect.bisect_right(taken, (start, start)) - 1, 0)
+    for n in range(first, len(taken)):
+        taken_start, taken_end = taken[n]
+        if taken_end <= start:
+            continue
+        if taken_start >= end:
+            break
+        if taken_start > start:
+            yield start, taken_start
+        start = taken_end
+    if start < end:
+        yield start, end

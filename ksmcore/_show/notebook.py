@@ -96,6 +96,7 @@ def of_pass_report(report: PassReport) -> str:
     told = ", ".join(f"<b>{count:,}</b> {what}" for what, count in facts if count)
     skipped = {reason: count for reason, count in report.skipped.items() if count}
     left_out = table(skipped, "left out, by reason") if skipped else ""
+    left_out += _unreached(report)
     return _box(report, head, f"<div>Pages: {told or 'none'}</div>{left_out}")
 
 
@@ -117,7 +118,12 @@ def of_estimate(estimate: Estimate) -> str:
         parts.append(part._replace(label=label, meaning=meaning))
     present = estimate.pages_present * estimate.page_bytes
     head = f"<b>{size(estimate.bytes_saved)}</b> of {size(present)} could be saved"
-    return _box(estimate, head, bar(parts) + legend(parts))
+    return _box(estimate, head, bar(parts) + legend(parts) + _unreached(estimate))
+
+
+def _unreached(report: PassReport | Estimate) -> str:
+    found = dict(report.unreached)
+    return table(found, "not reached, by class and reason") if found else ""
 
 
 def of_memory_info(info: MemoryInfo) -> str:

@@ -46,7 +46,7 @@ def test_close_removes_exactly_its_regions(engine, buffers):
 
 def test_it_gives_no_control():
     names = {name for name in dir(ksmcore.Area) if not name.startswith("_")}
-    assert names == {"close", "closed", "register", "regions", "stats"}
+    assert names == {"close", "closed", "register", "regions", "stats", "unreached"}
 
 
 def test_with(engine, buffers):

@@ -12,7 +12,7 @@ import pytest
 import ksmcore
 from helpers.forks import THREADS_RUN, in_child
 from helpers.kernels_view import is_plain, store_bytes
-from helpers.memory import PAGE, address, fill, octets, private_memory, random_pages
+from helpers.memory import PAGE, PRIVATE, address, fill, octets, private_memory, random_pages
 from ksmcore._engine import registrar
 
 N_PAGES = 24
@@ -68,7 +68,7 @@ class TestBufferKinds:
 def refused_buffers():
     yield "not a buffer", object(), TypeError
     yield "objects", np.full(LEN_BYTES // 8, None), TypeError
-    yield "read-only", bytes(LEN_BYTES), ValueError
+    yield "read-only", mmap.mmap(-1, LEN_BYTES, PRIVATE, mmap.PROT_READ), ValueError
     yield "not contiguous", np.zeros((2 * N_PAGES, PAGE), np.uint8)[::2], ValueError
     yield "no whole page", bytearray(PAGE - 1), ValueError
     yield "empty", bytearray(), ValueError

@@ -93,7 +93,7 @@ def test_array(name):
 def test_array_of_a_foreign_type():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     values = np.zeros(LEN_BYTES // 2, ml_dtypes.bfloat16)
-    assert admit(values).len_bytes == LEN_BYTES
+    assert admit(values).export.len_bytes == LEN_BYTES
 
 
 @pytest.mark.parametrize(
@@ -242,21 +242,23 @@ def test_memoryviews_of_objects():
     assert "objects" in refused((ctypes.py_object * LEN_BYTES)(), TypeError)
 
 
-def test_read_only_buffers():
+def test_read_only_buffers_are_judged_by_their_mapping():
     frozen = np.zeros(LEN_BYTES, np.uint8)
     frozen.flags.writeable = False
-    file_view = mmap.mmap(-1, LEN_BYTES, prot=mmap.PROT_READ)
     for buffer in (
         bytes(LEN_BYTES),
         memoryview(bytearray(LEN_BYTES)).toreadonly(),
         frozen,
         np.frombuffer(bytes(LEN_BYTES)),
-        file_view,
     ):
-        text = refused(buffer)
-        assert "read-only" in text
-        assert "ksmcore.copy" in text
-    file_view.close()
+        admission = admit(buffer)
+        assert admission.export.len_bytes == LEN_BYTES
+        assert admission.export.view.readonly
+        admission.release()
+    with mmap.mmap(-1, LEN_BYTES, flags=PRIVATE, prot=mmap.PROT_READ) as nobody_writes:
+        text = refused(nobody_writes)
+    assert "only readable" in text
+    assert "ksmcore.copy" in text
 
 
 def test_non_contiguous_buffers():
