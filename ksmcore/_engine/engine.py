@@ -421,6 +421,7 @@ class Engine(Closing):
             page_bytes=self.page_bytes,
             run=parts.in_force.settings.run,
             passes_put_off=parts.scanner.n_put_off,
+            scanner_seconds=parts.scanner.cpu_seconds,
             scanner_error=None if parts.scanner.error is None else repr(parts.scanner.error),
             guard=self._core.guard_in_use,
             dirty="pagemap" if with_tracker else "checksum",
