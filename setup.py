@@ -112,8 +112,10 @@ class BuildExt(build_ext):
         if in_checkout:
             # An editable install would build in a new temporary directory, and so all modules
             # every time; a lasting one compiles only those that changed.
-            self.build_lib = f"build/lib-{sys.implementation.cache_tag}"
-            self.build_temp = f"build/temp-{sys.implementation.cache_tag}"
+            # abiflags: a free-threaded or debug build has the tag of the plain one.
+            tag = f"{sys.implementation.cache_tag}{sys.abiflags}"
+            self.build_lib = f"build/lib-{tag}"
+            self.build_temp = f"build/temp-{tag}"
         if self.parallel is None:
             self.parallel = os.cpu_count()
 
