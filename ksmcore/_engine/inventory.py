@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksmcore._kernel.outside import EXCLUSIVE, FRAME, CannotLookError, Outside, Pages, Place
+from ksmcore._kernel.outside import CannotLookError, Outside, Pages, Place
+from ksmcore._kernel.pagemap_entries import EXCLUSIVE, FRAME
 from ksmcore._kernel.syscalls import page_bytes
 from ksmcore._pages import checksum_many, is_zero
 

@@ -20,18 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ksmcore._kernel import files, procfs, smaps
+from ksmcore._kernel.pagemap_entries import OF_FILE, PRESENT, entries_from
 from ksmcore._kernel.syscalls import page_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["CannotLookError", "Outside", "Pages", "Place"]
-
-# Of an entry of pagemap.
-PRESENT = np.uint64(1 << 63)
-OF_FILE = np.uint64(1 << 61)  # or of shared memory
-EXCLUSIVE = np.uint64(1 << 56)
-FRAME = np.uint64((1 << 55) - 1)  # 0 for those who may not know
 
 # How much is asked for at a time: 256 KiB of pagemap, and memory in pieces that stay in the cache.
 ENTRIES = 32_768
@@ -137,20 +132,13 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
         next. Raises OSError for what should not happen."""
         step = ENTRIES * self._page_bytes
         for start in range(place.start, place.end, step):
-            entries = self._entries(start, min(place.end, start + step))
+            n_pages = (min(place.end, start + step) - start) // self._page_bytes
+            entries = entries_from(self._pagemap, start, n_pages)
             is_there = (entries & PRESENT) != 0
             is_own = is_there & ((entries & OF_FILE) == 0)
             self.n_elsewhere += int(np.count_nonzero(is_there) - np.count_nonzero(is_own))
             for first, last in _stretches(is_own, MOST_READ_BYTES // self._page_bytes):
                 yield from self._read(start + first * self._page_bytes, entries[first:last])
-
-    def _entries(self, start: int, end: int) -> NDArray[np.uint64]:
-        n_pages = (end - start) // self._page_bytes
-        try:
-            found = os.pread(self._pagemap, n_pages * 8, start // self._page_bytes * 8)
-        except ProcessLookupError:
-            found = b""
-        return np.frombuffer(found[: len(found) // 8 * 8], np.uint64)
 
     def _read(self, addr: int, entries: NDArray[np.uint64]) -> Iterator[Pages]:
         """Page by page where the whole cannot be read: some of it was unmapped meanwhile."""
