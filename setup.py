@@ -83,6 +83,28 @@ def extensions():
     ]
 
 
+def written(extension):
+    """The file of C that Cython writes for an extension."""
+    return (BUILD / "cython" / extension.sources[0]).with_suffix(".c")
+
+
+def is_translated(extension):
+    """Is its C as new as everything in the project that it was made from?
+
+    Cython would also look at its own files, and at NumPy's: those are new in each of the
+    environments that pip builds in, and a second `pip install -e .` would compile everything anew.
+    Their versions are in the settings.
+    """
+    made = written(extension)
+    told = made.with_suffix(".c.dep")
+    if not made.exists() or not told.exists():
+        return False
+    names = told.read_text().replace("\\\n", " ").partition(":")[2].split()
+    paths = [ROOT / name for name in [*extension.sources, *names]]
+    ours = [path for path in paths if path.resolve().is_relative_to(ROOT.resolve() / PACKAGE)]
+    return all(path.exists() and path.stat().st_mtime <= made.stat().st_mtime for path in ours)
+
+
 class BuildPy(build_py):
     """Leaves out what only tests use, unless it is asked for."""
 
@@ -112,8 +134,10 @@ class BuildExt(build_ext):
         if in_checkout:
             # An editable install would build in a new temporary directory, and so all modules
             # every time; a lasting one compiles only those that changed.
-            self.build_lib = f"build/lib-{sys.implementation.cache_tag}"
-            self.build_temp = f"build/temp-{sys.implementation.cache_tag}"
+            # abiflags: a free-threaded or debug build has the tag of the plain one.
+            tag = f"{sys.implementation.cache_tag}{sys.abiflags}"
+            self.build_lib = f"build/lib-{tag}"
+            self.build_temp = f"build/temp-{tag}"
         if self.parallel is None:
             self.parallel = os.cpu_count()
 
@@ -128,11 +152,14 @@ class BuildExt(build_ext):
 
         settings = f"{Cython.__version__} {DIRECTIVES} {COMPILE_ARGS} {LINK_ARGS}\n"
         changed = not SETTINGS_FILE.exists() or SETTINGS_FILE.read_text() != settings
+        forced = changed or self.force
+        old = [one for one in self.extensions if forced or not is_translated(one)]
         translated = cythonize(
-            self.extensions,
+            old,
             build_dir=str(BUILD / "cython"),
             compiler_directives=DIRECTIVES,
-            force=changed or self.force,
+            depfile=True,
+            force=forced,
         )
         if changed:
             SETTINGS_FILE.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +169,10 @@ class BuildExt(build_ext):
 
         by_name = {made.name: made for made in translated}
         for extension in self.extensions:
-            vars(extension).update(vars(by_name[extension.name]))
+            if extension.name in by_name:
+                vars(extension).update(vars(by_name[extension.name]))
+            else:
+                extension.sources = [str(written(extension))]
             extension.depends = [*extension.depends, str(SETTINGS_FILE)]
             if extension.name == f"{PACKAGE}._arrays.allocator":
                 extension.include_dirs = [*extension.include_dirs, numpy.get_include()]

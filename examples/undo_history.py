@@ -168,6 +168,19 @@ def example(full: bool) -> None:
         check(digest(editor.picture) == wanted[forth], f"redo {forth} shows another picture")
     say("Check", f"{n_steps} times undo, {n_steps} times redo: every picture as it was drawn")
 
+    # What a program has to draw anew after an undo.
+    drawn, before_it = editor.picture, editor.done[-1]
+    started = time.perf_counter()
+    changes = ksmcore.changed(drawn, since=before_it)
+    seconds = time.perf_counter() - started
+    rows = np.flatnonzero((drawn != before_it).any(axis=(1, 2)))
+    check(changes.rows.tolist() == rows.tolist(), "other rows differ than are told")
+    say(
+        "Changed",
+        f"the last step, {len(rows)} of {height} rows, {changes.pages_read} of "
+        f"{changes.pages_total} pages read in {seconds * 1e3:.2f} ms",
+    )
+
     filtered = [ksmcore.copy(editor.picture) for _ in range(3)]
     for times, state in enumerate(filtered):
         for _ in range(times):

@@ -26,6 +26,7 @@ from ksmcore._arrays import installing as _allocating  # noqa: E402
 from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
 from ksmcore._engine.all_engines import process_memory_info as memory_info  # noqa: E402
 from ksmcore._engine.area import Area  # noqa: E402
+from ksmcore._engine.changes import Changes  # noqa: E402
 from ksmcore._engine.counters import Stats  # noqa: E402
 from ksmcore._engine.engine import Engine  # noqa: E402
 from ksmcore._engine.features import features  # noqa: E402
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Area",
+    "Changes",
     "Engine",
     "Estimate",
     "History",
@@ -67,6 +69,7 @@ __all__ = [
     "allocator",
     "area",
     "array",
+    "changed",
     "configure",
     "copy",
     "dedup",
@@ -217,6 +220,12 @@ def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any
 def copy(source: "NDArray[Any]") -> "NDArray[Any]":
     """`Engine.copy` of the default engine: a page-aligned, registered copy of an array."""
     return default_engine().copy(source)
+
+
+def changed(copy: "NDArray[Any]", *, since: "NDArray[Any]") -> Changes:
+    """`Engine.changed` of the default engine: which pages and rows of a copy differ from its
+    source, reading only pages that they do not share."""
+    return default_engine().changed(copy, since=since)
 
 
 def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator":

@@ -127,6 +127,9 @@ class Stats(Snapshot):
         "Times that the background scanner had to wait because there was no file descriptor or no "
         "memory for it, or because the kernel did not tell what is mapped.",
     )
+    scanner_seconds: float = means(
+        WORK, "seconds", "Processor time of the background scanner, up to its last batch."
+    )
     run: int = means(NOW, "", "The setting of that name: 1 while the background scanner is wanted.")
     scanner_error: str | None = means(
         STATE, "", "What the scanner ended by, until stop() raises it."

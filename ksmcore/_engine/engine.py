@@ -21,6 +21,7 @@ from ksmcore._core.core import Core
 from ksmcore._core.null_core import NullCore
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
+from ksmcore._engine.changes import Changes, differences
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.counters import Stats
 from ksmcore._engine.features import check_tracker, choose_guard
@@ -391,6 +392,28 @@ class Engine(Closing):
         parts = self._open()
         return making.copy(parts.registrar, parts.passes.copy, source)
 
+    def changed(self, copy: NDArray[Any], *, since: NDArray[Any]) -> Changes:
+        """Which pages and which rows of a copy differ from its source.
+
+        Pages for which both still show the same shared page, as after `copy`, are equal and not
+        read: it costs about what was written to either side. Arrays that share nothing are compared
+        byte by byte. Equal means equal bytes: 0.0 and -0.0 differ, equal NaNs do not.
+
+        Raises:
+            TypeError: no arrays, or such as hold references to objects.
+            ValueError: arrays of different shapes or dtypes, or not C-contiguous; or the engine is
+                closed.
+        """
+        registrar = self._open().registrar
+        with contextlib.ExitStack() as held:
+            try:
+                for array in (copy, since):
+                    held.enter_context(registrar.hold(array))
+                is_held = True
+            except (TypeError, ValueError):  # not registered here, or not writable
+                is_held = False
+            return differences(copy, since, by_pages=is_held)
+
     def _adopt(self, tidy: Callable[[bool], object]) -> Core | None:
         """For the arena: what its memory is to be registered with (None: nothing, see
         KSMCORE_DISABLE); it is tidied before passes."""
@@ -423,6 +446,7 @@ class Engine(Closing):
             page_bytes=self.page_bytes,
             run=parts.in_force.settings.run,
             passes_put_off=parts.scanner.n_put_off,
+            scanner_seconds=parts.scanner.cpu_seconds,
             scanner_error=None if parts.scanner.error is None else repr(parts.scanner.error),
             guard=self._core.guard_in_use,
             dirty="pagemap" if with_tracker else "checksum",

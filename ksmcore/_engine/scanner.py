@@ -66,6 +66,8 @@ class Scanner:
         self._error: BaseException | None = None
         self.n_put_off = 0
         """How often nothing could be merged for the moment."""
+        self.cpu_seconds = 0.0
+        """Processor time that its threads have had, up to the last batch or rest."""
         self._is_put_off = False  # since the last batch
         self._pacer = Pacer()
         self._cpu_at = 0.0
@@ -144,7 +146,8 @@ class Scanner:
                 return
         try:
             self._cursor = None
-            self._cpu_at = time.thread_time()
+            self._cpu_at = began = time.thread_time()
+            before = self.cpu_seconds
             while self._is_wanted():
                 passes = self._passes()
                 if passes is None:
@@ -154,6 +157,7 @@ class Scanner:
                 self._is_resting = True
                 n_enlisted = passes.n_enlisted
                 rest = self._step(passes)
+                self.cpu_seconds = before + time.thread_time() - began
                 del passes  # nobody else may hold it any more
                 hide()
                 if self._is_wanted():

@@ -1,4 +1,4 @@
-"""The command line: `python -m ksmcore` and the script `ksmcore` (extra `cli`).
+"""The command line: `python -m ksmcore` and the script `ksmcore`.
 
 click reads the arguments; then the program is run, where there is one: nothing of click may be
 between that and the interpreter.
@@ -20,11 +20,13 @@ OUTPUT_FAILED = os.EX_IOERR
 
 def main() -> None:
     """Do what the arguments say. Raises SystemExit, or what the program raised that was run."""
-    # Both at once, rather than rich when it is first drawn with.
+    # Where ksmcore was installed without what it depends on. Both at once, rather than rich when it
+    # is first drawn with.
     missing = [name for name in ("click", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"ksmcore: the command line needs {' and '.join(missing)}: pip install 'ksmcore[cli]'"
+            f"ksmcore: the command line needs {' and '.join(missing)}: "
+            f"pip install {' '.join(missing)}"
         )
     import click
 

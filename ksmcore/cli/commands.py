@@ -70,15 +70,26 @@ class Output(OutputBase):
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _program_arguments(command: Command) -> Command:
-    """-m, the script or module, and its arguments, which are none of ours."""
-    for decorate in (
-        click.argument("args", nargs=-1, type=click.UNPROCESSED),
-        click.argument("script"),
-        click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module."),
-    ):
-        command = decorate(command)
-    return command
+def _program_arguments(*, required: bool) -> Callable[[Command], Command]:
+    """-m, -c, the script, module or code, and its arguments, which are none of ours."""
+
+    def decorated(command: Command) -> Command:
+        for decorate in (
+            click.argument("args", nargs=-1, type=click.UNPROCESSED),
+            click.argument("script", required=required),
+            click.option("-c", "is_code", is_flag=True, help="SCRIPT is the program's text."),
+            click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module."),
+        ):
+            command = decorate(command)
+        return command
+
+    return decorated
+
+
+def _program(script: str, args: tuple[str, ...], is_module: bool, is_code: bool) -> Program:
+    if is_module and is_code:
+        raise click.UsageError("-m and -c exclude each other")
+    return Program(script, args, is_module, is_code)
 
 
 def _accompanying(make: Callable[[], Companion], program: Program) -> Runner:
@@ -122,6 +133,7 @@ def cli() -> None:
       ksmcore doctor               does it work here, and how well?
       ksmcore estimate train.py    what would my program save?
       ksmcore run train.py         save it
+      ksmcore estimate --pid PID   and what runs already?
     """
 
 
@@ -129,7 +141,7 @@ def cli() -> None:
     context_settings=PROGRAM_SETTINGS,
     short_help="Run a program, with its equal pages merged.",
 )
-@_program_arguments
+@_program_arguments(required=True)
 @click.option(
     "--report",
     type=Output(),
@@ -150,6 +162,7 @@ def run(
     script: str,
     args: tuple[str, ...],
     is_module: bool,
+    is_code: bool,
     report: OutputFile | None,
     json: OutputFile | None,
     no_scan: bool,
@@ -162,13 +175,16 @@ def run(
     \b
       ksmcore run train.py --epochs 3
       ksmcore run --report out.html -m package.module --epochs 3
+      ksmcore run -c "import train; train.main()"
+      generate | ksmcore run - --epochs 3
 
     Options of ksmcore go before SCRIPT; what follows it is the program's. Its input, output, exit
     status and tracebacks are its own. A summary of what was saved is written to stderr at the end;
     there is none when the program is killed by a signal, or leaves by os._exit. Meanwhile `ksmcore
-    live PID` shows the numbers. Processes that it starts run without ksmcore. Those that it forks
-    go on with the allocator and have no scanner: nothing is merged in them unless they call
-    ksmcore.start(). Options of Python go before: python -W error -m ksmcore run ...
+    live PID` shows the numbers; what --json wrote `ksmcore report FILE` shows afterwards. Processes
+    that it starts run without ksmcore. Those that it forks go on with the allocator and have no
+    scanner: nothing is merged in them unless they call ksmcore.start(). Options of Python go
+    before: python -W error -m ksmcore run ...
 
     Where `ksmcore doctor` names another guard than userfaultfd, a system call that reads into an
     array, such as readinto(), fails with EFAULT if it does so in the moment in which the array is
@@ -178,7 +194,7 @@ def run(
 
     if report is not None and json is not None and report.is_same_file(json):
         raise click.UsageError("--report and --json name the same file")
-    program = Program(script, args, is_module)
+    program = _program(script, args, is_module, is_code)
     options = RunOptions(
         threshold_bytes=threshold,
         scans=not no_scan,
@@ -192,26 +208,78 @@ def run(
 
 @cli.command(
     context_settings=PROGRAM_SETTINGS,
-    short_help="Run a program, and tell what merging could save.",
+    short_help="What could merging save, in a program or in running processes?",
 )
-@_program_arguments
+@_program_arguments(required=False)
+@click.option(
+    "--pid",
+    "pids",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Look at this running process instead; again for more.",
+)
+@click.option(
+    "--whole", is_flag=True, help="Look at all memory of the program, not only at its arrays."
+)
 @threshold
 @click.option(
     "--json", type=Output(), metavar="FILE", help="Write what was found (JSON) at the end."
 )
 def estimate(
-    script: str, args: tuple[str, ...], is_module: bool, threshold: int, json: OutputFile | None
-) -> Runner:
+    script: str | None,
+    args: tuple[str, ...],
+    is_module: bool,
+    is_code: bool,
+    pids: tuple[int, ...],
+    whole: bool,
+    threshold: int,
+    json: OutputFile | None,
+) -> Runner | int:
     """Run a Python program and count what `ksmcore run` could save. Nothing is merged.
 
-    Its arrays are looked at now and then, for a twentieth of the time, and once at the end. What is
+    \b
+      ksmcore estimate train.py --epochs 3    the program's arrays
+      ksmcore estimate --whole train.py       all its memory, by mapping and library
+      ksmcore estimate --pid 4711 --pid 4712  any processes, as they are now
+
+    The program is looked at now and then, for a twentieth of the time, and once at the end. What is
     found is written to stderr. Pages that a real run would find changing all the time are counted
     too, so a real run may save less.
-    """
-    from ksmcore.cli.estimate import Watch
 
-    program = Program(script, args, is_module)
-    return _accompanying(lambda: Watch(program, threshold, json), program)
+    With --pid nothing is run: processes of any kind are looked at from outside, which needs the
+    rights of a debugger. What is equal inside each, and across them, is written to stdout. They go
+    on meanwhile. `ksmcore run` merges inside a process only, and not all that is counted here. What
+    the kernel keeps once anyway is not looked at: files as they are on the disk, and shared memory.
+    The exit status is 1 if one of them could not be looked at.
+    """
+    if pids:
+        if script is not None or is_module or is_code or whole:
+            raise click.UsageError("--pid looks at processes that run: no program can be run too")
+        from ksmcore.cli.inventory import look_at
+
+        _print_anything()
+        return look_at(pids, json)
+    if script is None:
+        raise click.UsageError("what shall be looked at? Name a SCRIPT, or a process with --pid")
+    from ksmcore.cli.estimate import Watch, WholeWatch
+
+    program = _program(script, args, is_module, is_code)
+    watch = WholeWatch if whole else Watch
+    return _accompanying(lambda: watch(program, threshold, json), program)
+
+
+@cli.command(short_help="Show again what was written by --json.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, readable=True))
+def report(file: str) -> None:
+    """Show the numbers that `ksmcore run --json FILE` or `ksmcore estimate --json FILE` wrote, as a
+    summary."""
+    from ksmcore.cli.afterwards import NotOursError, tell
+
+    _print_anything()
+    try:
+        tell(file)
+    except (NotOursError, OSError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @cli.command(short_help="Does it work here, how well, and what would help?")

@@ -1,4 +1,5 @@
-"""`ksmcore estimate`: a program with its arrays looked at while it runs, and nothing merged.
+"""`ksmcore estimate`: a program with its arrays, or all of its memory, looked at while it runs, and
+nothing merged.
 
 The allocator is there, so that arrays lie as they would under `ksmcore run`, and no scanner; a
 thread counts equal pages now and then.
@@ -7,52 +8,55 @@ thread counts equal pages now and then.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
 
 import ksmcore
 from ksmcore._engine.hidden_thread import HiddenThread
+from ksmcore._engine.inventory import Inventory, take_inventory
 from ksmcore._engine.stats import Estimate
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import DISABLED, SCHEMA
+from ksmcore.cli.inventory import place_lines
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.sizes import counted, human_bytes
 
-if TYPE_CHECKING:
-    from ksmcore._engine.engine import Engine
-
-__all__ = ["Watch"]
+__all__ = ["Watch", "WholeWatch", "estimate_text", "whole_text"]
 
 # A look is followed by a rest of so many times its length, and of so many seconds at least.
 REST_PER_LOOK = 20
 LEAST_REST_SECONDS = 0.2
 
 
+Found = TypeVar("Found", Estimate, Inventory)
+
+
 @dataclass(frozen=True)
-class Look:
+class Look(Generic[Found]):
     """What one look found."""
 
-    estimate: Estimate
+    found: Found
     seconds: float
     """Since the program began."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, **self.estimate.as_dict()}
 
+class Looks(Generic[Found]):
+    """A thread that looks at a program's memory now and then, until the last look."""
 
-class Looks:
-    """A thread that looks at an engine's memory now and then, until the last look."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, look: Callable[[], Found], saved: Callable[[Found], int]) -> None:
+        """`saved` tells of two finds which is better."""
+        self._look_now: Callable[[], Found] = look
+        self._saved: Callable[[Found], int] = saved
         self._began = time.monotonic()
         self._stop = threading.Event()
         self.n_looks = 0
-        self.best: Look | None = None
-        self.last: Look | None = None
+        self.best: Look[Found] | None = None
+        self.last: Look[Found] | None = None
         self._thread = HiddenThread(self._run)
         self._thread.start()
 
@@ -74,13 +78,13 @@ class Looks:
 
     def _look(self) -> None:
         at = time.monotonic() - self._began
-        self.last = Look(self._engine.estimate(), at)
+        self.last = Look(self._look_now(), at)
         self.n_looks += 1
-        if self.best is None or self.last.estimate.bytes_saved > self.best.estimate.bytes_saved:
+        if self.best is None or self._saved(self.last.found) > self._saved(self.best.found):
             self.best = self.last
 
 
-class Watch(Companion):
+class Watching(Companion, Generic[Found]):
     """The allocator and the looks, and what is told of them at the end."""
 
     def __init__(self, program: Program, threshold_bytes: int, output: OutputFile | None) -> None:
@@ -91,7 +95,16 @@ class Watch(Companion):
         self._output = output
         self._engine = ksmcore.default_engine()
         ksmcore.install_allocator(threshold_bytes=threshold_bytes)
-        self._looks = Looks(self._engine)
+        self._looks: Looks[Found] = self._begin()
+
+    def _begin(self) -> Looks[Found]:
+        raise NotImplementedError
+
+    def _text(self, best: Look[Found], last: Look[Found]) -> list[str]:
+        raise NotImplementedError
+
+    def _data(self, look: Look[Found]) -> dict[str, Any]:
+        raise NotImplementedError
 
     def conclude(self, exit_status: int) -> list[str]:
         try:
@@ -110,8 +123,8 @@ class Watch(Companion):
                 "exit_status": exit_status,
                 "threshold_bytes": self._threshold_bytes,
                 "looks": self._looks.n_looks,
-                "best": best.as_dict(),
-                "end": last.as_dict(),
+                "best": {"seconds": best.seconds, **self._data(best)},
+                "end": {"seconds": last.seconds, **self._data(last)},
             }
             try:
                 self._output.write(json.dumps(found, indent=1) + "\n")
@@ -119,23 +132,25 @@ class Watch(Companion):
                 lines.append(f"ksmcore: {self._output.path} was not written: {error}")
         return lines
 
-    def _text(self, best: Look, last: Look) -> list[str]:
-        most = best.estimate
-        looks = counted(self._looks.n_looks, "look")
+
+class Watch(Watching[Estimate]):
+    """Of a program's arrays."""
+
+    def _begin(self) -> Looks[Estimate]:
+        return Looks(self._engine.estimate, lambda found: found.bytes_saved)
+
+    def _data(self, look: Look[Estimate]) -> dict[str, Any]:
+        return look.found.as_dict()
+
+    def _text(self, best: Look[Estimate], last: Look[Estimate]) -> list[str]:
+        most = best.found
         if most.bytes_saved == 0:
-            why = self._why_nothing(most, last.estimate)
+            why = self._why_nothing(most, last.found)
+            looks = counted(self._looks.n_looks, "look")
             return [f"ksmcore: nothing could be saved: {why} ({looks})."]
-        present = last.estimate.pages_present * last.estimate.page_bytes
-        return [
-            f"ksmcore: {human_bytes(most.bytes_saved)} of "
-            f"{human_bytes(most.pages_present * most.page_bytes)} could be saved at the best "
-            f"moment, {best.seconds:.1f} s after the start",
-            f"  Pages    {most.pages_duplicate:,} equal to another, {most.pages_zero:,} of zeros, "
-            f"{most.pages_distinct:,} that would remain",
-            f"  End      {human_bytes(last.estimate.bytes_saved)} of {human_bytes(present)}",
-            f"  Looked   {counted(self._looks.n_looks, 'time')} in {last.seconds:.1f} s; "
-            "nothing was merged",
-        ]
+        return estimate_text(
+            most.as_dict(), best.seconds, last.found.as_dict(), last.seconds, self._looks.n_looks
+        )
 
     def _why_nothing(self, most: Estimate, last: Estimate) -> str:
         if self._engine._disabled:
@@ -145,3 +160,54 @@ class Watch(Companion):
         if most.pages or last.pages:
             return "no page of its arrays was in memory when they were looked at"
         return f"no NumPy array of {human_bytes(self._threshold_bytes)} or more was seen"
+
+
+class WholeWatch(Watching[Inventory]):
+    """Of all memory that the program has for itself."""
+
+    def _begin(self) -> Looks[Inventory]:
+        return Looks(
+            lambda: take_inventory([os.getpid()]),
+            lambda found: found.saveable_bytes,
+        )
+
+    def _data(self, look: Look[Inventory]) -> dict[str, Any]:
+        return asdict(look.found)
+
+    def _text(self, best: Look[Inventory], last: Look[Inventory]) -> list[str]:
+        return whole_text(
+            asdict(best.found), best.seconds, asdict(last.found), last.seconds, self._looks.n_looks
+        )
+
+
+def estimate_text(
+    best: Mapping[str, Any], best_at: float, last: Mapping[str, Any], last_at: float, n_looks: int
+) -> list[str]:
+    """What was found in arrays, in lines for a person."""
+    size = best["page_bytes"]
+    return [
+        f"ksmcore: {human_bytes(best['bytes_saved'])} of "
+        f"{human_bytes(best['pages_present'] * size)} could be saved at the best "
+        f"moment, {best_at:.1f} s after the start",
+        f"  Pages    {best['pages_duplicate']:,} equal to another, {best['pages_zero']:,} of "
+        f"zeros, {best['pages_distinct']:,} that would remain",
+        f"  End      {human_bytes(last['bytes_saved'])} of "
+        f"{human_bytes(last['pages_present'] * size)}",
+        f"  Looked   {counted(n_looks, 'time')} in {last_at:.1f} s; nothing was merged",
+    ]
+
+
+def whole_text(
+    best: Mapping[str, Any], best_at: float, last: Mapping[str, Any], last_at: float, n_looks: int
+) -> list[str]:
+    """What was found in all of the memory, in lines for a person."""
+    if not best["processes"]:
+        return [f"ksmcore: {why}" for why in best["failures"].values()]
+    return [
+        f"ksmcore: {human_bytes(best['saveable_bytes'])} of {human_bytes(best['bytes'])} of the "
+        "program's whole memory could be saved at the best moment, "
+        f"{best_at:.1f} s after the start",
+        *place_lines(best["processes"][0]),
+        f"  End      {human_bytes(last['saveable_bytes'])} of {human_bytes(last['bytes'])}",
+        f"  Looked   {counted(n_looks, 'time')} in {last_at:.1f} s; nothing was merged",
+    ]

@@ -32,8 +32,16 @@ MOST_REGIONS = 16
 class Source:
     """Where the numbers of this process come from: an engine, and what runs over it."""
 
-    def __init__(self, engine: Engine, command: Sequence[str], threshold_bytes: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        command: Sequence[str],
+        threshold_bytes: int,
+        *,
+        wants_scans: bool = True,
+    ) -> None:
         self._engine = engine
+        self._wants_scans = wants_scans
         self._command = list(command)
         self._threshold_bytes = threshold_bytes
         self._began = time.monotonic()
@@ -49,7 +57,9 @@ class Source:
             "pid": os.getpid(),
             "command": self._command,
             "seconds": time.monotonic() - self._began,
+            "cpu_seconds": time.process_time(),
             "threshold_bytes": self._threshold_bytes,
+            "wants_scans": self._wants_scans,
             "scanning": engine.scanning,
             "disabled": engine._disabled,
             "bytes_saved": stats.bytes_saved,
@@ -71,18 +81,18 @@ class Source:
         return found
 
 
-def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
-    """What a run has saved, in lines for a person."""
+def summary(figures: Mapping[str, Any]) -> list[str]:
+    """What a run has saved and what it took, in lines for a person."""
     stats, memory = figures["stats"], figures["memory"]
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
     n_refused = figures["allocator"]["refused"]
     if figures["regions_ever"] == 0 and n_refused == 0:
         # A short program, or one that wants nothing of this: no more than a line.
-        return [f"ksmcore: Nothing was saved: {_why_nothing(figures, scans)}"]
+        return [f"ksmcore: Nothing was saved: {_why_nothing(figures)}"]
     if peak > 0:
         lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
     else:
-        lines = [f"Nothing was saved: {_why_nothing(figures, scans)}"]
+        lines = [f"Nothing was saved: {_why_nothing(figures)}"]
     lines.append(
         f"Memory   PSS {human_bytes(memory['pss'])}, RSS {human_bytes(memory['rss'])}"
         + (" (RSS counts a shared page once for each place that maps it)" if saved > 0 else "")
@@ -91,6 +101,10 @@ def summary(figures: Mapping[str, Any], *, scans: bool = True) -> list[str]:
         f"Scanner  {counted(stats['full_scans'], 'pass', 'es')} in {figures['seconds']:.1f} s; "
         f"{counted(stats['pages_merged'], 'page')} merged, {stats['pages_zeroed']:,} of zeros "
         f"given back, {stats['cow_breaks']:,} copied again by writes"
+    )
+    lines.append(
+        f"Time     {stats['scanner_seconds']:.2f} s of the {figures['cpu_seconds']:.2f} s of "
+        "processor time were the scanner's"
     )
     if n_refused:
         lines.append(
@@ -113,14 +127,14 @@ def _skipped(stats: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _why_nothing(figures: Mapping[str, Any], scans: bool) -> str:
+def _why_nothing(figures: Mapping[str, Any]) -> str:
     stats = figures["stats"]
     least = human_bytes(figures["threshold_bytes"])
     if figures["disabled"]:
         return f"{DISABLED}."
     if stats["scanner_error"] is not None:
         return f"the scanner ended by an error: {stats['scanner_error']}."
-    if stats["full_scans"] == 0 and not scans:
+    if stats["full_scans"] == 0 and not figures["wants_scans"]:
         return "with --no-scan nothing looks for equal pages unless the program itself does."
     if figures["regions_ever"] == 0 and figures["allocator"]["refused"]:
         return "the kernel refused the memory for its arrays, which were left to NumPy."

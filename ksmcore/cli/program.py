@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import builtins
 import io
+import linecache
 import os
 import pkgutil
 import runpy
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader, SourcelessFileLoader
+from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
@@ -46,16 +48,19 @@ class CannotStartError(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """A script (or a directory or archive with a `__main__.py`), or a module, and its arguments."""
+    """A script (or a directory or archive with a `__main__.py`; "-": what comes from stdin), a
+    module or some code, and its arguments."""
 
     target: str
     args: Sequence[str] = ()
     is_module: bool = False
+    is_code: bool = False
 
     @property
     def command(self) -> list[str]:
         """As it would be given to python."""
-        return [*(["-m"] if self.is_module else []), self.target, *self.args]
+        option = ["-m"] if self.is_module else ["-c"] if self.is_code else []
+        return [*option, self.target, *self.args]
 
     def run(self, ended: Callable[[int], object]) -> None:
         """Run it to its end.
@@ -89,9 +94,11 @@ class Program:
             _, spec, code = _details_of_module(self.target, CannotStartError)
             sys.argv[0] = spec.origin
             return code, _become_main(spec=spec)
-        if self.target == "-":
-            raise CannotStartError("the program cannot come from stdin: write it to a file", 2)
+        if self.is_code:
+            return self._load_code()
         sys.argv = [self.target, *self.args]
+        if self.target == "-":
+            return self._load_stdin()
         # Absolute, and else as it was written.
         path = self.target if os.path.isabs(self.target) else f"{os.getcwd()}/{self.target}"
         if pkgutil.get_importer(path) is not None:
@@ -107,24 +114,50 @@ class Program:
         # What was compiled before (a .pyc), else None.
         code = pkgutil.read_code(io.BytesIO(source))
         _set_first_path(os.path.dirname(os.path.realpath(path)))
-        main = _become_main(file=path, is_compiled=code is not None)
+        loader = SourceFileLoader if code is None else SourcelessFileLoader
+        main = _become_main(file=path, loader=loader("__main__", path))
         return code or compile(source, path, "exec", dont_inherit=True), main
 
+    def _load_code(self) -> tuple[CodeType, ModuleType]:
+        """As `python -c` has it."""
+        sys.argv = ["-c", *self.args]
+        _set_first_path("")
+        source = textwrap.dedent(self.target) if sys.version_info >= (3, 14) else self.target
+        if sys.version_info >= (3, 13):
+            _have_lines_shown(source, "<string>")
+        main = _become_main(loader=BuiltinImporter)
+        return compile(source, "<string>", "exec", dont_inherit=True), main
 
-def _become_main(
-    *, spec: Any = None, file: str | None = None, is_compiled: bool = False
-) -> ModuleType:
+    def _load_stdin(self) -> tuple[CodeType, ModuleType]:
+        """As `python -` has it, where stdin is no terminal; from one it is read to its end too."""
+        if sys.stdin is None:
+            raise CannotStartError("the program should come from stdin, which is closed", 2)
+        try:
+            source = sys.stdin.buffer.read()
+        except OSError as error:
+            raise CannotStartError(f"can't read stdin: {error.strerror}", 2) from None
+        _set_first_path("")
+        main = _become_main(file="<stdin>", loader=BuiltinImporter)
+        return compile(source, "<stdin>", "exec", dont_inherit=True), main
+
+
+def _have_lines_shown(source: str, name: str) -> None:
+    """In tracebacks, as newer releases of Python do."""
+    lines = source.splitlines(keepends=True)
+    linecache.cache[name] = (len(source), None, lines, name)
+
+
+def _become_main(*, spec: Any = None, file: str | None = None, loader: Any = None) -> ModuleType:
     """A new module `__main__` with the attributes that the interpreter gives it."""
     global _began_with
     if _began_with is None:
         _began_with = sys.modules["__main__"]
-    loader = SourcelessFileLoader if is_compiled else SourceFileLoader
     present = vars(sys.modules["__main__"])
     main = ModuleType("__main__")
     # In the interpreter's order.
     attributes: dict[str, Any] = {
         "__package__": None,
-        "__loader__": loader("__main__", file or ""),
+        "__loader__": loader,
         "__spec__": spec,
         "__annotations__": {},
         "__builtins__": builtins,
@@ -138,6 +171,8 @@ def _become_main(
             __file__=spec.origin,
             __cached__=spec.cached,
         )
+    elif file is None:
+        del attributes["__file__"], attributes["__cached__"]
     # Some of them are gone in newer releases of Python.
     vars(main).update((name, value) for name, value in attributes.items() if name in present)
     sys.modules["__main__"] = main

@@ -49,7 +49,9 @@ class Session(Companion):
 
             self._html_report: Callable[..., str] = html_report
         self._engine = ksmcore.default_engine()
-        self._source = Source(self._engine, self._command, options.threshold_bytes)
+        self._source = Source(
+            self._engine, self._command, options.threshold_bytes, wants_scans=options.scans
+        )
         self._server: Server | None = None
         ksmcore.install_allocator(threshold_bytes=options.threshold_bytes)
         self._start()
@@ -76,7 +78,7 @@ class Session(Companion):
             figures = {**self._source.snapshot(), "exit_status": exit_status}
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]
-        lines = [] if self._options.quiet else summary(figures, scans=self._options.scans)
+        lines = [] if self._options.quiet else summary(figures)
         if self._options.json is not None:
             lines += self._write(self._options.json, lambda: json.dumps(figures, indent=1) + "\n")
         if self._options.report is not None:

@@ -17,7 +17,7 @@ from ksmcore.cli.checkup import show
 from ksmcore.doctor import Check, Diagnosis
 from ksmcore.doctor.checks import map_limit
 
-COMMANDS = ("run", "doctor", "estimate", "live", "demo")
+COMMANDS = ("run", "report", "doctor", "estimate", "live", "demo")
 
 
 def test_help_names_every_command():
@@ -66,7 +66,8 @@ def test_what_is_missing_is_named(tmp_path, missing):
     done = python("program.py", "doctor", cwd=tmp_path, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"ksmcore: the command line needs {' and '.join(missing)}: pip install 'ksmcore[cli]'\n"
+        f"ksmcore: the command line needs {' and '.join(missing)}: "
+        f"pip install {' '.join(missing)}\n"
     )
 
 

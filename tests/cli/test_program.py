@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 
@@ -150,10 +151,40 @@ def test_from_a_pipe(tmp_path, command):
     assert done.stdout == f"['/dev/fd/{reading}', 'a'] __main__\n"
 
 
-def test_from_stdin_is_refused(tmp_path):
-    done = python(*QUIETLY, "-", cwd=tmp_path, input=b"print(1)")
+@pytest.mark.parametrize("end", ["", "raise KeyError('part')", "1 +", "raise SystemExit(3)"])
+def test_code(tmp_path, end):
+    code = textwrap.dedent(WHERE_AM_I) + end
+    # Its arguments may look like options, of ksmcore too.
+    compare(("-c", code, "--json", "x", "-c", "-"), cwd=tmp_path)
+
+
+def test_code_that_is_nothing_and_that_is_indented(tmp_path):
+    compare(("-c", ""), cwd=tmp_path)
+    compare(("-c", "  print(1)\n  print(2)"), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyError('part')", "1 +", "raise SystemExit(3)"])
+def test_from_stdin(tmp_path, end):
+    source = (textwrap.dedent(WHERE_AM_I) + end).encode()
+    plain = python("-", "--json", "x", cwd=tmp_path, input=source)
+    ours = python(*QUIETLY, "-", "--json", "x", cwd=tmp_path, input=source)
+    assert (ours.returncode, ours.stdout) == (plain.returncode, plain.stdout)
+    assert ours.stderr == plain.stderr
+
+
+def test_nothing_is_left_of_stdin(tmp_path):
+    source = b"import sys\nprint(repr(sys.stdin.read()))\n"
+    assert python(*QUIETLY, "-", cwd=tmp_path, input=source).stdout == b"''\n"
+    program = "import os, sys; os.close(0); os.execv(sys.executable, sys.orig_argv[:1] + {!r})"
+    done = python("-c", program.format([*QUIETLY, "-"]), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"stdin" in done.stderr
+    assert done.stderr.startswith(b"ksmcore run: the program should come from stdin")
+
+
+def test_both_of_what_excludes_each_other(tmp_path):
+    done = python(*QUIETLY, "-m", "-c", "print(1)", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"-m and -c exclude each other" in done.stderr
 
 
 # ---- how it ends ---------------------------------------------------------------------------------
