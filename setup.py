@@ -79,7 +79,10 @@ def extensions():
             [str(path)],
             depends=headers,
             include_dirs=[str(PACKAGE)],
-            extra_compile_args=[*COMPILE_ARGS, *OF_ONE.get(".".join(path.with_suffix("").parts), [])],
+            extra_compile_args=[
+                *COMPILE_ARGS,
+                *OF_ONE.get(".".join(path.with_suffix("").parts), []),
+            ],
             extra_link_args=LINK_ARGS,
         )
         for path in sources

@@ -153,7 +153,9 @@ def calls(reason: str | None, setting: bool | str, in_use: str | None = None) ->
     facts = {"available": reason is None, "reason": reason, "setting": setting}
     if reason is None and setting is not False:
         if in_use == GUARDS[0] and setting == "auto":
-            return Check("calls", "good", f"wait by themselves, by the guard '{in_use}'", None, facts)
+            return Check(
+                "calls", "good", f"wait by themselves, by the guard '{in_use}'", None, facts
+            )
         text = "read(), recv() and the like are held by themselves"
         return Check("calls", "good", text, None, facts)
     text = "read(), recv() and the like are not held by themselves"

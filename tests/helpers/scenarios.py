@@ -1,7 +1,7 @@
-"""A way to call each function of ksmcore/_hooks/rows.h, so that it writes into memory that a test chooses.
+"""A way to call each function of ksmcore/_hooks/rows.h, so that it writes where a test chooses.
 
-A scenario gets the address to write to, in memory full of FILL, and returns the arguments of the call; they may point
-to what `Stage` keeps. It is a success where the function does not return -1, or NULL.
+A scenario gets the address to write to, in memory full of FILL, and returns the arguments of the
+call; they may point to what `Stage` keeps. The call succeeds where it does not return -1.
 """
 
 import ctypes
@@ -112,7 +112,14 @@ class Stage:
         place = self.address(128) if name else at
         return self.address(
             struct.pack(
-                "PIxxxxPNPNixxxx", at if name else 0, 64 if name else 0, self.parts(place), 2, 0, 0, 0
+                "PIxxxxPNPNixxxx",
+                at if name else 0,
+                64 if name else 0,
+                self.parts(place),
+                2,
+                0,
+                0,
+                0,
             )
         )
 
@@ -123,7 +130,7 @@ def put(at: int, data: bytes) -> int:
 
 
 def descriptor_set(stage: Stage, at: int) -> tuple[int, int]:
-    """A set of descriptors with one that can be read and one that cannot, and how many numbers it has."""
+    """A set with a descriptor that can be read and one that cannot: how many numbers, and where."""
     yes, no = stage.socket(), stage.opened(os.pipe()[0])
     bits = (1 << yes) | (1 << no)
     n_bytes = (max(yes, no) // 64 + 1) * 8
@@ -244,7 +251,8 @@ ABOUT_FILES: dict[str, Scenario] = {
     "sendfile64": lambda s, to: (s.opened(os.memfd_create("to")), s.file(), put(to, bytes(8)), N),
     "splice": lambda s, to: (s.file(), put(to, bytes(8)), s.opened(os.pipe()[1]), 0, N, 0),
     "copy_file_range": lambda s, to: (
-        s.file(), put(to, bytes(8)), s.opened(os.open(s.path.parent / "copy", os.O_RDWR | os.O_CREAT)), 0, N, 0,
+        s.file(), put(to, bytes(8)),
+        s.opened(os.open(s.path.parent / "copy", os.O_RDWR | os.O_CREAT)), 0, N, 0,
     ),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def told():
-    """Calls tell of themselves, and SIGSEGV is kept out of masks; afterwards nothing is left of it."""
+    """Calls tell of themselves, and SIGSEGV is kept out of masks; nothing is left of it later."""
     n_users = hooked.counts()["users"]
     calls.begin(True)
     yield

@@ -1,4 +1,4 @@
-"""Functions of the C library are redirected for all objects, those loaded later as well, and put back."""
+"""Functions are redirected for all objects, those loaded later as well, and put back."""
 
 import ctypes
 import os

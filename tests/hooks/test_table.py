@@ -22,7 +22,7 @@ def stage(tmp_path):
 
 
 class Caller(threading.Thread):
-    """Makes the call of a scenario, once it is told to `go`; before, it is `ready`, or has `failed`."""
+    """Makes the call of a scenario, once told to `go`; before, it is `ready`, or has `failed`."""
 
     def __init__(self, name: str, stage: Stage, to: int) -> None:
         super().__init__()

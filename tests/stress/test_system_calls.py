@@ -1,8 +1,8 @@
 """The lost-write detector for system calls that write into memory that the scanner merges.
 
-What a call wrote must be there when it returned, and stay; and no call fails or is cut short: the full
-userfaultfd guard makes it wait, under the others it is held by itself. Without that, a call that meets
-a window may fail with EFAULT; how often is in the summary after the tests.
+What a call wrote must be there when it returned, and stay; and no call fails or is cut short: the
+full userfaultfd guard makes it wait, under the others it is held by itself. Without that, a call
+that meets a window may fail with EFAULT; how often is in the summary after the tests.
 """
 
 import collections
@@ -27,7 +27,6 @@ from helpers.detector import (
     rounds,
     working,
 )
-
 from helpers.libc import process_vm_writev
 from helpers.stress import LONG
 
