@@ -4,8 +4,9 @@ Three kinds, with the same interface; what each guarantees is in docs/guarantees
 process. Its lock is the fork lock, so a fork never happens inside a window.
 
 Two of them cannot make system calls wait, and the third sees no direct input into pages over the store. There no window
-is opened over memory that a call in flight may write into, where calls tell of it (_hooks/calls). The way back cannot leave such memory as it is for as long as a call may last (a
-socket from which nothing comes): it waits for a while, and then opens its window all the same.
+is opened over memory that a call in flight may write into, where calls tell of it (_hooks/calls). The way back cannot
+leave such memory as it is for as long as a call may last (a socket from which nothing comes): it waits for a while, and
+then opens its window all the same.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
@@ -91,7 +92,8 @@ cdef bint guard_is_barred(guard_kind kind) noexcept nogil:
 
 
 cdef bint _minds_calls(const window_t* w) noexcept nogil:
-    """Pages that are moved away are safe from any call: it waits, and whoever has one pinned keeps it from being moved."""
+    """Pages that are moved away are safe from any call: it waits, and whoever has one pinned keeps it from being
+    moved."""
     return not guard_takes_away(w)
 
 

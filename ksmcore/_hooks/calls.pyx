@@ -13,7 +13,7 @@ themselves until they return, and nobody asks.
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from ksmcore._hooks.redirect cimport (
-    redirect_back, redirect_find, redirect_look, redirect_missing, redirect_put, redirect_table,
+    redirect_back, redirect_find, redirect_look, redirect_missing, redirect_others, redirect_put, redirect_table,
 )
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 
@@ -101,7 +101,12 @@ cdef uint32_t calls_n_waits() noexcept nogil:
 # ---- for Python -----------------------------------------------------------------------------------
 
 def missing():
-    """None where calls in flight can be told of, else why they cannot."""
+    """None where calls in flight can be told of, else why they cannot, or not all of them."""
+    if calls_missing() is None and redirect_others() != 0:
+        return (
+            f"{redirect_others()} functions come from another library than the C library (LD_PRELOAD, a sanitizer): "
+            "not all calls tell of themselves"
+        )
     return calls_missing()
 
 
@@ -122,8 +127,8 @@ def hook(str name):
 
 
 def counts():
-    """How it stands: users; entries and symbols that the last walk over the objects has changed, and the objects it saw,
-    had to leave for later, or could not change; calls that wait, and that ever did; and whether calls need
+    """How it stands: users; entries and symbols that the last walk over the objects has changed, and the objects it
+    saw, had to leave for later, or could not change; calls that wait, and that ever did; and whether calls need
     a barrier of their own."""
     return {
         "users": _n_users,

@@ -27,6 +27,8 @@ cdef extern from "_hooks/redirect.h":
 cdef object redirect_missing()
 # Once, before anything else is done with a table, and without any lock: what is below each hook.
 cdef void redirect_find(redirect_table* table)
+# Of the functions of all tables: those that another library's come before.
+cdef uint32_t redirect_others()
 # Counted: the first redirects, the last puts back. Neither needs the GIL, nor fails: what could not be is counted.
 cdef void redirect_put(redirect_table* table) noexcept nogil
 cdef void redirect_back(redirect_table* table) noexcept nogil

@@ -29,6 +29,7 @@ cdef extern from *:
     #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
     #define REDIRECT_CAN 1
     #include "_hooks/objects.h"
+    #include <sys/auxv.h>
     #if defined(__x86_64__)
     #define REDIRECT_OLDEST "GLIBC_2.2.5"
     #else
@@ -50,6 +51,18 @@ cdef extern from *:
         strcat(redirect_ours, "/");
     }
 
+    /* Functions that other libraries have put before the C library's, or found there before us: calls of those are
+       past us. The program itself is none of them: what it has is a way to the function. */
+    static uint32_t redirect_n_others;
+
+    static int redirect_is_others(const redirect_row *row) {
+        void *first = dlsym(RTLD_DEFAULT, row->name);
+        Dl_info info, program;
+        if (!first || first == *row->below || first == row->beside) return 0;
+        return !dladdr(first, &info) || !dladdr((void *)getauxval(AT_PHDR), &program) ||
+               info.dli_fbase != program.dli_fbase;
+    }
+
     static void *redirect_symbol(void *library, const char *name) {
         void *found = library ? dlsym(library, name) : (void *)0;
         /* A name that only programs of earlier times use. */
@@ -65,6 +78,7 @@ cdef extern from *:
             *row->below = redirect_symbol(libc, row->name);
             row->beside = redirect_symbol(threads, row->name);
             if (row->beside == *row->below) row->beside = (void *)0;
+            if (*row->below) redirect_n_others += (uint32_t)redirect_is_others(row);
         }
         /* The names are ours to have looked up, not to keep open. */
         if (libc) dlclose(libc);
@@ -101,6 +115,7 @@ cdef extern from *:
     }
     #else
     #define REDIRECT_CAN 0
+    static uint32_t redirect_n_others;
     static void redirect_find_all(redirect_table *table) { (void)table; }
     static void redirect_walk(redirect_table *table, int back, int insist) { (void)table, (void)back, (void)insist; }
     static uint64_t objects_n_loads(void) { return 0; }
@@ -156,6 +171,7 @@ cdef extern from *:
     ctypedef struct sigset_t:
         pass
     bint REDIRECT_CAN
+    uint32_t redirect_n_others
     void redirect_find_all(redirect_table* table)
     void redirect_users_add(redirect_table* table, int delta) nogil
     void redirect_look_again(redirect_table* table) nogil
@@ -170,6 +186,10 @@ cdef object redirect_missing():
 
 cdef void redirect_find(redirect_table* table):
     redirect_find_all(table)
+
+
+cdef uint32_t redirect_others():
+    return redirect_n_others
 
 
 cdef void redirect_put(redirect_table* table) noexcept nogil:

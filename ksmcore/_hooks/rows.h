@@ -40,7 +40,8 @@ ROW(__fgets_unlocked_chk, char *, (char *to, size_t room, int n, FILE *from), (t
 ROW(getrandom, ssize_t, (void *to, size_t n, unsigned flags), (to, n, flags), MAY_WRITE(to, n))
 ROW(getentropy, int, (void *to, size_t n), (to, n), MAY_WRITE(to, n))
 ROW(process_vm_readv, ssize_t,
-    (pid_t pid, const struct iovec *to, unsigned long n, const struct iovec *from, unsigned long m, unsigned long flags),
+    (pid_t pid, const struct iovec *to, unsigned long n, const struct iovec *from, unsigned long m,
+     unsigned long flags),
     (pid, to, n, from, m, flags), MAY_WRITE_EACH(to, n))
 
 /* ---- sockets ---- */

@@ -224,7 +224,8 @@ static inline void slots_meet(const slots_held *held) {
 static inline void slots_end(const slots_held *held) {
     if (held->slot) __atomic_store_n(&held->slot->depth, held->depth, __ATOMIC_RELEASE);
     /* In a forked child they are forgotten. */
-    else if (__atomic_load_n(&slots_n_untold, __ATOMIC_SEQ_CST)) __atomic_sub_fetch(&slots_n_untold, 1, __ATOMIC_SEQ_CST);
+    else if (__atomic_load_n(&slots_n_untold, __ATOMIC_SEQ_CST))
+        __atomic_sub_fetch(&slots_n_untold, 1, __ATOMIC_SEQ_CST);
 }
 
 /* ---- the window's side ---- */

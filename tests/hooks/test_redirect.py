@@ -1,6 +1,7 @@
 """Functions are redirected for all objects, those loaded later as well, and put back."""
 
 import ctypes
+import itertools
 import os
 import shutil
 import threading
@@ -37,8 +38,11 @@ def close(library):
 def another(native_path, tmp_path):
     """Maker of libraries that are loaded now, and were not before."""
 
+    numbers = itertools.count()
+
     def make():
-        path = shutil.copy(native_path, tmp_path / f"another{len(os.listdir(tmp_path))}.so")
+        # Never over one that is loaded.
+        path = shutil.copy(native_path, tmp_path / f"another{next(numbers)}.so")
         return ctypes.CDLL(str(path))
 
     return make
