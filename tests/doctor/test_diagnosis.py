@@ -23,6 +23,7 @@ NAMES = (
     "proc",
     "pagemap",
     "guard",
+    "calls",
     "tracking",
     "mappings",
     "addresses",
