@@ -79,18 +79,15 @@ cdef bint _wants_huge = False
 
 # ---- chunks -----------------------------------------------------------------------------------------
 
-cdef void _register(const chunk_t* chunk) noexcept nogil:
-    """With the core, if that can be: memory that is not registered is as good, it is only not merged."""
-    if _core == NULL:
+cdef void _register(chunk_t* chunk, bint fresh) noexcept nogil:
+    """With the core, if that can be: memory that is not registered is as good, it is only not merged. In a forked child
+    the core is its parent's until somebody with the GIL makes it the child's own: see register_late."""
+    if _core == NULL or (<Registry>_core).generation != forks_generation():
         return
-    if (<Registry>_core).generation != forks_generation():
-        with gil:
-            try:
-                (<Registry>_core)._own()
-            except Exception:
-                return
-    # The kernel has just handed out this memory: whoever is registered there is gone.
-    (<Registry>_core).enlist(chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, True)
+    # `fresh`: the kernel has just handed out this memory, so whoever is registered there is gone.
+    chunk.is_registered = (<Registry>_core).enlist(
+        chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, fresh
+    ) == 0
 
 
 cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept nogil:
@@ -123,7 +120,7 @@ cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept n
     _last_region_id += 1
     chunk.region_id = _last_region_id
     arena_unlock()
-    _register(&chunk)
+    _register(&chunk, True)
     chunk.generation = forks_generation()
     arena_lock()
     entry = chunks_enter(&_table, &chunk)
@@ -457,6 +454,22 @@ def unpin():
             next = left.next
             sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
             left = next
+
+
+def register_late():
+    """Register what could not be when it was mapped."""
+    cdef uint32_t entry
+    cdef chunk_t* chunk
+    if _core == NULL:
+        return
+    (<Registry>_core)._own()
+    with nogil:
+        arena_lock()
+        for entry in range(_table.n_entries):
+            chunk = &_table.all[entry]
+            if chunk.addr != 0 and not chunk.is_registered and chunk.generation == forks_generation():
+                _register(chunk, False)
+        arena_unlock()
 
 
 def give_back():

@@ -42,6 +42,7 @@ ctypedef struct chunk_t:
     uint64_t region_id
     uint32_t generation        # of the process that made it
     bint wants_huge
+    bint is_registered
     int flags                  # of its region: enum region_flag bits
     extent_tag* tags           # NULL: one array has all of it
 

@@ -63,6 +63,7 @@ def _begin(engine: Home) -> None:
 def _tidy(idle_only: bool) -> None:
     """The scanner asks far more often than a program takes to need its memory again."""
     global _tidied_at
+    arena.register_late()
     if not idle_only:
         arena.give_back()
     elif time.monotonic() - _tidied_at >= IDLE_SECONDS:
