@@ -30,7 +30,7 @@ _NO_WORD = object()
 _YES_NO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 
 # Bound when the engine is made: trees and table are built with them.
-FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
+FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty", "hold_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,13 @@ class Settings:
     its writer a microsecond), or the checksum of every page. "auto": the first of these that is to
     be had. Fixed."""
 
+    hold_calls: bool = True
+    """Where the guard cannot make system calls wait (all but "userfaultfd"), have the functions of
+    the C library that read into memory tell of it, so that none meets a merge; their entries in the
+    tables of all loaded objects are redirected for it while the engine is open. Fixed."""
+
     def __post_init__(self) -> None:
-        for name in ("use_zero_pages", "smart_scan"):
+        for name in ("use_zero_pages", "smart_scan", "hold_calls"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._whole("run", 0)
