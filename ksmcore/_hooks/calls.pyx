@@ -110,6 +110,15 @@ def rows():
     ]
 
 
+def hook(str name):
+    """Where the hook of that function is."""
+    cdef bytes wanted = name.encode()
+    for i in range(hooks_table.n_rows):
+        if hooks_table.rows[i].name == wanted:
+            return <uintptr_t>hooks_table.rows[i].hook
+    raise KeyError(name)
+
+
 def counts():
     """How it stands: users; entries and symbols that the last walk over the objects has changed, and the objects it saw,
     had to leave for later, or could not change; calls that wait, and that ever did; and whether calls need

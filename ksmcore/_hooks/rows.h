@@ -8,7 +8,7 @@
    like any other code. So it is the functions that have the kernel write. The C library's other names for a
    function (pread64) share its address, and are there too where they do not.
 
-   To add one: a row here, and an entry in tests/hooks/callable.py, without which a test fails. */
+   To add one: a row here, and an entry in tests/helpers/scenarios.py, without which a test fails. */
 
 /* ---- files, and what is read like one ---- */
 ROW(read, ssize_t, (int fd, void *to, size_t n), (fd, to, n), MAY_WRITE(to, n))
