@@ -24,8 +24,10 @@ cdef extern from "_hooks/hooks.h":
         uint32_t n_waits
         uint32_t n_waiting
     slots_window_t slots_window
+    int slots_has_key
     uint32_t slots_n_untold
     uint32_t slots_need_fence
+    void slots_init()
     void slots_prepare() nogil
     bint slots_open(uintptr_t lo, uintptr_t hi) nogil
     void slots_close() nogil
@@ -137,6 +139,7 @@ def counts():
     }
 
 
+slots_init()
 redirect_find(&hooks_table)
 if pthread_atfork(NULL, NULL, slots_child) != 0:
     raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

@@ -10,7 +10,7 @@
    All of it runs in signal handlers, too, and in threads that are cancelled: no allocation, no lock, no
    thread-local variable (the first access to one may allocate), errno as it was. A thread is known by its thread
    pointer, which tells where its record is, in a table that is there from the beginning. A record belongs to its
-   thread for good, and to the thread that gets its stack after it. */
+   thread until that ends; where the C library does not tell of the end, to the thread that gets its stack after it. */
 
 #ifndef KSMCORE_SLOTS_H
 #define KSMCORE_SLOTS_H
@@ -20,6 +20,7 @@
 #endif
 #include <errno.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -28,7 +29,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SLOTS 2048      /* threads, ever, with a stack of their own each; a power of two */
+#define SLOTS 2048      /* threads at a time; a power of two */
 #define SLOTS_BITS 11
 #define SLOTS_PROBES 64 /* places that a thread may have its record in */
 #define SLOTS_RANGES 10 /* of a thread at a time; what is more widens the last */
@@ -87,19 +88,40 @@ static long slots_futex(int op, uint32_t value, const struct timespec *limit) {
 
 /* ---- a call's side ---- */
 
+/* By which the C library tells of the end of a thread. The first keys have their place in the thread itself; for
+   others setting a value may allocate, so they are not used. */
+#define SLOTS_KEYS 32
+static pthread_key_t slots_key;
+static int slots_has_key;
+
+static void slots_thread_ends(void *slot) {
+    if (((slots_slot *)slot)->owner != slots_thread()) return;
+    __atomic_store_n(&((slots_slot *)slot)->depth, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&((slots_slot *)slot)->owner, 0, __ATOMIC_RELEASE);
+}
+
+/* Before anything else. */
+static void slots_init(void) {
+    if (pthread_key_create(&slots_key, slots_thread_ends) != 0) return;
+    slots_has_key = slots_key < SLOTS_KEYS;
+    if (!slots_has_key) pthread_key_delete(slots_key);
+}
+
 /* The record of this thread where it is not at home, or has none yet; NULL: there is no place for one. */
 static __attribute__((noinline)) slots_slot *slots_claim(uintptr_t thread) {
     uint32_t home = slots_home(thread);
+    for (uint32_t i = 0; i < SLOTS_PROBES; i++)
+        if (__atomic_load_n(&slots_all[(home + i) % SLOTS].owner, __ATOMIC_RELAXED) == thread)
+            return &slots_all[(home + i) % SLOTS];
     for (uint32_t i = 0; i < SLOTS_PROBES; i++) {
         uint32_t at = (home + i) % SLOTS;
-        uintptr_t owner = __atomic_load_n(&slots_all[at].owner, __ATOMIC_RELAXED);
-        if (owner == 0) {
-            __atomic_fetch_or(&slots_used[at / 64], (uint64_t)1 << at % 64, __ATOMIC_SEQ_CST);
-            if (__atomic_compare_exchange_n(&slots_all[at].owner, &owner, thread, 0, __ATOMIC_SEQ_CST,
-                                            __ATOMIC_RELAXED))
-                return &slots_all[at];
-        }
-        if (owner == thread) return &slots_all[at];
+        uintptr_t nobody = 0;
+        if (__atomic_load_n(&slots_all[at].owner, __ATOMIC_RELAXED) != 0) continue;
+        __atomic_fetch_or(&slots_used[at / 64], (uint64_t)1 << at % 64, __ATOMIC_SEQ_CST);
+        if (!__atomic_compare_exchange_n(&slots_all[at].owner, &nobody, thread, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+            continue;
+        if (slots_has_key) pthread_setspecific(slots_key, &slots_all[at]);
+        return &slots_all[at];
     }
     return (slots_slot *)0;
 }
