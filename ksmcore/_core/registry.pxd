@@ -20,7 +20,8 @@ cdef class Registry:
     cdef uint32_t n_buckets
     cdef bint with_pagemap
     cdef bint with_tracker
-    cdef bint hold_calls             # where the guard cannot make them wait
+    cdef bint hold_calls             # where the guard cannot make them wait,
+    cdef bint hold_always            # and where it can
     cdef uint32_t is_holding         # calls tell of themselves, on account of this engine
     cdef uint32_t is_keeping         # and SIGSEGV is kept out of masks
 

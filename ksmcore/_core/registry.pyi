@@ -18,6 +18,7 @@ class Registry:
         with_tracker: bool,
         n_buckets: int,
         hold_calls: bool,
+        hold_always: bool,
     ) -> Self: ...
     def let_calls_go(self) -> None: ...
     def add(

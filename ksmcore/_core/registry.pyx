@@ -56,11 +56,12 @@ cdef class Registry:
 
     def __cinit__(
         self, *, str order, str checksum, str guard, bint any_guard, bint with_pagemap,
-        bint with_tracker, uint32_t n_buckets, bint hold_calls
+        bint with_tracker, uint32_t n_buckets, bint hold_calls, bint hold_always
     ):
         self.guard = guard_by_name(guard)
         self.any_guard = any_guard
         self.n_buckets = n_buckets
+        self.hold_always = hold_always
         self.hold_calls = hold_calls and calls_missing() is None
         self.with_pagemap = with_pagemap
         self.with_tracker = with_tracker
@@ -141,7 +142,7 @@ cdef class Registry:
 
     cdef void _hold_calls(self, guard_kind guard) noexcept nogil:
         """Calls in flight must not meet the windows of this guard, where it is one that cannot make them wait."""
-        if not self.hold_calls or guard == GUARD_UFFD:
+        if not self.hold_calls or (guard == GUARD_UFFD and not self.hold_always):
             return
         if __atomic_exchange_n(&self.is_holding, 1, __ATOMIC_SEQ_CST) == 0:
             calls_begin(False)

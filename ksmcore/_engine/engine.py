@@ -77,7 +77,8 @@ class Engine(Closing):
             with_pagemap=True,
             with_tracker=made.dirty != "checksum",
             n_buckets=made.rmap_hash_size,
-            hold_calls=made.hold_calls and not self._disabled,
+            hold_calls=made.hold_calls is not False and not self._disabled,
+            hold_always=made.hold_calls is True,
         )
         self._core = cast(Core, NullCore(core)) if self._disabled else core
         self._closed = False

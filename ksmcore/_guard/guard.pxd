@@ -27,9 +27,9 @@ cdef bint guard_weaker(guard_kind* kind, bint entered, const sys_error* err) noe
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?
-# Is a call in flight that a window of this guard must not meet? If so, the lowest part of *lo to *hi that one may
+# Is a call in flight that this window must not meet? If so, the lowest part of *lo to *hi that one may
 # write into.
-cdef bint guard_calls(guard_kind kind, uintptr_t* lo, uintptr_t* hi) noexcept nogil
+cdef bint guard_calls(const window_t* w, uintptr_t* lo, uintptr_t* hi) noexcept nogil
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
 cdef bint guard_takes_away(const window_t* w) noexcept nogil
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil

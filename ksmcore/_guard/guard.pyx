@@ -3,8 +3,8 @@
 Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
 process. Its lock is the fork lock, so a fork never happens inside a window.
 
-Two of them cannot make system calls wait. There no window is opened over memory that a call in flight may write into,
-where calls tell of it (_hooks/calls). The way back cannot leave such memory as it is for as long as a call may last (a
+Two of them cannot make system calls wait, and the third sees no direct input into pages over the store. There no window
+is opened over memory that a call in flight may write into, where calls tell of it (_hooks/calls). The way back cannot leave such memory as it is for as long as a call may last (a
 socket from which nothing comes): it waits for a while, and then opens its window all the same.
 """
 
@@ -90,9 +90,14 @@ cdef bint guard_is_barred(guard_kind kind) noexcept nogil:
     return not may_shut
 
 
-cdef bint guard_calls(guard_kind kind, uintptr_t* lo, uintptr_t* hi) noexcept nogil:
+cdef bint _minds_calls(const window_t* w) noexcept nogil:
+    """Pages that are moved away are safe from any call: it waits, and whoever has one pinned keeps it from being moved."""
+    return not guard_takes_away(w)
+
+
+cdef bint guard_calls(const window_t* w, uintptr_t* lo, uintptr_t* hi) noexcept nogil:
     """Asked before a window, so that it can be cut to leave calls in flight out. guard_open asks again."""
-    return kind != GUARD_UFFD and calls_first(lo, hi)
+    return _minds_calls(w) and calls_first(lo, hi)
 
 
 cdef bint _shut_calls(window_t* w) noexcept nogil:
@@ -125,7 +130,7 @@ cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
     forks_lock()
     if w.guard == GUARD_MPROTECT and not mprotect_may_shut(w.is_way_back):
         rc = WINDOW_BARRED
-    elif w.guard != GUARD_UFFD and not _shut_calls(w):
+    elif _minds_calls(w) and not _shut_calls(w):
         rc = WINDOW_IN_CALL
     elif w.guard == GUARD_MPROTECT:
         memset(w.outcomes, DONE, w.n_pages)

@@ -194,7 +194,7 @@ cdef uint32_t _leave_out_calls(window_t* w) noexcept nogil:
     """Cut a window before the first page that a call in flight may write into; if that is its own first, return how
     many such pages there are."""
     cdef uintptr_t lo = w.addr, hi = w.addr + w.n_pages * w.page_bytes
-    if not guard_calls(w.guard, &lo, &hi):
+    if not guard_calls(w, &lo, &hi):
         return 0
     if (lo - w.addr) // w.page_bytes != 0:
         w.n_pages = <uint32_t>((lo - w.addr) // w.page_bytes)
