@@ -15,6 +15,7 @@ FLOORS = [
     "_platform errors sizes",
     "_kernel",
     "_pages _trees",
+    "_hooks",
     *"_records _guard _pass _core _arrays _gate _engine _show".split(),
     "",
     "doctor prometheus",

@@ -20,6 +20,10 @@ cdef class Registry:
     cdef uint32_t n_buckets
     cdef bint with_pagemap
     cdef bint with_tracker
+    cdef bint hold_calls             # where the guard cannot make them wait,
+    cdef bint hold_always            # and where it can
+    cdef uint32_t is_holding         # calls tell of themselves, on account of this engine
+    cdef uint32_t is_keeping         # and SIGSEGV is kept out of masks
 
     cdef int _begin(self) except -1
     cdef int _own(self) except -1
@@ -28,6 +32,8 @@ cdef class Registry:
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef void _drop(self, region_t* region) noexcept nogil
+    cdef void _hold_calls(self, guard_kind guard) noexcept nogil
+    cpdef void let_calls_go(self) noexcept
     cdef int _enter(self, guard_kind* entered, sys_error* err) noexcept nogil
     cdef int _take_out(
         self, uint64_t region_id, uintptr_t addr, guard_kind guard, bint restore, bint keep, bint* found, bint* held,

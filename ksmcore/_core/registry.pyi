@@ -17,7 +17,10 @@ class Registry:
         with_pagemap: bool,
         with_tracker: bool,
         n_buckets: int,
+        hold_calls: bool,
+        hold_always: bool,
     ) -> Self: ...
+    def let_calls_go(self) -> None: ...
     def add(
         self, region_id: int, addr: int, n_pages: int, flags: int, fresh: bool = False
     ) -> None: ...

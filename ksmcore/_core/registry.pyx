@@ -26,7 +26,8 @@ from ksmcore._core.unmerge cimport (
 )
 from ksmcore._guard.guard cimport guard_by_name, guard_enter, guard_enter_any, guard_leave, guard_weaker
 from ksmcore._guard.merge cimport merge_restore_range, run_t
-from ksmcore._guard.window cimport guard_kind
+from ksmcore._guard.window cimport GUARD_MPROTECT, GUARD_UFFD, guard_kind
+from ksmcore._hooks.calls cimport calls_begin, calls_end, calls_missing
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
@@ -44,6 +45,7 @@ cdef extern from *:
     uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_sub_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_load_n(uint32_t* value, int order) nogil
+    uint32_t __atomic_exchange_n(uint32_t* value, uint32_t wanted, int order) nogil
 
 cdef enum:
     MOST_PAUSES = 8            # of a millisecond, for others to get the lock between two spans
@@ -54,11 +56,13 @@ cdef class Registry:
 
     def __cinit__(
         self, *, str order, str checksum, str guard, bint any_guard, bint with_pagemap,
-        bint with_tracker, uint32_t n_buckets
+        bint with_tracker, uint32_t n_buckets, bint hold_calls, bint hold_always
     ):
         self.guard = guard_by_name(guard)
         self.any_guard = any_guard
         self.n_buckets = n_buckets
+        self.hold_always = hold_always
+        self.hold_calls = hold_calls and calls_missing() is None
         self.with_pagemap = with_pagemap
         self.with_tracker = with_tracker
         self.c.by_content = order == "content"
@@ -68,8 +72,10 @@ cdef class Registry:
         self.c.max_shared_pages = -1
         self.c.max_page_sharing = MAX_SHARERS
         self._begin()
+        self._hold_calls(self.guard)
 
     def __dealloc__(self):
+        self.let_calls_go()
         if self.lock != NULL:
             state_destroy(&self.c, self.generation != forks_generation())
             PyThread_free_lock(self.lock)
@@ -129,9 +135,27 @@ cdef class Registry:
             return guard_enter(entered[0], err)
         if guard_enter_any(entered, err) != 0:
             return -1
+        self._hold_calls(entered[0])
         # Nobody else is inside with the former one, or it could still be had. So no window is open with it.
         self.c.guard = entered[0]
         return 0
+
+    cdef void _hold_calls(self, guard_kind guard) noexcept nogil:
+        """Calls in flight must not meet the windows of this guard, where it is one that cannot make them wait."""
+        if not self.hold_calls or (guard == GUARD_UFFD and not self.hold_always):
+            return
+        if __atomic_exchange_n(&self.is_holding, 1, __ATOMIC_SEQ_CST) == 0:
+            calls_begin(False)
+        if guard == GUARD_MPROTECT and __atomic_exchange_n(&self.is_keeping, 1, __ATOMIC_SEQ_CST) == 0:
+            calls_begin(True)
+
+    cpdef void let_calls_go(self) noexcept:
+        """No window is opened for this engine any more."""
+        self.hold_calls = False
+        if __atomic_exchange_n(&self.is_holding, 0, __ATOMIC_SEQ_CST) != 0:
+            calls_end(False)
+        if __atomic_exchange_n(&self.is_keeping, 0, __ATOMIC_SEQ_CST) != 0:
+            calls_end(True)
 
     # ---- regions ----------------------------------------------------------------------------
 
@@ -465,7 +489,7 @@ cdef class Registry:
                 sys_error_clear(&err)
                 entered = guard_enter(run.guard, &err) == 0
                 if entered:
-                    rc = merge_restore_range(&run, &n_restored, &err)
+                    rc = merge_restore_range(&run, True, &n_restored, &err)
                     guard_leave(run.guard)
                     run.addr += n_restored * run.page_bytes
                     run.n_pages -= n_restored

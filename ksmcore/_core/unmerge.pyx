@@ -83,7 +83,7 @@ cdef int unmerge_region(
             page += 1
             item = rmap_find(&c.rmap, first_no + page, item)
         run.n_pages = page - start
-        rc = merge_restore_range(&run, &n_restored, err)
+        rc = merge_restore_range(&run, True, &n_restored, err)
         _settle_restored(c, first_no + start, n_restored)
     return rc
 

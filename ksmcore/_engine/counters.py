@@ -246,6 +246,12 @@ SKIPPED = {
         "Nothing, of a program that forks. Of others: end direct input and output, or leave such "
         "buffers unregistered.",
     ),
+    "in_call": Reason(
+        "was being written into by a call of the C library (read, recv, ...), or could be at any "
+        "moment",
+        "Nothing. It is met again in the next pass; a call that waits for its input keeps its pages "
+        "as they are until it returns.",
+    ),
     "sigsegv_blocked": Reason(
         "was not merged because a thread of the process blocks SIGSEGV, or /proc does not tell, "
         "and the guard is mprotect",

@@ -68,6 +68,7 @@ class Engine(Closing):
         made = Settings.made(**settings)
         if made.dirty == "pagemap":
             check_tracker()
+        self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
         core = Core(
             order=made.order,
             checksum=made.checksum,
@@ -76,8 +77,9 @@ class Engine(Closing):
             with_pagemap=True,
             with_tracker=made.dirty != "checksum",
             n_buckets=made.rmap_hash_size,
+            hold_calls=made.hold_calls is not False and not self._disabled,
+            hold_always=made.hold_calls is True,
         )
-        self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
         self._core = cast(Core, NullCore(core)) if self._disabled else core
         self._closed = False
         self._renewed: dict[int, Parts] = {}
@@ -462,6 +464,7 @@ class Engine(Closing):
             parts.registrar.restore_all()
             parts.registrar.end()
             self._core.stop_watching()
+            self._core.let_calls_go()
             self._closed = parts.passes.ended = True
         # Another thread may have started it meanwhile.
         parts.scanner.give_up()

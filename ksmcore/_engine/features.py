@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
+from ksmcore._hooks import calls
 from ksmcore._kernel import syscalls, tracker
 
 __all__ = ["check_tracker", "choose_guard", "features"]
@@ -26,13 +27,15 @@ def features() -> dict[str, str | None]:
     "pagemap", "memfd": parts of the kernel. "userfaultfd", "userfaultfd-user", "mprotect": the
     guards, the strongest first. "pinned": pages that were never merged, and are pinned for a
     device (direct I/O, io_uring), are left alone; others need a hold. "tracking": the kernel tells
-    which pages were written, so that the others are not read again.
+    which pages were written, so that the others are not read again. "calls": functions of the C
+    library can tell of the memory that they read into, see the setting hold_calls.
     """
     found = syscalls.features()
     for name in GUARDS:
         reason = guard.probe(name)
         found[name] = reason if reason is None else f"{reason} ({_REMEDIES[name]})"
     found["tracking"] = _tracking_missing()
+    found["calls"] = calls.missing()
     found["pinned"] = (
         None
         if guard.refuses_pinned("userfaultfd")

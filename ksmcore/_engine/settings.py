@@ -30,7 +30,7 @@ _NO_WORD = object()
 _YES_NO = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
 
 # Bound when the engine is made: trees and table are built with them.
-FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty")
+FIXED = ("order", "checksum", "rmap_hash_size", "guard", "dirty", "hold_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +81,18 @@ class Settings:
     its writer a microsecond), or the checksum of every page. "auto": the first of these that is to
     be had. Fixed."""
 
+    hold_calls: bool | Literal["auto"] = "auto"
+    """Have the functions of the C library that read into memory tell of it, so that none meets a
+    merge; their entries in the tables of all loaded objects are redirected for it while the engine
+    is open. "auto": where the guard cannot make system calls wait (all but "userfaultfd"). True:
+    also there, for direct input into pages that are merged already. Fixed."""
+
     def __post_init__(self) -> None:
         for name in ("use_zero_pages", "smart_scan"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.hold_calls, bool) and self.hold_calls != "auto":
+            raise TypeError(f"hold_calls must be True, False or 'auto', not {self.hold_calls!r}")
         self._whole("run", 0)
         if self.run > 2:
             raise ValueError(f"run must be 0, 1 or 2, not {self.run}")
@@ -197,7 +205,7 @@ def check_names(given: dict[str, Any]) -> None:
 def _from_text(kind: Any, text: str) -> Any:
     """A value of this type of field, or the text itself, which the field then takes or refuses."""
     word = text.strip()
-    if kind == "bool":
+    if kind.startswith("bool"):
         return _YES_NO.get(word.lower(), word)
     if "None" in kind and word.lower() == "none":
         return None

@@ -11,7 +11,7 @@ fork lock is held, and a thread that waits may hold anything. No signal handler 
 meanwhile (see forks.pxd): it would wait for ever, if it wrote into the window.
 """
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uintptr_t
 
 from ksmcore._guard.window cimport guard_kind, window_t
 from ksmcore._kernel.syscalls cimport sys_error
@@ -27,6 +27,9 @@ cdef bint guard_weaker(guard_kind* kind, bint entered, const sys_error* err) noe
 cdef void guard_leave(guard_kind kind) noexcept nogil
 
 cdef bint guard_is_barred(guard_kind kind) noexcept nogil    # would windows be barred, see WINDOW_BARRED?
+# Is a call in flight that this window must not meet? If so, the lowest part of *lo to *hi that one may
+# write into.
+cdef bint guard_calls(const window_t* w, uintptr_t* lo, uintptr_t* hi) noexcept nogil
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
 cdef bint guard_takes_away(const window_t* w) noexcept nogil
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil

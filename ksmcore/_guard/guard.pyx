@@ -2,9 +2,13 @@
 
 Three kinds, with the same interface; what each guarantees is in docs/guarantees.md. One window exists per
 process. Its lock is the fork lock, so a fork never happens inside a window.
+
+Two of them cannot make system calls wait, and the third sees no direct input into pages over the store. There no window
+is opened over memory that a call in flight may write into, where calls tell of it (_hooks/calls). The way back cannot leave such memory as it is for as long as a call may last (a
+socket from which nothing comes): it waits for a while, and then opens its window all the same.
 """
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._guard.mprotect cimport (
@@ -15,17 +19,25 @@ from ksmcore._guard.userfaultfd cimport (
     userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits, userfaultfd_probe,
     userfaultfd_release, userfaultfd_shut,
 )
-from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED
+from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED, WINDOW_IN_CALL
+from ksmcore._hooks.calls cimport calls_first, calls_let_in, calls_look, calls_shut
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.syscalls cimport (
     CALL_UFFD_PROTECT, CALL_UFFD_REGISTER, CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER,
-    CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_error, sys_error_clear, sys_is_passing,
+    CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_error, sys_error_clear, sys_is_passing, sys_now_ns, sys_pause,
 )
 
 import os
 
 # In the order of enum guard_kind.
 _NAMES = ("mprotect", "userfaultfd-user", "userfaultfd")
+
+cdef enum:
+    PATIENCE_NS = 1_000_000_000    # for the end of calls in flight, when a window is due
+
+# When a window was opened last though a call was in flight: the next ones, of the same stretch, do not wait anew.
+# Under the fork lock.
+cdef uint64_t _forced_ns = 0
 
 
 cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
@@ -36,6 +48,7 @@ cdef int guard_enter(guard_kind kind, sys_error* err) noexcept nogil:
     if kind != GUARD_MPROTECT and userfaultfd_enter(kind, err) != 0:
         mprotect_leave()
         return -1
+    calls_look()
     return 0
 
 
@@ -77,15 +90,48 @@ cdef bint guard_is_barred(guard_kind kind) noexcept nogil:
     return not may_shut
 
 
+cdef bint _minds_calls(const window_t* w) noexcept nogil:
+    """Pages that are moved away are safe from any call: it waits, and whoever has one pinned keeps it from being moved."""
+    return not guard_takes_away(w)
+
+
+cdef bint guard_calls(const window_t* w, uintptr_t* lo, uintptr_t* hi) noexcept nogil:
+    """Asked before a window, so that it can be cut to leave calls in flight out. guard_open asks again."""
+    return _minds_calls(w) and calls_first(lo, hi)
+
+
+cdef bint _shut_calls(window_t* w) noexcept nogil:
+    """Have calls that begin wait. False: one is in flight, and nothing happened. The caller holds the fork lock, which
+    is given up meanwhile where the window is due."""
+    global _forced_ns
+    cdef uint64_t begun_ns = 0, now_ns
+    while calls_shut(w.addr, w.n_pages * w.page_bytes):
+        now_ns = sys_now_ns()
+        if begun_ns == 0:
+            begun_ns = now_ns
+        if w.is_due and (now_ns - _forced_ns < <uint64_t>PATIENCE_NS or now_ns - begun_ns >= <uint64_t>PATIENCE_NS):
+            _forced_ns = now_ns
+            break
+        calls_let_in()
+        if not w.is_due:
+            return False
+        forks_unlock()
+        sys_pause()
+        forks_lock()
+    return True
+
+
 cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
-    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_BARRED: nothing happened.
-    WINDOW_STUCK: nor can what was shut be opened again; the caller must report that."""
+    """0: shut, and the fork lock held. -1: nothing happened; *err tells why. WINDOW_BARRED, WINDOW_IN_CALL: nothing
+    happened. WINDOW_STUCK: nor can what was shut be opened again; the caller must report that."""
     cdef int rc
     if w.guard == GUARD_MPROTECT and mprotect_ready(err) != 0:
         return -1
     forks_lock()
     if w.guard == GUARD_MPROTECT and not mprotect_may_shut(w.is_way_back):
         rc = WINDOW_BARRED
+    elif _minds_calls(w) and not _shut_calls(w):
+        rc = WINDOW_IN_CALL
     elif w.guard == GUARD_MPROTECT:
         memset(w.outcomes, DONE, w.n_pages)
         w.bytes = <const uint8_t*>w.addr
@@ -93,6 +139,7 @@ cdef int guard_open(window_t* w, sys_error* err) noexcept nogil:
     else:
         rc = userfaultfd_shut(w, err)
     if rc != 0:
+        calls_let_in()
         forks_unlock()
     return rc
 
@@ -117,6 +164,7 @@ cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept no
         rc = mprotect_release(w.addr, w.n_pages * w.page_bytes, all_remapped, err)
     else:
         rc = userfaultfd_release(w, all_remapped, err)
+    calls_let_in()
     forks_unlock()
     return rc
 

@@ -21,9 +21,10 @@ from libc.errno cimport EAGAIN, EFAULT, ENOMEM
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from ksmcore._guard.guard cimport guard_close, guard_open, guard_takes_away
+from ksmcore._guard.guard cimport guard_calls, guard_close, guard_open, guard_takes_away
 from ksmcore._guard.window cimport (
-    BARRED, CHANGED, DONE, REFUSED, USUAL_PAGES, WINDOW_BARRED, WINDOW_PAGES, WINDOW_STUCK, window_t,
+    BARRED, CHANGED, DONE, IN_CALL, REFUSED, USUAL_PAGES, WINDOW_BARRED, WINDOW_IN_CALL, WINDOW_PAGES, WINDOW_STUCK,
+    window_t,
 )
 from ksmcore._kernel.maps cimport maps_give_key, maps_give_policy, maps_lock_pages
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
@@ -119,7 +120,9 @@ cdef int _window(
         kind = LEAVE_ZERO
     rc = guard_open(w, err)
     if rc != 0:
-        memset(w.outcomes, BARRED if rc == WINDOW_BARRED else REFUSED, w.n_pages)
+        memset(
+            w.outcomes, BARRED if rc == WINDOW_BARRED else IN_CALL if rc == WINDOW_IN_CALL else REFUSED, w.n_pages
+        )
         return -1 if rc == WINDOW_STUCK else 0
     for i in range(w.n_pages):
         if w.outcomes[i] != DONE:
@@ -187,24 +190,41 @@ cdef uint32_t _window_pages(
     return n
 
 
+cdef uint32_t _leave_out_calls(window_t* w) noexcept nogil:
+    """Cut a window before the first page that a call in flight may write into; if that is its own first, return how
+    many such pages there are."""
+    cdef uintptr_t lo = w.addr, hi = w.addr + w.n_pages * w.page_bytes
+    if not guard_calls(w, &lo, &hi):
+        return 0
+    if (lo - w.addr) // w.page_bytes != 0:
+        w.n_pages = <uint32_t>((lo - w.addr) // w.page_bytes)
+        return 0
+    return <uint32_t>((hi - w.addr + w.page_bytes - 1) // w.page_bytes)
+
+
 cdef int _windows(
     store_t* store, remap_kind kind, const run_t* run, const uint32_t* slots, uint8_t* outcomes, sys_error* err
 ) noexcept nogil:
     """Pages of any number, window by window; adjacent mappings of the store fuse in the kernel."""
     cdef window_t w
-    cdef uint32_t done = 0
+    cdef uint32_t done = 0, n_in_call
     cdef int rc = 0, tracker_fd = _tracker_fd(run)
     w.guard = run.guard
     w.over_store = run.over_store
     w.page_bytes = run.page_bytes
-    w.is_way_back = False
+    w.is_way_back = w.is_due = False
     while done < run.n_pages and rc == 0:
         w.addr = run.addr + done * run.page_bytes
         w.n_pages = _window_pages(
             run, slots + done if kind == MAP_STORE else NULL, w.addr, run.n_pages - done
         )
-        w.is_huge = w.n_pages == <uint32_t>WINDOW_PAGES
         w.outcomes = outcomes + done
+        n_in_call = _leave_out_calls(&w)
+        if n_in_call != 0:
+            memset(w.outcomes, IN_CALL, n_in_call)
+            done += n_in_call
+            continue
+        w.is_huge = w.n_pages == <uint32_t>WINDOW_PAGES
         if not run.over_store and tracker_let_go(tracker_fd, w.addr, w.n_pages * w.page_bytes, err) != 0:
             memset(w.outcomes, REFUSED, w.n_pages)
         else:
@@ -251,12 +271,15 @@ cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* e
     return 0
 
 
-cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* err) noexcept nogil:
+cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys_error* err) noexcept nogil:
     """Make pages over the store plain private anonymous memory again, with the bytes they show.
 
     The bytes go to fresh memory, window by window, and that is moved over the pages in one step each,
     so other threads see the same bytes throughout and lose no write. The fresh memory is one mapping
     for the whole range, because only pieces of one mapping fuse again at their new place.
+
+    due: also where a call in flight, that does not end, may write into them; else that is where it stops, with err.code
+    0.
 
     0 with *n_restored == run.n_pages, or -1 with *err: the first *n_restored pages are plain memory, the
     others are as they were. All bytes are right in both cases.
@@ -279,6 +302,7 @@ cdef int merge_restore_range(const run_t* run, size_t* n_restored, sys_error* er
     w.page_bytes = run.page_bytes
     w.is_huge = False
     w.is_way_back = True
+    w.is_due = due
     w.outcomes = outcomes
     while n_restored[0] < run.n_pages:
         w.n_pages = <uint32_t>min(run.n_pages - n_restored[0], <size_t>USUAL_PAGES)

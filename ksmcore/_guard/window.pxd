@@ -8,6 +8,7 @@ cdef enum:
     WINDOW_PAGES = 512       # of any: a huge page is dealt with as a whole, which takes no longer
     WINDOW_STUCK = -2        # what opening or closing returns when the kernel gives something not back
     WINDOW_BARRED = -3       # what opening returns while a thread blocks SIGSEGV, or may
+    WINDOW_IN_CALL = -4      # and while a call in flight may write into it
 
 # How writers are kept out; the names are in settings.py.
 cdef enum guard_kind:
@@ -22,6 +23,7 @@ cdef enum page_outcome:
     CHANGED                  # its bytes were not (or no longer) what they were taken for
     REFUSED                  # the kernel would not protect or remap it; see the error
     PINNED                   # a device may be writing into it
+    IN_CALL                  # a call in flight may write into it
     BARRED                   # a thread blocks SIGSEGV, so the mprotect guard would end the process
 
 
@@ -34,6 +36,7 @@ ctypedef struct window_t:
     size_t page_bytes
     bint is_huge             # the WINDOW_PAGES pages of a huge page, that should not be split
     bint is_way_back         # the pages become plain memory again
+    bint is_due              # they must; a call in flight is waited for, and not for ever
     uint8_t* outcomes        # enum page_outcome, for each page
     # set by the guard
     const uint8_t* bytes     # where the pages can be read while it is open: those with outcome DONE

@@ -24,6 +24,7 @@ ctypedef struct skip_counters:
     uint64_t partner             # its partner could not be merged, so the merge was undone
     uint64_t away                # swapped out, or being moved by the kernel
     uint64_t pinned              # a device may be writing into it (direct I/O, io_uring)
+    uint64_t in_call             # a call in flight may write into it
     uint64_t sigsegv_blocked     # a thread blocks SIGSEGV, or may, and the guard is mprotect
     uint64_t altered             # in a region that the program has mapped otherwise meanwhile
     uint64_t held                # in a region that is held (see Region.hold)

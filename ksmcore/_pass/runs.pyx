@@ -14,7 +14,7 @@ from libc.string cimport memset
 
 from ksmcore._guard.guard cimport guard_is_barred
 from ksmcore._guard.merge cimport merge_restore_range, merge_run, merge_zero_run, run_t
-from ksmcore._guard.window cimport BARRED, CHANGED, DONE, PINNED, REFUSED
+from ksmcore._guard.window cimport BARRED, CHANGED, DONE, IN_CALL, PINNED, REFUSED
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
@@ -144,6 +144,8 @@ cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
         return &b.counters.skipped.changed
     if outcome == BARRED:
         return &b.counters.skipped.sigsegv_blocked
+    if outcome == IN_CALL:
+        return &b.counters.skipped.in_call
     return &b.counters.skipped.pinned if outcome == PINNED else &b.counters.skipped.refused
 
 
@@ -172,7 +174,7 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         rc = merge_zero_run(&run, b.outcomes, &err)
     else:
         # What fails stays as it is, and right; a stuck window is reported when the next one is opened.
-        merge_restore_range(&run, &n_restored, &err)
+        merge_restore_range(&run, False, &n_restored, &err)
         memset(b.outcomes, REFUSED, run.n_pages)
         memset(b.outcomes, DONE, n_restored)
     if err.code != 0 and b.err.code == 0:
@@ -225,7 +227,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         run.over_store = True
         run.flags = founder.flags
         run.tracker = b.tracker
-        if merge_restore_range(&run, &n_restored, &b.err) == 0:
+        if merge_restore_range(&run, False, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
             batch_lie_over(b, founder.item, 0)
             b.counters.skipped.partner += 1

@@ -170,9 +170,9 @@ def run(
     go on with the allocator and have no scanner: nothing is merged in them unless they call
     ksmcore.start(). Options of Python go before: python -W error -m ksmcore run ...
 
-    Where `ksmcore doctor` names another guard than userfaultfd, a system call that reads into an
-    array, such as readinto(), fails with EFAULT if it does so in the moment in which the array is
-    merged.
+    Calls that read into an array, such as readinto(), never meet the moment in which it is merged.
+    Where `ksmcore doctor` names another guard than userfaultfd, that takes the GNU C library, and
+    what goes past it (io_uring, say) may fail with EFAULT then.
     """
     from ksmcore.cli.run import RunOptions, Session
 

@@ -118,7 +118,12 @@ def page_map(reason: str | None) -> Check:
     return Check("pagemap", "weak", text, "mount /proc, and let this process read it", facts)
 
 
-def guard(found: Mapping[str, str | None], in_use: str | None = None, root: Path = ROOT) -> Check:
+def guard(
+    found: Mapping[str, str | None],
+    in_use: str | None = None,
+    root: Path = ROOT,
+    holds_calls: bool = False,
+) -> Check:
     """What keeps writers out of a page that is being merged. `found`: why each is not there;
     `in_use`: the one that engines take, None for the best."""
     possible = next((name for name in GUARDS if found[name] is None), None)
@@ -128,15 +133,37 @@ def guard(found: Mapping[str, str | None], in_use: str | None = None, root: Path
         return Check("guard", "broken", "no guard is to be had", "please report this", facts)
     if best == GUARDS[0]:
         return Check("guard", "good", f"{best}: system calls wait for a merge", None, facts)
-    text = (
-        f"{best}: all works; a system call that writes into a page at the moment it is merged "
-        "fails with EFAULT, so hold() memory that read() and the like write into"
+    text = f"{best}: all works; a system call that writes into a page at the moment it is merged "
+    text += (
+        "fails with EFAULT where it does not tell of itself (io_uring, system calls made without "
+        "the C library): hold() its memory"
+        if holds_calls
+        else "fails with EFAULT, so hold() memory that read() and the like write into"
     )
     if best != possible:
         remedy = f"unset KSMCORE_GUARD: '{possible}' can be had here"
         return Check("guard", "advice", text, remedy, facts)
     remedy = f"for the guard '{GUARDS[0]}': {_for_userfaultfd(found[GUARDS[0]], root)}"
     return Check("guard", "advice", text, remedy, facts)
+
+
+def calls(reason: str | None, setting: bool | str, in_use: str | None = None) -> Check:
+    """Are calls that read into memory held by themselves? `reason`: why they cannot be; `setting`:
+    hold_calls; `in_use`: the guard that engines take."""
+    facts = {"available": reason is None, "reason": reason, "setting": setting}
+    if reason is None and setting is not False:
+        if in_use == GUARDS[0] and setting == "auto":
+            return Check("calls", "good", f"wait by themselves, by the guard '{in_use}'", None, facts)
+        text = "read(), recv() and the like are held by themselves"
+        return Check("calls", "good", text, None, facts)
+    text = "read(), recv() and the like are not held by themselves"
+    if in_use == GUARDS[0]:
+        return Check("calls", "good", f"{text}; the guard '{in_use}' has them wait", None, facts)
+    if reason is not None:
+        remedy = "hold() memory that they write into, or have the guard 'userfaultfd'"
+        return Check("calls", "weak", f"{text}: {reason}", remedy, facts)
+    remedy = "set hold_calls to 'auto' (unset KSMCORE_HOLD_CALLS)"
+    return Check("calls", "weak", text, remedy, facts)
 
 
 def _for_userfaultfd(reason: str | None, root: Path) -> str:

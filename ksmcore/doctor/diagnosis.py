@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import ksmcore
 from ksmcore._engine.features import features
-from ksmcore._engine.settings import GUARDS
+from ksmcore._engine.settings import GUARDS, Settings
 from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import procfs, smaps
 from ksmcore.doctor import checks
@@ -98,7 +98,12 @@ def examine() -> Diagnosis:
         "descriptors": checks.descriptors,
         "proc": checks.proc_files,
         "pagemap": lambda: checks.page_map(found()["pagemap"]),
-        "guard": lambda: checks.guard({name: found()[name] for name in GUARDS}, in_use.guard),
+        "guard": lambda: checks.guard(
+            {name: found()[name] for name in GUARDS},
+            in_use.guard,
+            holds_calls=found()["calls"] is None and Settings.made().hold_calls is not False,
+        ),
+        "calls": lambda: checks.calls(found()["calls"], Settings.made().hold_calls, in_use.guard),
         "tracking": lambda: checks.tracking(found()["tracking"], in_use.dirty),
         "mappings": lambda: checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
         "addresses": checks.address_space,

@@ -30,6 +30,11 @@ CALLS = (
     "process_vm_writev",
     "process_vm_writev (cold)",
     "/proc/self/mem",
+    "parts",
+    "message",
+    "pipe",
+    "fread",
+    "direct",
 )
 
 

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,13 +18,13 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define HEADER_BYTES 64
+#define HEADER_BYTES 512 /* what direct input is done in pieces of */
 #define PIECE_BYTES 1500 /* what a stream is fed with at a time: one call then takes several */
 
 extern volatile int writers_stopped;
 
 /* PROCESS_VM_COLD: the page it copies from has to be mapped in again in the middle of the call. */
-enum { PREAD, STREAM, DATAGRAM, SEQPACKET, PROCESS_VM, PROCESS_VM_COLD, PROC_MEM };
+enum { PREAD, STREAM, DATAGRAM, SEQPACKET, PROCESS_VM, PROCESS_VM_COLD, PROC_MEM, PARTS, MESSAGE, PIPE, FREAD, DIRECT };
 
 struct tally {
     uint64_t n_right;   /* calls that succeeded, with all that they say to have written in place */
@@ -37,7 +38,8 @@ struct tally {
 
 struct run {
     int kind, fd, peer;
-    uint64_t seed;
+    FILE *file;
+    uint64_t seed, n_message;
     size_t body_bytes, message_bytes;
     struct tally *tally;
     int64_t send_error; /* the sender's own, so that two threads never write to one place */
@@ -73,7 +75,8 @@ static void *send_messages(void *argument) {
         make_message(run, n, message);
         for (size_t from = 0; from < run->message_bytes && sent >= 0; from += (size_t)sent) {
             size_t left = run->message_bytes - from;
-            sent = send(run->peer, (char *)message + from, left < piece ? left : piece, MSG_NOSIGNAL);
+            if (run->kind == PIPE) sent = write(run->peer, (char *)message + from, left);
+            else sent = send(run->peer, (char *)message + from, left < piece ? left : piece, MSG_NOSIGNAL);
         }
     }
     if (errno != EPIPE && errno != ECONNRESET && errno != ECONNREFUSED) {
@@ -84,10 +87,41 @@ static void *send_messages(void *argument) {
     return NULL;
 }
 
+/* A file on a disk, with the first N_DIRECT messages, which are read again and again past the page cache. */
+#define N_DIRECT 512
+static int open_direct(struct run *run) {
+    uint64_t *message = malloc(run->message_bytes);
+    int fd = open("/var/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    char path[64];
+    for (uint64_t n = 0; n < N_DIRECT && fd >= 0; n++) {
+        make_message(run, n, message);
+        if (pwrite(fd, message, run->message_bytes, (off_t)(n * run->message_bytes)) != (ssize_t)run->message_bytes)
+            return -1;
+    }
+    free(message);
+    if (fd < 0 || fsync(fd) != 0) return -1;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    run->fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    close(fd);
+    return run->fd < 0 ? -1 : 0;
+}
+
 static int open_source(struct run *run, int source_fd) {
-    static const int types[] = {[STREAM] = SOCK_STREAM, [DATAGRAM] = SOCK_DGRAM, [SEQPACKET] = SOCK_SEQPACKET};
+    static const int types[] = {[STREAM] = SOCK_STREAM, [DATAGRAM] = SOCK_DGRAM, [SEQPACKET] = SOCK_SEQPACKET,
+                                [MESSAGE] = SOCK_DGRAM};
     int ends[2];
-    if (run->kind == PREAD) return (run->fd = source_fd) < 0;
+    if (run->kind == DIRECT) return open_direct(run);
+    if (run->kind == FREAD) {
+        run->file = fdopen(dup(source_fd), "r");
+        return run->file ? setvbuf(run->file, NULL, _IONBF, 0) : -1;
+    }
+    if (run->kind == PIPE) {
+        if (pipe2(ends, O_CLOEXEC) != 0) return -1;
+        run->fd = ends[0];
+        run->peer = ends[1];
+        return 0;
+    }
+    if (run->kind == PREAD || run->kind == PARTS) return (run->fd = source_fd) < 0;
     if (run->kind == PROC_MEM) return (run->fd = open("/proc/self/mem", O_RDWR | O_CLOEXEC)) < 0;
     if (run->kind == PROCESS_VM || run->kind == PROCESS_VM_COLD) return 0;
     if (socketpair(AF_UNIX, types[run->kind] | SOCK_CLOEXEC, 0, ends) != 0) return -1;
@@ -101,7 +135,19 @@ static int open_source(struct run *run, int source_fd) {
 static ssize_t call(struct run *run, char *message, size_t from, char *target) {
     size_t left = run->message_bytes - from;
     struct iovec here = {message + from, left}, there = {target + from, left};
+    struct iovec parts[2] = {{target + from, left / 2}, {target + from + left / 2, left - left / 2}};
+    struct msghdr header = {.msg_iov = parts, .msg_iovlen = 2};
+    size_t got;
     switch (run->kind) {
+    case PARTS: return preadv2(run->fd, parts, 2, (off_t)from, 0);
+    case MESSAGE: return recvmsg(run->fd, &header, 0);
+    case PIPE: return read(run->fd, target + from, left);
+    case DIRECT:
+        return pread(run->fd, target + from, left, (off_t)(run->n_message % N_DIRECT * run->message_bytes + from));
+    case FREAD:
+        if (fseek(run->file, (long)from, SEEK_SET) != 0) return -1;
+        got = fread(target + from, 1, left, run->file);
+        return got == 0 && ferror(run->file) ? -1 : (ssize_t)got;
     case PREAD: return pread(run->fd, target + from, left, (off_t)from);
     case PROCESS_VM_COLD: madvise(message, run->message_bytes, MADV_DONTNEED); /* fall through */
     case PROCESS_VM: return process_vm_writev(getpid(), &here, 1, &there, 1, 0);
@@ -135,6 +181,17 @@ static void settle(const struct run *run, const char *message, size_t from, size
     run->tally->n_changed += (uint64_t)changed;
 }
 
+static ssize_t take_rest(struct run *run, char *spare, size_t left) {
+    size_t got = 0;
+    if (run->kind == STREAM) return recv(run->fd, spare, left, MSG_WAITALL);
+    while (got < left) {
+        ssize_t n = read(run->fd, spare + got, left - got);
+        if (n <= 0) return -1;
+        got += (size_t)n;
+    }
+    return (ssize_t)got;
+}
+
 /* Take one message into `target`; `spare` is for the bytes of a stream that a failed call left there.
    Returns 0, or the errno that must not be. */
 static int take_message(struct run *run, char *message, char *target, char *model, char *spare) {
@@ -142,6 +199,7 @@ static int take_message(struct run *run, char *message, char *target, char *mode
     do {
         ssize_t n = call(run, message, from, target);
         if (n == 0) return ENODATA;
+        if (run->file) clearerr(run->file);
         if (n < 0 && errno != EFAULT && !(run->kind == PROC_MEM && errno == EIO)) return errno;
         settle(run, message, from, n > 0 ? (size_t)n : 0, target, model);
         if (n > 0) {
@@ -149,15 +207,15 @@ static int take_message(struct run *run, char *message, char *target, char *mode
             continue;
         }
         run->tally->n_failed++;
-        if (run->kind != STREAM) return 0;
+        if (run->kind != STREAM && run->kind != PIPE) return 0;
         /* The kernel leaves in the stream what it could not hand over; into plain memory the rest of the
            message always goes. Were it another rest, every later message would be off too: end there. */
         left = run->message_bytes - from;
-        if (recv(run->fd, spare, left, MSG_WAITALL) == (ssize_t)left && memcmp(spare, message + from, left) == 0)
+        if (take_rest(run, spare, left) == (ssize_t)left && memcmp(spare, message + from, left) == 0)
             return 0;
         run->tally->n_astray++;
         return EPROTO;
-    } while (run->kind == STREAM && from < run->message_bytes);
+    } while ((run->kind == STREAM || run->kind == PIPE) && from < run->message_bytes);
     return 0;
 }
 
@@ -166,7 +224,7 @@ static int take_message(struct run *run, char *message, char *target, char *mode
 void calls_run(int kind, char *pages, long n_slots, long page_bytes, long slot_pages, long thread,
                long n_threads, uint64_t seed, struct tally *tally) {
     size_t page = (size_t)page_bytes, slot_bytes = page * (size_t)slot_pages, at = page - HEADER_BYTES;
-    struct run run = {kind, -1, -1, mixed(seed), slot_bytes - page, slot_bytes - at, tally, 0};
+    struct run run = {kind, -1, -1, NULL, mixed(seed), 0, slot_bytes - page, slot_bytes - at, tally, 0};
     char *models = malloc((size_t)n_slots * slot_bytes), *spare = malloc(slot_bytes), *message = MAP_FAILED;
     int source_fd = memfd_create("ksmcore-test", MFD_CLOEXEC);
     int error = 0;
@@ -185,7 +243,8 @@ void calls_run(int kind, char *pages, long n_slots, long page_bytes, long slot_p
         uint64_t random = mixed(run.seed ^ (n << 1));
         size_t slot = (random >> 8) % (uint64_t)(n_slots / n_threads) * (size_t)n_threads + (size_t)thread;
         char *target = pages + slot * slot_bytes, *model = models + slot * slot_bytes;
-        make_message(&run, n, (uint64_t *)message);
+        run.n_message = n;
+        make_message(&run, kind == DIRECT ? n % N_DIRECT : n, (uint64_t *)message);
         tally->n_changed += has_changed(target, model, slot_bytes);
         error = take_message(&run, message, target + at, model + at, spare);
         /* Mostly the header is wiped out by ordinary stores: this page becomes equal to others again. */
@@ -203,6 +262,7 @@ void calls_run(int kind, char *pages, long n_slots, long page_bytes, long slot_p
         close(run.peer);
     }
     tally->error = error ? error : run.send_error;
+    if (run.file) fclose(run.file);
     munmap(message, slot_bytes);
     close(source_fd);
     free(models);

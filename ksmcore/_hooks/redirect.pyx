@@ -1,0 +1,188 @@
+"""Redirecting functions of the C library for all loaded objects, and putting them back.
+
+Hooks stay callable for ever: a module that defines some is never unloaded, and who has the address of one (from dlsym,
+in a table of its own) may keep it. So a hook that is not in use any more just calls what is below.
+
+What goes past it all: addresses taken by dlsym before, functions of objects that are linked statically, system
+calls made without the C library; and objects that an older loader has put where symbols cannot be changed, until they
+are looked at.
+
+Lock order: a table is changed under the redirect lock, and the loader's lock of its list, which the loader never
+holds while it calls anybody but who walks through that list. So neither is what another thread may hold in
+a fork, or in the constructor of an object. The lock is held around a fork: no child finds a table half changed.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+
+# Its hooks of a fork come before those here, so that signals are let in last.
+import ksmcore._kernel.forks
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <pthread.h>
+    #include "_kernel/signals.h"
+    #include "_hooks/redirect.h"
+
+    #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
+    #define REDIRECT_CAN 1
+    #include "_hooks/objects.h"
+    #if defined(__x86_64__)
+    #define REDIRECT_OLDEST "GLIBC_2.2.5"
+    #else
+    #define REDIRECT_OLDEST "GLIBC_2.17"
+    #endif
+
+    static objects_map redirect_map, redirect_homes; /* under the lock */
+    static char redirect_ours[1024];
+
+    /* In which directory our modules lie: the package's. */
+    static void redirect_find_ours(void) {
+        Dl_info info;
+        char *cut;
+        if (redirect_ours[0] || !dladdr((void *)redirect_find_ours, &info) || !info.dli_fname) return;
+        if (strlen(info.dli_fname) >= sizeof redirect_ours) return;
+        strcpy(redirect_ours, info.dli_fname);
+        for (int i = 0; i < 2; i++)
+            if ((cut = strrchr(redirect_ours, '/'))) *cut = 0;
+        strcat(redirect_ours, "/");
+    }
+
+    static void *redirect_symbol(void *library, const char *name) {
+        void *found = library ? dlsym(library, name) : (void *)0;
+        /* A name that only programs of earlier times use. */
+        return found || !library ? found : dlvsym(library, name, REDIRECT_OLDEST);
+    }
+
+    static void redirect_find_all(redirect_table *table) {
+        void *libc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+        void *threads = dlopen("libpthread.so.0", RTLD_LAZY | RTLD_NOLOAD);
+        redirect_find_ours();
+        for (uint32_t i = 0; i < table->n_rows; i++) {
+            redirect_row *row = &table->rows[i];
+            *row->below = redirect_symbol(libc, row->name);
+            row->beside = redirect_symbol(threads, row->name);
+            if (row->beside == *row->below) row->beside = (void *)0;
+        }
+        /* The names are ours to have looked up, not to keep open. */
+        if (libc) dlclose(libc);
+        if (threads) dlclose(threads);
+    }
+
+    static void redirect_walk(redirect_table *table, int back, int insist) {
+        objects_walk walk;
+        objects_map_clear(&redirect_map);
+        objects_map_clear(&redirect_homes);
+        for (uint32_t i = 0; i < table->n_rows; i++) {
+            const redirect_row *row = &table->rows[i];
+            uintptr_t hook = (uintptr_t)row->hook, below = (uintptr_t)*row->below, beside = (uintptr_t)row->beside;
+            if (!below) continue;
+            objects_map_add(&redirect_homes, below, below);
+            objects_map_add(&redirect_homes, beside, beside);
+            /* Of several names of one function the first has it. */
+            if (back) objects_map_add(&redirect_map, hook, below);
+            else if (!objects_new(&redirect_map, below)) objects_map_add(&redirect_map, below, hook);
+            if (!back && beside && !objects_new(&redirect_map, beside)) objects_map_add(&redirect_map, beside, hook);
+        }
+        memset(&walk, 0, sizeof walk);
+        walk.map = &redirect_map;
+        walk.homes = &redirect_homes;
+        walk.ours = redirect_ours;
+        walk.insist = insist;
+        dl_iterate_phdr(objects_visit, &walk);
+        table->n_entries = walk.n_entries;
+        table->n_symbols = walk.n_symbols;
+        table->n_objects = walk.n_objects;
+        table->n_unready = walk.n_unready;
+        table->n_refused = walk.n_refused;
+        table->n_loads = walk.n_loads;
+    }
+    #else
+    #define REDIRECT_CAN 0
+    static void redirect_find_all(redirect_table *table) { (void)table; }
+    static void redirect_walk(redirect_table *table, int back, int insist) { (void)table, (void)back, (void)insist; }
+    static uint64_t objects_n_loads(void) { return 0; }
+    #endif
+
+    /* No handler runs on a thread that changes tables: it could fork. */
+    static pthread_mutex_t redirect_mutex = PTHREAD_MUTEX_INITIALIZER;
+    static void redirect_lock(sigset_t *before) {
+        ksm_block_signals(before);
+        pthread_mutex_lock(&redirect_mutex);
+    }
+    static void redirect_unlock(const sigset_t *before) {
+        pthread_mutex_unlock(&redirect_mutex);
+        ksm_restore_signals(before);
+    }
+    static sigset_t redirect_signals_before; /* of the thread that forks */
+    static void redirect_before_fork(void) {
+        sigset_t before;
+        redirect_lock(&before);
+        redirect_signals_before = before;
+    }
+    static void redirect_after_fork(void) {
+        sigset_t before = redirect_signals_before;
+        redirect_unlock(&before);
+    }
+    static void redirect_in_child(void) {
+        pthread_mutex_init(&redirect_mutex, 0);
+        ksm_restore_signals(&redirect_signals_before);
+    }
+    static int redirect_at_fork(void) {
+        return pthread_atfork(redirect_before_fork, redirect_after_fork, redirect_in_child);
+    }
+
+    static void redirect_users_add(redirect_table *table, int delta) {
+        sigset_t before;
+        redirect_lock(&before);
+        table->n_users += (uint32_t)delta;
+        if (delta > 0 && table->n_users == 1) redirect_walk(table, 0, 0);
+        if (delta < 0 && table->n_users == 0) redirect_walk(table, 1, 0);
+        redirect_unlock(&before);
+    }
+
+    static void redirect_look_again(redirect_table *table) {
+        sigset_t before;
+        uint32_t n_unready = __atomic_load_n(&table->n_unready, __ATOMIC_RELAXED);
+        if (objects_n_loads() == __atomic_load_n(&table->n_loads, __ATOMIC_RELAXED) && !n_unready) return;
+        redirect_lock(&before);
+        /* What was being loaded the last time is loaded by now, or is made so that it looks like that. */
+        if (table->n_users) redirect_walk(table, 0, n_unready != 0);
+        redirect_unlock(&before);
+    }
+    """
+    ctypedef struct sigset_t:
+        pass
+    bint REDIRECT_CAN
+    void redirect_find_all(redirect_table* table)
+    void redirect_users_add(redirect_table* table, int delta) nogil
+    void redirect_look_again(redirect_table* table) nogil
+    int redirect_at_fork()
+
+
+cdef object redirect_missing():
+    if REDIRECT_CAN:
+        return None
+    return "functions can be redirected with the GNU C library only, on x86-64 and aarch64"
+
+
+cdef void redirect_find(redirect_table* table):
+    redirect_find_all(table)
+
+
+cdef void redirect_put(redirect_table* table) noexcept nogil:
+    redirect_users_add(table, 1)
+
+
+cdef void redirect_back(redirect_table* table) noexcept nogil:
+    redirect_users_add(table, -1)
+
+
+cdef void redirect_look(redirect_table* table) noexcept nogil:
+    redirect_look_again(table)
+
+
+if redirect_at_fork() != 0:
+    raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")
