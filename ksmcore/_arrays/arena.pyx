@@ -24,32 +24,28 @@ from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
-    chunks_clean, chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_find, chunks_give, chunks_init,
-    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
+    chunks_clean, chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_extend, chunks_find,
+    chunks_give, chunks_init, chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
 )
 from ksmcore._arrays.huge_pages cimport HUGE_BYTES, huge_pages_refuse
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_empty_range, run_t
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_map_anon,
-    sys_map_anon_aligned, sys_page_bytes, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped,
+    sys_map_anon, sys_map_anon_aligned, sys_map_anon_at, sys_move, sys_page_bytes, sys_pause, sys_unmap,
 )
 from ksmcore._records.regions cimport REGION_HUGEPAGE
 
-cdef extern from *:
-    """
-    #include <pthread.h>
-
-    static pthread_mutex_t arena_mutex = PTHREAD_MUTEX_INITIALIZER;
-    static void arena_lock(void) { pthread_mutex_lock(&arena_mutex); }
-    static void arena_unlock(void) { pthread_mutex_unlock(&arena_mutex); }
-    /* The thread that prepared the fork holds it; the others do not exist in the child. */
-    static void arena_renew(void) { pthread_mutex_init(&arena_mutex, 0); }
-    """
+cdef extern from "_arrays/arena_lock.h":
     void arena_lock() noexcept nogil
     void arena_unlock() noexcept nogil
+    bint arena_is_forking() noexcept nogil
+    void arena_before_fork() noexcept nogil
+    void arena_after_fork() noexcept nogil
     void arena_renew() noexcept nogil
+
+cdef extern from "<pthread.h>":
     int pthread_atfork(
         void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
     )
@@ -59,6 +55,7 @@ cdef enum:
     HUGE_PAGE_BYTES = 2 << 20
     MAX_DIRTY_BYTES = 32 << 20
     POPULATE_BYTES = 256 << 10
+    MOST_TRIES = 100           # a millisecond apart
 
 # Stands in the memory of a chunk that was given back while chunks are pinned.
 ctypedef struct pinned_t:
@@ -250,6 +247,12 @@ cdef void arena_trim() noexcept nogil:
 
 # ---- what the allocator calls -------------------------------------------------------------------------
 
+cdef bint _is_inside() noexcept nogil:
+    """Is this thread in the core, or in the midst of a fork? Then the arena is not to be asked for anything: the C
+    library allocates in functions that the core calls (qsort), and other libraries in their hooks of a fork."""
+    return arena_is_forking() or (_core != NULL and (<Registry>_core).is_mine())
+
+
 cdef void* _refused() noexcept nogil:
     global _n_refused
     arena_lock()
@@ -276,7 +279,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     cdef bint is_clean = False
     cdef sys_error ignored
     cdef void* taken
-    if len_bytes > <size_t>-1 // 2:
+    if len_bytes > <size_t>-1 // 2 or _is_inside():
         return NULL
     if n_pages > _table.chunk_pages // 2:
         return _take_whole(n_pages)
@@ -303,12 +306,14 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
 
 
 cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil:
-    """Was this handed out here? *len_bytes: of the whole pages."""
+    """Was this handed out here? *len_bytes: of the whole pages. What is asked about in the core never was."""
     cdef uint32_t entry
     cdef const chunk_t* chunk
-    if <uintptr_t>memory % _table.page_bytes != 0:
+    cdef bint has_lock = arena_is_forking()
+    if <uintptr_t>memory % _table.page_bytes != 0 or (not has_lock and _is_inside()):
         return False
-    arena_lock()
+    if not has_lock:
+        arena_lock()
     entry = chunks_at(&_table, <uintptr_t>memory)
     if entry != <uint32_t>NO_PAGE:
         chunk = &_table.all[entry]
@@ -316,7 +321,8 @@ cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil:
             chunk.n_pages if chunk.tags == NULL
             else chunk.tags[(<uintptr_t>memory - chunk.addr) // _table.page_bytes].n_pages
         )
-    arena_unlock()
+    if not has_lock:
+        arena_unlock()
     return entry != <uint32_t>NO_PAGE
 
 
@@ -336,8 +342,12 @@ cdef bint arena_give(void* memory) noexcept nogil:
     cdef uintptr_t addr = <uintptr_t>memory
     cdef uint32_t entry, first
     cdef chunk_t* chunk
+    cdef size_t ignored
     if addr % _table.page_bytes != 0:
         return False
+    if _is_inside():
+        # In the midst of a fork it is left as it is, for ever: to take it back could need the core.
+        return arena_owns(memory, &ignored)
     arena_lock()
     entry = chunks_at(&_table, addr)
     if entry == <uint32_t>NO_PAGE:
@@ -381,6 +391,71 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
             chunks_give(&_table, first + <uint32_t>n_pages, before - n_pages)
     arena_unlock()
     return stays
+
+
+cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
+    """Have what was handed out here reach over the free pages behind it, for so many bytes in all; False where there
+    are too few."""
+    cdef size_t n_pages = (len_bytes - 1) // _table.page_bytes + 1
+    cdef uint32_t entry
+    cdef chunk_t* chunk
+    cdef bint grown = False
+    if _is_inside():
+        return False
+    arena_lock()
+    entry = chunks_at(&_table, <uintptr_t>memory)
+    chunk = &_table.all[entry]
+    if chunk.tags == NULL:
+        grown = n_pages <= chunk.n_pages
+    elif chunk.generation == forks_generation():
+        grown = chunks_extend(
+            &_table, entry * _table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // _table.page_bytes),
+            n_pages
+        )
+    arena_unlock()
+    return grown
+
+
+cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept nogil:
+    """Tried again where the kernel unmapped the target before it failed; it is mapped in the end."""
+    cdef sys_error ignored
+    cdef int tries = 0
+    sys_error_clear(&ignored)
+    while sys_move(source, target, len_bytes, &ignored) != 0:
+        if sys_is_mapped(target, len_bytes):
+            return False
+        tries += 1
+        if tries > MOST_TRIES and sys_map_anon_at(target, len_bytes, &ignored) == 0:
+            return False
+        sys_pause()
+    return True
+
+
+cdef bint arena_move(void* memory, void* target) noexcept nogil:
+    """Move the pages of a chunk that one array has, none of which is merged, to the beginning of another such chunk,
+    which is larger. False: nothing was moved, and both are as they were."""
+    cdef uint32_t source, entry
+    cdef size_t len_bytes
+    cdef bint moved = False
+    arena_lock()
+    source = chunks_at(&_table, <uintptr_t>memory)
+    entry = chunks_at(&_table, <uintptr_t>target)
+    len_bytes = _table.all[source].n_pages * _table.page_bytes
+    if (
+        _table.all[source].tags == NULL and _table.all[entry].tags == NULL and _n_pins == 0
+        and _table.all[source].n_pages <= _table.all[entry].n_pages
+        and (_core == NULL or (<Registry>_core).let_move(_table.all[source].region_id, <uintptr_t>memory))
+        and (_core == NULL or (<Registry>_core).let_move(_table.all[entry].region_id, <uintptr_t>target))
+    ):
+        moved = _move(<uintptr_t>memory, <uintptr_t>target, len_bytes)
+        _register(&_table.all[entry], False)
+        if moved:
+            # Nothing is mapped there any more, so nothing may be unmapped there.
+            chunks_drop(&_table, source)
+        else:
+            _register(&_table.all[source], False)
+    arena_unlock()
+    return moved
 
 
 cdef int arena_ask(int (*question)(const chunk_table* t, uint32_t generation) noexcept nogil) noexcept nogil:
@@ -509,5 +584,5 @@ def numbers():
 
 
 chunks_init(&_table, sys_page_bytes(), CHUNK_BYTES)
-if pthread_atfork(arena_lock, arena_unlock, _in_child) != 0:
+if pthread_atfork(arena_before_fork, arena_after_fork, _in_child) != 0:
     raise MemoryError("pthread_atfork failed: the arena cannot be made safe against fork")
