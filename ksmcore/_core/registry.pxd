@@ -30,6 +30,7 @@ cdef class Registry:
     cdef int _own(self) except -1
     cdef bint is_mine(self) noexcept nogil
     cdef void _lock(self) noexcept nogil
+    cdef void _take_lock(self) noexcept nogil
     cdef void _unlock(self) noexcept nogil
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil

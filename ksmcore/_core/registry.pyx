@@ -115,8 +115,12 @@ cdef class Registry:
 
     cdef void _lock(self) noexcept nogil:
         __atomic_add_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
-        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        self._take_lock()
         __atomic_sub_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
+
+    cdef void _take_lock(self) noexcept nogil:
+        """For a walk, which is not to count among those that it lets in between."""
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
         put_owner(&self.owner, pthread_self(), __ATOMIC_SEQ_CST)
 
     cdef void _unlock(self) noexcept nogil:
