@@ -42,7 +42,7 @@ from ksmcore.errors import InternalError  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
-    from typing import SupportsIndex
+    from typing import Literal, SupportsIndex
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
     from typing_extensions import Buffer
@@ -246,7 +246,11 @@ def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator"
     return Allocator(default_engine(), threshold_bytes)
 
 
-def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> None:
+def install_allocator(
+    threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES,
+    *,
+    memory: "Literal['numpy', 'all']" = "numpy",
+) -> None:
     """Have all large NumPy arrays of the process be page-aligned and registered with the default
     engine from now on, in all threads, those that run already among them. Again: with another
     threshold.
@@ -254,10 +258,15 @@ def install_allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> Non
     Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with
     another allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
 
+    `memory="all"`: the same for all memory that libraries ask of malloc and its kin, so for tensors,
+    `bytes`, frames and models too. The functions are redirected for all loaded objects, and stay so,
+    see limits; `features()["memory"]` tells whether that can be.
+
     Raises:
-        TypeError, ValueError: threshold_bytes is no positive integer.
+        TypeError, ValueError: threshold_bytes is no positive integer; memory is something else, or
+            "all" is not to be had here.
     """
-    _allocating.install(default_engine(), threshold_bytes)
+    _allocating.install(default_engine(), threshold_bytes, memory)
 
 
 def uninstall_allocator() -> None:

@@ -9,6 +9,8 @@ from ksmcore._core.registry cimport Registry
 cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil
 cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil
 cdef bint arena_give(void* memory) noexcept nogil
+cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil
+cdef bint arena_move(void* memory, void* target) noexcept nogil
 cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil
 cdef void arena_trim() noexcept nogil
 cdef int arena_ask(int (*question)(const chunk_table* t, uint32_t generation) noexcept nogil) noexcept nogil

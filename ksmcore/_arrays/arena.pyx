@@ -17,309 +17,113 @@ waits for it. The chunks that a forked child inherits are its parent's: they are
 given back when they are freed, and nothing is handed out from them.
 """
 
-from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
-    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_before, chunks_behind,
-    chunks_clean, chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_find, chunks_give, chunks_init,
-    chunks_tag, chunks_take, chunks_taken, chunks_unhang_all, extent_tag, taken_range,
+    CLEAN, DIRTY, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_drop, chunks_extend, chunks_find,
+    chunks_give, chunks_tag, chunks_take, chunks_taken, taken_range,
 )
-from ksmcore._arrays.huge_pages cimport HUGE_BYTES, huge_pages_refuse
+from ksmcore._arrays.huge_pages cimport HUGE_BYTES
+from ksmcore._arrays.mapped cimport (
+    MAX_DIRTY_BYTES, mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
+    mapped_is_inside, mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove,
+    mapped_remove_if_empty, mapped_table, mapped_trim, mapped_trim_above, mapped_unlock, mapped_unpin, pinned_t,
+)
 from ksmcore._core.registry cimport Registry
-from ksmcore._guard.merge cimport merge_empty_range, run_t
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_map_anon,
-    sys_map_anon_aligned, sys_page_bytes, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon_at,
+    sys_move, sys_pause, sys_unmap,
 )
-from ksmcore._records.regions cimport REGION_HUGEPAGE
-
-cdef extern from *:
-    """
-    #include <pthread.h>
-
-    static pthread_mutex_t arena_mutex = PTHREAD_MUTEX_INITIALIZER;
-    static void arena_lock(void) { pthread_mutex_lock(&arena_mutex); }
-    static void arena_unlock(void) { pthread_mutex_unlock(&arena_mutex); }
-    /* The thread that prepared the fork holds it; the others do not exist in the child. */
-    static void arena_renew(void) { pthread_mutex_init(&arena_mutex, 0); }
-    """
-    void arena_lock() noexcept nogil
-    void arena_unlock() noexcept nogil
-    void arena_renew() noexcept nogil
-    int pthread_atfork(
-        void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil, void (*child)() noexcept nogil
-    )
 
 cdef enum:
-    CHUNK_BYTES = 64 << 20
-    HUGE_PAGE_BYTES = 2 << 20
-    MAX_DIRTY_BYTES = 32 << 20
     POPULATE_BYTES = 256 << 10
+    MOST_TRIES = 100           # a millisecond apart
 
-# Stands in the memory of a chunk that was given back while chunks are pinned.
-ctypedef struct pinned_t:
-    pinned_t* next
-    size_t len_bytes
-
-cdef chunk_table _table
 cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
-cdef uint32_t _n_pins = 0              # while not 0, no chunk is unmapped
-cdef pinned_t* _pinned = NULL
-cdef size_t _trim_above = MAX_DIRTY_BYTES
-# Engines count theirs from 1.
-cdef uint64_t FIRST_REGION_ID = <uint64_t>1 << 63
-cdef uint64_t _last_region_id = FIRST_REGION_ID
-cdef void* _core = NULL                # a Registry that is never given back
 cdef bint _wants_huge = False
-
-
-# ---- chunks -----------------------------------------------------------------------------------------
-
-cdef void _register(const chunk_t* chunk) noexcept nogil:
-    """With the core, if that can be: memory that is not registered is as good, it is only not merged."""
-    if _core == NULL:
-        return
-    if (<Registry>_core).generation != forks_generation():
-        with gil:
-            try:
-                (<Registry>_core)._own()
-            except Exception:
-                return
-    # The kernel has just handed out this memory: whoever is registered there is gone.
-    (<Registry>_core).enlist(chunk.region_id, chunk.addr, chunk.n_pages, chunk.flags, True)
-
-
-cdef uint32_t _add_chunk(size_t n_pages, bint wants_huge, bint whole) noexcept nogil:
-    """Map and register a chunk, and enter it: returns its entry, NO_PAGE without memory. `whole`: one array has it.
-    Not under the lock, which is held when it returns an entry."""
-    cdef chunk_t chunk
-    cdef sys_error ignored
-    cdef uint32_t entry
-    cdef size_t len_bytes = n_pages * _table.page_bytes
-    global _last_region_id
-    sys_error_clear(&ignored)
-    memset(&chunk, 0, sizeof(chunk))
-    chunk.addr = <uintptr_t>sys_map_anon_aligned(len_bytes, HUGE_PAGE_BYTES, &ignored)
-    if chunk.addr == 0:
-        return NO_PAGE
-    chunk.n_pages = n_pages
-    # Also where the kernel gives none: it is asked again for whatever is mapped here later.
-    chunk.wants_huge = wants_huge
-    if wants_huge:
-        chunk.flags = REGION_HUGEPAGE
-        sys_advise(chunk.addr, len_bytes, ADVISE_HUGEPAGE, &ignored)
-    elif not whole:
-        chunk.flags = huge_pages_refuse(chunk.addr, len_bytes)
-    if not whole:
-        chunk.tags = <extent_tag*>sys_map_anon(n_pages * sizeof(extent_tag), &ignored)
-        if chunk.tags == NULL:
-            sys_unmap(chunk.addr, len_bytes, &ignored)
-            return NO_PAGE
-    arena_lock()
-    _last_region_id += 1
-    chunk.region_id = _last_region_id
-    arena_unlock()
-    _register(&chunk)
-    chunk.generation = forks_generation()
-    arena_lock()
-    entry = chunks_enter(&_table, &chunk)
-    if entry == <uint32_t>NO_PAGE:
-        _unmap(&chunk)
-        arena_unlock()
-    return entry
-
-
-cdef void _unmap(const chunk_t* chunk) noexcept nogil:
-    cdef sys_error ignored
-    cdef size_t len_bytes = chunk.n_pages * _table.page_bytes
-    cdef pinned_t* left
-    global _pinned
-    sys_error_clear(&ignored)
-    if _core != NULL and chunk.generation == forks_generation():
-        (<Registry>_core).strike(chunk.region_id, chunk.addr)
-    # Unchecked: whole mappings of our own.
-    if chunk.tags != NULL:
-        sys_unmap(<uintptr_t>chunk.tags, chunk.n_pages * sizeof(extent_tag), &ignored)
-    if _n_pins == 0:
-        sys_unmap(chunk.addr, len_bytes, &ignored)
-        return
-    # Somebody may be reading there: only its memory goes now.
-    sys_advise(chunk.addr, len_bytes, ADVISE_DONTNEED, &ignored)
-    left = <pinned_t*>chunk.addr
-    left.next = _pinned
-    left.len_bytes = len_bytes
-    _pinned = left
-
-
-cdef void _remove_chunk(uint32_t entry) noexcept nogil:
-    """Give back a chunk that hangs in no bin."""
-    cdef chunk_t chunk = _table.all[entry]
-    chunks_drop(&_table, entry)
-    _unmap(&chunk)
-
-
-cdef bint _is_last_empty(uint32_t entry) noexcept nogil:
-    """Is there no other chunk of its kind of which nothing is taken? One is kept, for the next array."""
-    cdef uint32_t other
-    for other in range(_table.n_entries):
-        if (
-            other != entry and _table.all[other].addr != 0 and _table.all[other].tags != NULL
-            and _table.all[other].n_taken == 0 and _table.all[other].wants_huge == _table.all[entry].wants_huge
-            and _table.all[other].generation == _table.all[entry].generation
-        ):
-            return False
-    return True
-
-
-cdef void _remove_if_empty(uint32_t entry) noexcept nogil:
-    if _table.all[entry].n_taken == 0 and not _is_last_empty(entry):
-        chunks_unhang_all(&_table, entry)
-        _remove_chunk(entry)
-
-
-# ---- discarding -------------------------------------------------------------------------------------
-
-cdef bint _discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil:
-    """Have pages of this process hold no memory and show zeros; False where that is refused."""
-    cdef sys_error ignored
-    cdef run_t run
-    cdef bint emptied = False
-    if _core != NULL and (<Registry>_core).discard(chunk.region_id, addr, n_pages, &emptied):
-        return emptied
-    # Registered with nobody (any more). What lies here then is not known for sure: it is replaced.
-    sys_error_clear(&ignored)
-    run.addr = addr
-    run.n_pages = n_pages
-    run.page_bytes = _table.page_bytes
-    run.over_store = True
-    run.flags = chunk.flags
-    run.tracker = NULL
-    return merge_empty_range(&run, &ignored) == 0
-
-
-cdef void _discard_end(uint32_t page, size_t most_bytes) noexcept nogil:
-    """Discard the end of a dirty extent, or all of it: about most_bytes > 0 bytes. Refused, it stays dirty."""
-    cdef const chunk_t* chunk = &_table.all[page // _table.chunk_pages]
-    cdef size_t page_bytes = _table.page_bytes, length = chunks_tag(&_table, page).n_pages
-    cdef size_t n_pages = min((most_bytes - 1) // page_bytes + 1, length)
-    cdef uintptr_t addr = chunks_addr(&_table, page), end = addr + length * page_bytes, start = end
-    # What is handed out next comes from the beginning.
-    start -= n_pages * page_bytes
-    if chunk.wants_huge:
-        # Huge pages are not cut in two. At both ends they may reach into clean neighbours.
-        if n_pages < length:
-            start = min((start + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, end)
-            n_pages = (end - start) // page_bytes
-        else:
-            start -= min(start % HUGE_PAGE_BYTES, chunks_before(&_table, page, CLEAN) * page_bytes)
-        end += min(
-            (HUGE_PAGE_BYTES - end % HUGE_PAGE_BYTES) % HUGE_PAGE_BYTES,
-            chunks_behind(&_table, page + <uint32_t>length, CLEAN) * page_bytes
-        )
-    if n_pages > 0 and _discard(chunk, start, (end - start) // page_bytes):
-        chunks_clean(&_table, page, n_pages)
-
-
-cdef void _trim(size_t target_bytes) noexcept nogil:
-    """Discard dirty extents, the longest first, until no more than about target_bytes are left."""
-    cdef int kind, number
-    cdef uint32_t page, next
-    global _trim_above
-    for number in range(N_BINS - 1, -1, -1):
-        for kind in range(2):
-            page = _table.bins[kind][<int>DIRTY].heads[number]
-            while page != <uint32_t>NO_PAGE and _table.dirty_bytes > target_bytes:
-                next = chunks_tag(&_table, page).next
-                _discard_end(page, _table.dirty_bytes - target_bytes)
-                page = next
-    # What was refused is not asked for again with every array.
-    _trim_above = MAX_DIRTY_BYTES
-    if _table.dirty_bytes > target_bytes:
-        _trim_above = max(_trim_above, _table.dirty_bytes + MAX_DIRTY_BYTES // 2)
-    # Zeros that the huge pages of arrays brought to free memory would be counted as saved.
-    chunks_each_edge(&_table, HUGE_PAGE_BYTES // _table.page_bytes, _discard)
 
 
 cdef void arena_trim() noexcept nogil:
     """Discard all free memory."""
-    arena_lock()
-    _trim(0)
-    arena_unlock()
+    mapped_lock()
+    mapped_trim(0)
+    mapped_unlock()
 
 
 # ---- what the allocator calls -------------------------------------------------------------------------
 
 cdef void* _refused() noexcept nogil:
     global _n_refused
-    arena_lock()
+    mapped_lock()
     _n_refused += 1
-    arena_unlock()
+    mapped_unlock()
     return NULL
 
 
 cdef void* _take_whole(size_t n_pages) noexcept nogil:
-    cdef uint32_t entry = _add_chunk(n_pages, _wants_huge, True)
+    cdef uint32_t entry = mapped_add(n_pages, _wants_huge, True)
     cdef void* taken
     if entry == <uint32_t>NO_PAGE:
         return _refused()
-    taken = <void*>_table.all[entry].addr
-    arena_unlock()
+    taken = <void*>mapped_table.all[entry].addr
+    mapped_unlock()
     return taken
 
 
 cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     """Whole pages for len_bytes > 0 bytes; with `zeroed` they show zeros, and none is touched. NULL without memory."""
-    cdef size_t n_pages = (len_bytes - 1) // _table.page_bytes + 1
+    cdef size_t n_pages = (len_bytes - 1) // mapped_table.page_bytes + 1
     cdef bint kind = _wants_huge and len_bytes >= HUGE_BYTES
     cdef uint32_t first = NO_PAGE, entry
     cdef bint is_clean = False
     cdef sys_error ignored
     cdef void* taken
-    if len_bytes > <size_t>-1 // 2:
+    if len_bytes > <size_t>-1 // 2 or mapped_is_inside():
         return NULL
-    if n_pages > _table.chunk_pages // 2:
+    if n_pages > mapped_table.chunk_pages // 2:
         return _take_whole(n_pages)
-    arena_lock()
+    mapped_lock()
     if not zeroed:
-        first = chunks_find(&_table, kind, DIRTY, n_pages)
+        first = chunks_find(&mapped_table, kind, DIRTY, n_pages)
     if first == <uint32_t>NO_PAGE:
         is_clean = True
-        first = chunks_find(&_table, kind, CLEAN, n_pages)
+        first = chunks_find(&mapped_table, kind, CLEAN, n_pages)
     if first == <uint32_t>NO_PAGE:
-        arena_unlock()
-        entry = _add_chunk(_table.chunk_pages, kind, False)
+        mapped_unlock()
+        entry = mapped_add(mapped_table.chunk_pages, kind, False)
         if entry == <uint32_t>NO_PAGE:
             return _refused()
-        first = entry * _table.chunk_pages
-    chunks_take(&_table, first, n_pages)
-    taken = <void*>chunks_addr(&_table, first)
-    arena_unlock()
+        first = entry * mapped_table.chunk_pages
+    chunks_take(&mapped_table, first, n_pages)
+    taken = <void*>chunks_addr(&mapped_table, first)
+    mapped_unlock()
     if is_clean and not zeroed and len_bytes <= <size_t>POPULATE_BYTES:
         # Unchecked: before Linux 5.14, or where there is no memory, the pages come with their first writes.
         sys_error_clear(&ignored)
-        sys_advise(<uintptr_t>taken, n_pages * _table.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
+        sys_advise(<uintptr_t>taken, n_pages * mapped_table.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
     return taken
 
 
 cdef bint arena_owns(const void* memory, size_t* len_bytes) noexcept nogil:
-    """Was this handed out here? *len_bytes: of the whole pages."""
+    """Was this handed out here? *len_bytes: of the whole pages. What is asked about in the core never was."""
     cdef uint32_t entry
     cdef const chunk_t* chunk
-    if <uintptr_t>memory % _table.page_bytes != 0:
+    cdef bint has_lock = mapped_is_forking()
+    if <uintptr_t>memory % mapped_table.page_bytes != 0 or (not has_lock and mapped_is_inside()):
         return False
-    arena_lock()
-    entry = chunks_at(&_table, <uintptr_t>memory)
+    if not has_lock:
+        mapped_lock()
+    entry = chunks_at(&mapped_table, <uintptr_t>memory)
     if entry != <uint32_t>NO_PAGE:
-        chunk = &_table.all[entry]
-        len_bytes[0] = _table.page_bytes * (
+        chunk = &mapped_table.all[entry]
+        len_bytes[0] = mapped_table.page_bytes * (
             chunk.n_pages if chunk.tags == NULL
-            else chunk.tags[(<uintptr_t>memory - chunk.addr) // _table.page_bytes].n_pages
+            else chunk.tags[(<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes].n_pages
         )
-    arena_unlock()
+    if not has_lock:
+        mapped_unlock()
     return entry != <uint32_t>NO_PAGE
 
 
@@ -327,11 +131,11 @@ cdef void _give_inherited(uint32_t entry, uintptr_t addr, size_t n_pages) noexce
     """In a forked child, memory of its parent's: the child's part of it is given up, and never handed out."""
     cdef sys_error ignored
     sys_error_clear(&ignored)
-    sys_advise(addr, n_pages * _table.page_bytes, ADVISE_DONTNEED, &ignored)
-    _table.all[entry].n_taken -= n_pages
-    _table.taken_bytes -= n_pages * _table.page_bytes
-    if _table.all[entry].n_taken == 0:
-        _remove_chunk(entry)
+    sys_advise(addr, n_pages * mapped_table.page_bytes, ADVISE_DONTNEED, &ignored)
+    mapped_table.all[entry].n_taken -= n_pages
+    mapped_table.taken_bytes -= n_pages * mapped_table.page_bytes
+    if mapped_table.all[entry].n_taken == 0:
+        mapped_remove(entry)
 
 
 cdef bint arena_give(void* memory) noexcept nogil:
@@ -339,85 +143,138 @@ cdef bint arena_give(void* memory) noexcept nogil:
     cdef uintptr_t addr = <uintptr_t>memory
     cdef uint32_t entry, first
     cdef chunk_t* chunk
-    if addr % _table.page_bytes != 0:
+    cdef size_t ignored
+    if addr % mapped_table.page_bytes != 0:
         return False
-    arena_lock()
-    entry = chunks_at(&_table, addr)
+    if mapped_is_inside():
+        # In the midst of a fork it is left as it is, for ever: to take it back could need the core.
+        return arena_owns(memory, &ignored)
+    mapped_lock()
+    entry = chunks_at(&mapped_table, addr)
     if entry == <uint32_t>NO_PAGE:
-        arena_unlock()
+        mapped_unlock()
         return False
-    chunk = &_table.all[entry]
+    chunk = &mapped_table.all[entry]
     if chunk.tags == NULL:
-        _remove_chunk(entry)
+        mapped_remove(entry)
     else:
-        first = entry * _table.chunk_pages + <uint32_t>((addr - chunk.addr) // _table.page_bytes)
+        first = entry * mapped_table.chunk_pages + <uint32_t>((addr - chunk.addr) // mapped_table.page_bytes)
         if chunk.generation != forks_generation():
-            _give_inherited(entry, addr, chunks_tag(&_table, first).n_pages)
+            _give_inherited(entry, addr, chunks_tag(&mapped_table, first).n_pages)
         else:
-            chunks_give(&_table, first, chunks_tag(&_table, first).n_pages)
-            _remove_if_empty(entry)
-            if _table.dirty_bytes > _trim_above:
-                _trim(MAX_DIRTY_BYTES // 2)
-    arena_unlock()
+            chunks_give(&mapped_table, first, chunks_tag(&mapped_table, first).n_pages)
+            mapped_remove_if_empty(entry)
+            if mapped_table.dirty_bytes > mapped_trim_above:
+                mapped_trim(MAX_DIRTY_BYTES // 2)
+    mapped_unlock()
     return True
 
 
 cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     """Give back the pages behind the first len_bytes > 0 bytes, where that can be. False: it cannot, and is worth a
     move to somewhere else."""
-    cdef size_t n_pages = (len_bytes - 1) // _table.page_bytes + 1, before
+    cdef size_t n_pages = (len_bytes - 1) // mapped_table.page_bytes + 1, before
     cdef uint32_t entry, first
     cdef chunk_t* chunk
     cdef bint stays = True
-    arena_lock()
-    entry = chunks_at(&_table, <uintptr_t>memory)
-    chunk = &_table.all[entry]
+    mapped_lock()
+    entry = chunks_at(&mapped_table, <uintptr_t>memory)
+    chunk = &mapped_table.all[entry]
     if chunk.tags == NULL:
         stays = n_pages > chunk.n_pages // 2
         if stays and n_pages < chunk.n_pages and chunk.generation == forks_generation():
             # It goes on to have these pages, and may grow into them again.
-            _discard(chunk, chunk.addr + n_pages * _table.page_bytes, chunk.n_pages - n_pages)
+            mapped_discard(chunk, chunk.addr + n_pages * mapped_table.page_bytes, chunk.n_pages - n_pages)
     elif chunk.generation == forks_generation():
-        first = entry * _table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // _table.page_bytes)
-        before = chunks_tag(&_table, first).n_pages
+        first = entry * mapped_table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes)
+        before = chunks_tag(&mapped_table, first).n_pages
         if n_pages < before:
-            chunks_give(&_table, first + <uint32_t>n_pages, before - n_pages)
-    arena_unlock()
+            chunks_give(&mapped_table, first + <uint32_t>n_pages, before - n_pages)
+    mapped_unlock()
     return stays
+
+
+cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
+    """Have what was handed out here reach over the free pages behind it, for so many bytes in all; False where there
+    are too few."""
+    cdef size_t n_pages = (len_bytes - 1) // mapped_table.page_bytes + 1
+    cdef uint32_t entry
+    cdef chunk_t* chunk
+    cdef bint grown = False
+    if mapped_is_inside():
+        return False
+    mapped_lock()
+    entry = chunks_at(&mapped_table, <uintptr_t>memory)
+    chunk = &mapped_table.all[entry]
+    if chunk.tags == NULL:
+        grown = n_pages <= chunk.n_pages
+    elif chunk.generation == forks_generation():
+        grown = chunks_extend(
+            &mapped_table, entry * mapped_table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes),
+            n_pages
+        )
+    mapped_unlock()
+    return grown
+
+
+cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept nogil:
+    """Tried again where the kernel unmapped the target before it failed; it is mapped in the end."""
+    cdef sys_error ignored
+    cdef int tries = 0
+    sys_error_clear(&ignored)
+    while sys_move(source, target, len_bytes, &ignored) != 0:
+        if sys_is_mapped(target, len_bytes):
+            return False
+        tries += 1
+        if tries > MOST_TRIES and sys_map_anon_at(target, len_bytes, &ignored) == 0:
+            return False
+        sys_pause()
+    return True
+
+
+cdef bint arena_move(void* memory, void* target) noexcept nogil:
+    """Move the pages of a chunk that one array has, none of which is merged, to the beginning of another such chunk,
+    which is larger. False: nothing was moved, and both are as they were."""
+    cdef uint32_t source, entry
+    cdef size_t len_bytes
+    cdef bint moved = False
+    mapped_lock()
+    source = chunks_at(&mapped_table, <uintptr_t>memory)
+    entry = chunks_at(&mapped_table, <uintptr_t>target)
+    len_bytes = mapped_table.all[source].n_pages * mapped_table.page_bytes
+    if (
+        mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL and mapped_n_pins == 0
+        and mapped_table.all[source].n_pages <= mapped_table.all[entry].n_pages
+        and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[source].region_id, <uintptr_t>memory))
+        and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[entry].region_id, <uintptr_t>target))
+    ):
+        moved = _move(<uintptr_t>memory, <uintptr_t>target, len_bytes)
+        mapped_register(&mapped_table.all[entry], False)
+        if moved:
+            # Nothing is mapped there any more, so nothing may be unmapped there.
+            chunks_drop(&mapped_table, source)
+        else:
+            mapped_register(&mapped_table.all[source], False)
+    mapped_unlock()
+    return moved
 
 
 cdef int arena_ask(int (*question)(const chunk_table* t, uint32_t generation) noexcept nogil) noexcept nogil:
     """The answer to a question about the chunks, asked under the lock."""
     cdef int answer
-    arena_lock()
-    answer = question(&_table, forks_generation())
-    arena_unlock()
+    mapped_lock()
+    answer = question(&mapped_table, forks_generation())
+    mapped_unlock()
     return answer
 
 
 # ---- life -------------------------------------------------------------------------------------------
 
-cdef void _in_child() noexcept nogil:
-    """Nothing is handed out from what was inherited; see arena_give."""
-    global _n_pins, _pinned
-    arena_renew()
-    chunks_clear_bins(&_table)
-    _table.dirty_bytes = _table.idle_bytes = 0
-    _n_pins = 0
-    _pinned = NULL
-
-
 cdef int arena_begin(Registry core, bint wants_huge) except -1:
-    """Register chunks with this core from now on; None: with nobody. It is kept for ever, since memory may be given
-    back until the very end of the process."""
-    global _core, _wants_huge
+    """Register memory with this core from now on (see mapped_begin), and ask for huge pages, or not."""
+    global _wants_huge
     _wants_huge = wants_huge
-    if core is not None and <void*>core != _core:
-        if _core != NULL:
-            raise ValueError("the arena registers its memory with another core already")
-        Py_INCREF(core)
-        _core = <void*>core
-    return 0
+    return mapped_begin(core)
 
 
 def pin():
@@ -425,38 +282,38 @@ def pin():
     of this process."""
     cdef size_t i, n = 0
     cdef taken_range* ranges
-    global _n_pins
     # Copied first: to make objects may collect garbage, and so give memory back.
     with nogil:
-        arena_lock()
-        _n_pins += 1
-        ranges = <taken_range*>malloc(chunks_taken(&_table, forks_generation(), NULL) * sizeof(taken_range))
+        mapped_lock()
+        mapped_pin()
+        ranges = <taken_range*>malloc(chunks_taken(&mapped_table, forks_generation(), NULL) * sizeof(taken_range))
         if ranges != NULL:
-            n = chunks_taken(&_table, forks_generation(), ranges)
-        arena_unlock()
-    found = [(ranges[i].addr, ranges[i].addr + ranges[i].n_pages * _table.page_bytes) for i in range(n)]
+            n = chunks_taken(&mapped_table, forks_generation(), ranges)
+        mapped_unlock()
+    found = [(ranges[i].addr, ranges[i].addr + ranges[i].n_pages * mapped_table.page_bytes) for i in range(n)]
     free(ranges)
     return found
 
 
 def unpin():
     """Undo one `pin`."""
-    global _n_pins, _pinned
     cdef pinned_t* left = NULL
     cdef pinned_t* next
     cdef sys_error ignored
     sys_error_clear(&ignored)
     with nogil:
-        arena_lock()
-        # 0 in a forked child of the one who pinned them.
-        _n_pins -= _n_pins > 0
-        if _n_pins == 0:
-            left, _pinned = _pinned, NULL
-        arena_unlock()
+        mapped_lock()
+        left = mapped_unpin()
+        mapped_unlock()
         while left != NULL:
             next = left.next
             sys_unmap(<uintptr_t>left, left.len_bytes, &ignored)
             left = next
+
+
+def register_late():
+    """Register what could not be when it was mapped."""
+    mapped_register_late()
 
 
 def give_back():
@@ -468,15 +325,15 @@ def give_back():
 def give_back_idle():
     """Discard as much free memory as there was at every moment since the last call."""
     with nogil:
-        arena_lock()
-        _trim(_table.dirty_bytes - _table.idle_bytes)
-        _table.idle_bytes = _table.dirty_bytes
-        arena_unlock()
+        mapped_lock()
+        mapped_trim(mapped_table.dirty_bytes - mapped_table.idle_bytes)
+        mapped_table.idle_bytes = mapped_table.dirty_bytes
+        mapped_unlock()
 
 
 def is_chunk(uint64_t region_id):
     """Is the region with this id a chunk?"""
-    return region_id > FIRST_REGION_ID
+    return mapped_is_chunk(region_id)
 
 
 def numbers():
@@ -484,17 +341,12 @@ def numbers():
     cdef uint32_t n
     cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
     with nogil:
-        arena_lock()
-        n, mapped_bytes = _table.n, _table.mapped_bytes
-        taken_bytes, dirty_bytes = _table.taken_bytes, _table.dirty_bytes
+        mapped_lock()
+        n, mapped_bytes = mapped_table.n, mapped_table.mapped_bytes
+        taken_bytes, dirty_bytes = mapped_table.taken_bytes, mapped_table.dirty_bytes
         n_refused = _n_refused
-        arena_unlock()
+        mapped_unlock()
     return {
         "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
         "refused": n_refused,
     }
-
-
-chunks_init(&_table, sys_page_bytes(), CHUNK_BYTES)
-if pthread_atfork(arena_lock, arena_unlock, _in_child) != 0:
-    raise MemoryError("pthread_atfork failed: the arena cannot be made safe against fork")

@@ -42,6 +42,7 @@ ctypedef struct chunk_t:
     uint64_t region_id
     uint32_t generation        # of the process that made it
     bint wants_huge
+    bint is_registered
     int flags                  # of its region: enum region_flag bits
     extent_tag* tags           # NULL: one array has all of it
 
@@ -82,6 +83,7 @@ cdef uintptr_t chunks_addr(const chunk_table* t, uint32_t page) noexcept nogil
 cdef extent_tag* chunks_tag(const chunk_table* t, uint32_t page) noexcept nogil
 cdef uint32_t chunks_find(const chunk_table* t, bint wants_huge, extent_state state, size_t n_pages) noexcept nogil
 cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
+cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil

@@ -186,6 +186,18 @@ cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept n
     t.taken_bytes += n_pages * t.page_bytes
 
 
+cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
+    """Have a taken extent reach over the free one behind it, for n_pages in all; False where that is too short."""
+    cdef size_t before = chunks_tag(t, first).n_pages
+    cdef uint32_t end = first + <uint32_t>before
+    if n_pages > before:
+        if max(chunks_behind(t, end, DIRTY), chunks_behind(t, end, CLEAN)) < n_pages - before:
+            return False
+        chunks_take(t, end, n_pages - before)
+        _mark(t, first, n_pages, TAKEN)
+    return True
+
+
 cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
     """Give back the last pages of a taken extent, or all of it, from page `first` on: dirty."""
     cdef extent_tag* last = chunks_tag(t, first + <uint32_t>n_pages - 1)

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsIndex
 
-from ksmcore._arrays import allocator, arena
+from ksmcore._arrays import allocator, arena, memory
 
 if TYPE_CHECKING:
     from ksmcore._core.core import Core
@@ -63,6 +63,8 @@ def _begin(engine: Home) -> None:
 def _tidy(idle_only: bool) -> None:
     """The scanner asks far more often than a program takes to need its memory again."""
     global _tidied_at
+    memory.look()
+    arena.register_late()
     if not idle_only:
         arena.give_back()
     elif time.monotonic() - _tidied_at >= IDLE_SECONDS:
@@ -114,13 +116,22 @@ class Allocator:
         _blocks.set((*blocks[:place], *inner))
 
 
-def install(engine: Home, threshold_bytes: SupportsIndex) -> None:
+def install(engine: Home, threshold_bytes: SupportsIndex, which: Literal["numpy", "all"]) -> None:
     """See `ksmcore.install_allocator`."""
     n_bytes = _checked(threshold_bytes)
+    if which not in ("numpy", "all"):
+        raise ValueError(f"memory must be 'numpy' or 'all', not {which!r}")
+    if which == "all" and (reason := memory.missing()) is not None:
+        raise ValueError(f"memory='all' is not to be had here: {reason}")
     _begin(engine)
     allocator.use_everywhere(n_bytes)
+    if which == "all":
+        memory.use_everywhere(n_bytes)
+    else:
+        memory.use_nowhere()
 
 
 def uninstall() -> None:
     """See `ksmcore.uninstall_allocator`."""
+    memory.use_nowhere()
     allocator.use_nowhere()

@@ -3,7 +3,6 @@
 The lock, and what holds of it, is the registry's (see registry).
 """
 
-from cpython.pythread cimport PyThread_acquire_lock, PyThread_release_lock, WAIT_LOCK
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
@@ -159,12 +158,12 @@ cdef class Core(Registry):
             rc = self._enter(&guard, &err)
             entered = rc == 0
             while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
-                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                self._take_lock()
                 self.c.merges_left = merges_left
                 rc = scan_at(&self.c, &cursor, end, immediate, &done, &err)
                 merges_left = self.c.merges_left
                 release_if_worth(&self.c, True)
-                PyThread_release_lock(self.lock)
+                self._unlock()
                 self._let_others()
             if entered:
                 guard_leave(guard)

@@ -18,6 +18,7 @@ cdef class Registry:
     cdef guard_kind guard            # asked for
     cdef bint any_guard              # or a weaker one
     cdef uint32_t n_buckets
+    cdef uintptr_t owner             # the thread that has the lock; 0: none
     cdef bint with_pagemap
     cdef bint with_tracker
     cdef bint hold_calls             # where the guard cannot make them wait,
@@ -27,7 +28,9 @@ cdef class Registry:
 
     cdef int _begin(self) except -1
     cdef int _own(self) except -1
+    cdef bint is_mine(self) noexcept nogil
     cdef void _lock(self) noexcept nogil
+    cdef void _take_lock(self) noexcept nogil
     cdef void _unlock(self) noexcept nogil
     cdef void _let_others(self) noexcept nogil
     cdef region_t* _region(self, uint64_t region_id, uintptr_t addr) noexcept nogil
@@ -45,5 +48,6 @@ cdef class Registry:
     cdef int enlist(
         self, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags, bint fresh
     ) noexcept nogil
+    cdef bint let_move(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil

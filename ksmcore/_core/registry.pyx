@@ -40,8 +40,13 @@ from ksmcore._records.regions cimport region_t, regions_at, regions_drop, region
 from ksmcore._records.store cimport MAX_SHARERS
 
 
+cdef extern from "<pthread.h>":
+    uintptr_t pthread_self() nogil
+
 cdef extern from *:
     int __ATOMIC_SEQ_CST
+    uintptr_t get_owner "__atomic_load_n"(uintptr_t* owner, int order) nogil
+    void put_owner "__atomic_store_n"(uintptr_t* owner, uintptr_t value, int order) nogil
     uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_sub_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_load_n(uint32_t* value, int order) nogil
@@ -120,11 +125,21 @@ cdef class Registry:
 
     cdef void _lock(self) noexcept nogil:
         __atomic_add_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
-        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        self._take_lock()
         __atomic_sub_fetch(&self.n_waiting, 1, __ATOMIC_SEQ_CST)
 
+    cdef void _take_lock(self) noexcept nogil:
+        """For a walk, which is not to count among those that it lets in between."""
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        put_owner(&self.owner, pthread_self(), __ATOMIC_SEQ_CST)
+
     cdef void _unlock(self) noexcept nogil:
+        put_owner(&self.owner, 0, __ATOMIC_SEQ_CST)
         PyThread_release_lock(self.lock)
+
+    cdef bint is_mine(self) noexcept nogil:
+        """Has this thread the lock? (What other threads write there meanwhile is never the name of this one.)"""
+        return get_owner(&self.owner, __ATOMIC_SEQ_CST) == pthread_self()
 
     cdef void _let_others(self) noexcept nogil:
         """Between two spans: the lock knows no order, and a walk that took it again at once would
@@ -205,6 +220,24 @@ cdef class Registry:
         if region != NULL:
             self._drop(region)
         self._unlock()
+
+    cdef bint let_move(self, uint64_t region_id, uintptr_t addr) noexcept nogil:
+        """Forget a region whose memory is about to be moved elsewhere. False, and nothing is changed, where pages of it
+        lie over the store: they would go on doing so there."""
+        cdef region_t* region
+        cdef bint is_free = True
+        if self.generation != forks_generation():
+            return False
+        self._lock()
+        region = self._region(region_id, addr)
+        if region != NULL:
+            is_free = not unmerge_is_due(&self.c, region)
+        if region != NULL and is_free:
+            quiet_unwatch(&self.c, region)
+            unmerge_forget(&self.c, region)
+            regions_drop(&self.c.regions, region)
+        self._unlock()
+        return is_free
 
     cdef void _drop(self, region_t* region) noexcept nogil:
         """Forget a region that is about to be unmapped. The caller holds the lock."""

@@ -69,6 +69,16 @@ cdef extern from *:
         return found || !library ? found : dlvsym(library, name, REDIRECT_OLDEST);
     }
 
+    /* What objects call by this name. Not the entry of an executable through which it calls the function of another
+       object, which may be the function's address for everybody. */
+    static void *redirect_in_use(void *of_libc, const char *name) {
+        void *found = dlsym(RTLD_DEFAULT, name);
+        const ElfW(Sym) *symbol = (void *)0;
+        Dl_info info;
+        if (!found || !dladdr1(found, &info, (void **)&symbol, RTLD_DL_SYMENT)) return of_libc;
+        return symbol && symbol->st_shndx != SHN_UNDEF ? found : of_libc;
+    }
+
     static void redirect_find_all(redirect_table *table) {
         void *libc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
         void *threads = dlopen("libpthread.so.0", RTLD_LAZY | RTLD_NOLOAD);
@@ -76,9 +86,10 @@ cdef extern from *:
         for (uint32_t i = 0; i < table->n_rows; i++) {
             redirect_row *row = &table->rows[i];
             *row->below = redirect_symbol(libc, row->name);
+            if (table->of_the_process) *row->below = redirect_in_use(*row->below, row->name);
             row->beside = redirect_symbol(threads, row->name);
             if (row->beside == *row->below) row->beside = (void *)0;
-            if (*row->below) redirect_n_others += (uint32_t)redirect_is_others(row);
+            if (*row->below && !table->of_the_process) redirect_n_others += (uint32_t)redirect_is_others(row);
         }
         /* The names are ours to have looked up, not to keep open. */
         if (libc) dlclose(libc);

@@ -1,0 +1,290 @@
+"""The memory of all libraries: malloc and its kin, for all loaded objects."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import ksmcore
+from helpers.native import compiled
+from helpers.processes import run_python
+from ksmcore._arrays import memory
+
+pytestmark = pytest.mark.skipif(memory.missing() is not None, reason=str(memory.missing()))
+
+STRESS = bool(os.environ.get("KSMCORE_STRESS"))
+
+BEGIN = """
+    import ctypes, os, sys, threading
+    import numpy as np
+    import ksmcore
+    from ksmcore._arrays import arena, memory
+    from ksmcore._testing.arena import check_arena
+    KIB, MIB = 1 << 10, 1 << 20
+    ksmcore.install_allocator(64 * KIB, memory="all")
+
+    def taken():
+        return arena.numbers()["taken_bytes"]
+"""
+END = """
+    assert check_arena() == 0
+"""
+
+
+def passes(body: str, *arguments: object, **env: str) -> None:
+    done = run_python(BEGIN, body, END, arguments=[str(one) for one in arguments], **env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="session")
+def native_path(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("malloc"), [Path(__file__).parent / "malloc.c"])
+
+
+def test_what_is_no_numpy_array_is_merged_as_well():
+    passes("""
+        page = bytes(range(1, 251)) * 16 + b"x" * 96
+        blocks = [page * 256 + bytes(7) for _ in range(4)]
+        arrays = [bytearray(block) for block in blocks]
+        assert taken() > 8 * MIB
+        saved = ksmcore.dedup().bytes_saved
+        assert saved > 7 * MIB, saved
+        assert all(block == blocks[0] == array for block, array in zip(blocks, arrays))
+        arrays[0][:5] = b"other"
+        assert arrays[1] == blocks[0]
+        del blocks, arrays
+        assert taken() < MIB
+    """)
+
+
+def test_small_blocks_stay_below():
+    passes("""
+        before = taken()
+        blocks = [bytes(60 * KIB) for _ in range(100)]
+        assert taken() == before
+    """)
+
+
+def test_zeros_touch_no_page():
+    passes("""
+        from helpers.kernels_view import present_pages
+        libc = ctypes.CDLL(None)
+        libc.calloc.restype = ctypes.c_void_p
+        addr = libc.calloc(4 * MIB, 1)
+        assert addr % 4096 == 0
+        assert sum(present_pages(addr, 1024)) == 0
+        libc.free(ctypes.c_void_p(addr))
+    """)
+
+
+def test_a_bytearray_that_grows_keeps_its_bytes():
+    passes("""
+        grown = bytearray()
+        piece = bytes(range(256)) * 64
+        n = 0
+        while len(grown) < 100 * MIB:
+            grown += piece
+            n += 1
+            if n % 1000 == 0:
+                assert grown.endswith(piece)
+        assert grown == piece * n
+        assert taken() > 100 * MIB
+        del grown
+        assert taken() < MIB
+    """)
+
+
+def test_what_grows_while_it_is_merged_keeps_its_bytes():
+    passes("""
+        page = bytes(range(1, 251)) * 16 + b"x" * 96
+        grown = [bytearray(page * 16 * 1024) for _ in range(2)]
+        assert ksmcore.dedup().bytes_saved > 60 * MIB
+        for array in grown:
+            array += page * 16 * 1024
+        assert grown[0] == grown[1] == page * 32 * 1024
+        assert ksmcore.dedup().bytes_saved > 0
+        assert grown[0] == grown[1] == page * 32 * 1024
+    """)
+
+
+def test_given_back_after_it_was_undone():
+    passes("""
+        block = bytes(3 * MIB)
+        array = np.zeros(MIB)
+        ksmcore.uninstall_allocator()
+        before = taken()
+        assert before > 3 * MIB
+        other = bytes(3 * MIB)
+        assert taken() == before
+        del block, array
+        assert taken() < MIB
+        ksmcore.install_allocator(64 * KIB, memory="all")
+        other = bytes(3 * MIB)
+        assert taken() > 3 * MIB
+    """)
+
+
+def test_forked_children_go_on():
+    passes("""
+        kept = bytes(range(256)) * 16 * KIB
+        ksmcore.dedup()
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    blocks = [bytes(range(256)) * 16 * KIB for _ in range(3)]
+                    assert kept == blocks[0]
+                    assert ksmcore.dedup().bytes_saved > 7 * MIB
+                    blocks.append(blocks[0] + b"more")
+                    assert blocks[0] == blocks[1] == kept
+                    del blocks, kept
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert kept == bytes(range(256)) * 16 * KIB
+    """)
+
+
+def test_a_hook_of_a_fork_may_allocate():
+    """One that was registered before ours is called after it, under the arena's lock."""
+    done = run_python(
+        """
+        import os
+        blocks = []
+        def hook():
+            blocks.append(bytes(3 << 20))
+            blocks.append(blocks.pop() + b"x")
+            if len(blocks) > 3:
+                del blocks[:2]
+        """,
+        """
+        import ctypes
+        HOOK = ctypes.CFUNCTYPE(None)
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        held = []
+        def in_c():
+            held.append(libc.malloc(3 << 20))
+            if len(held) > 2:
+                libc.free(ctypes.c_void_p(held.pop(0)))
+        called = HOOK(in_c)
+        libc.__register_atfork(called, called, called, None)
+        """,
+        BEGIN,
+        """
+        for _ in range(8):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        """,
+        END,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_lines_longer_than_their_buffer(tmp_path):
+    """getline grows its caller's buffer inside the C library."""
+    path = tmp_path / "lines"
+    path.write_bytes(b"".join(b"%d" % (i % 10) * (50_000 * i) + b"\n" for i in range(1, 12)))
+    passes(
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fopen.restype = ctypes.c_void_p
+        libc.getline.restype = ctypes.c_ssize_t
+        file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"r"))
+        line, room = ctypes.c_void_p(), ctypes.c_size_t()
+        for i in range(1, 12):
+            n = libc.getline(ctypes.byref(line), ctypes.byref(room), file)
+            assert ctypes.string_at(line, n) == b"%d" % (i % 10) * (50_000 * i) + b"\\n"
+        libc.free(line)
+        libc.fclose(file)
+        """,
+        path,
+    )
+
+
+def test_absurd_sizes_are_refused_as_before():
+    passes("""
+        libc = ctypes.CDLL(None, use_errno=True)
+        for name, arguments in {
+            "malloc": (2**63 + 5,), "calloc": (2**62, 8), "realloc": (None, 2**63 + 5),
+            "reallocarray": (None, 2**62, 8), "valloc": (2**63,), "memalign": (64, 2**63),
+        }.items():
+            function = getattr(libc, name)
+            function.restype = ctypes.c_void_p
+            ctypes.set_errno(0)
+            assert function(*(one if one is None else ctypes.c_size_t(one) for one in arguments)) is None
+            assert ctypes.get_errno() == 12, name
+        there = ctypes.c_void_p()
+        assert libc.posix_memalign(ctypes.byref(there), 24, ctypes.c_size_t(MIB)) == 22
+        libc.free(None)
+        libc.malloc_usable_size.restype = ctypes.c_size_t
+        assert libc.malloc_usable_size(None) == 0
+    """)
+
+
+@pytest.mark.parametrize("threshold", [4096, 64 << 10])
+@pytest.mark.parametrize("guard", ["userfaultfd", "mprotect"])
+def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshold, guard):
+    """While the scanner merges what they hold, processes are forked, and it is undone and done
+    again."""
+    if ksmcore.features()[guard] is not None:
+        pytest.skip("not to be had here")
+    passes(
+        """
+        native = ctypes.CDLL(sys.argv[1])
+        native.stress.restype = native.give_all_back.restype = ctypes.c_long
+        threshold, n_turns = int(sys.argv[2]), int(sys.argv[3])
+        ksmcore.install_allocator(threshold, memory="all")
+        ksmcore.start(sleep_millisecs=0)
+        wrong = []
+        def work(seed):
+            wrong.append(native.stress(3, n_turns, seed, 1 << 20))
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        n = 0
+        while any(thread.is_alive() for thread in threads):
+            n += 1
+            if n % 3 == 0:
+                ksmcore.uninstall_allocator()
+                ksmcore.install_allocator(threshold, memory="all")
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        for thread in threads:
+            thread.join()
+        ksmcore.stop()
+        assert wrong == [0, 0], wrong
+        assert native.give_all_back() == 0
+        """,
+        native_path,
+        threshold,
+        2_000_000 if STRESS else 20_000,
+        KSMCORE_GUARD=guard,
+        PYTHONWARNINGS="ignore",
+    )
+
+
+def test_a_vector_that_grows_by_little(native_path):
+    passes(
+        """
+        native = ctypes.CDLL(sys.argv[1])
+        native.grow.restype = ctypes.c_long
+        for n_bytes, step in ((3 * MIB, 1000), (200 * MIB, 300_000)):
+            assert native.grow(ctypes.c_long(n_bytes), ctypes.c_long(step)) == 0
+        """,
+        native_path,
+    )
+
+
+@pytest.mark.parametrize("which", ["some", None, 3])
+def test_other_words_are_refused(which):
+    with pytest.raises(ValueError, match="memory must be"):
+        ksmcore.install_allocator(memory=which)
