@@ -23,6 +23,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ RESULTS = WORK / "results"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # Of the suite whose file system the machines have.
 SUITE = "bookworm"
+PYTHON = "3.11"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ MODULES = """
     netfs fscache 9pnet 9pnet_virtio 9p
 """.split()
 IN_KERNELS = rf"/vmlinuz-[^/]*|/({'|'.join(MODULES)})\.ko(\.xz)?"
+
+# What aarch64's file system has.
+PACKAGES = "python3", f"libpython{PYTHON}-dev", "gcc"
+WHEELS = "numpy pytest hypothesis click rich tqdm prometheus-client pytest-benchmark mmh3".split()
 
 EMULATORS = {
     "amd64": "qemu-system-x86_64 -machine q35 -cpu max",
@@ -245,6 +251,81 @@ def initramfs(machine: Machine) -> Path:
 # ---- the file system -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where things are in a machine's file system."""
+
+    tree: Path  # outside
+    project: Path
+    python: Path
+    path: str = ""  # PYTHONPATH
+
+
+def of_this_machine() -> Place:
+    return Place(Path("/"), ROOT, Path(sys.executable))
+
+
+def of_arm64() -> Place:
+    """A file system for aarch64, with the present modules and tests in it."""
+    tree = WORK / "arm64"
+    ready = tree / "ready"
+    if not ready.exists():
+        shutil.rmtree(tree, ignore_errors=True)
+        print("arm64: the file system", flush=True)
+        unpack_suite(tree)
+        platforms = ("manylinux2014_aarch64", "manylinux_2_28_aarch64")
+        run(
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--target", tree / "wheels"),
+            *("--implementation", "cp", "--python-version", PYTHON, "--only-binary=:all:"),
+            *(f"--platform={platform}" for platform in platforms),
+            *WHEELS,
+        )
+        for told in Path(sysconfig.get_path("purelib")).glob("ksmcore-*.dist-info"):
+            shutil.copytree(told, tree / "wheels" / told.name)
+        ready.touch()
+    project = tree / "project"
+    compile_across(tree, project)
+    shutil.rmtree(project / "tests", ignore_errors=True)
+    shutil.copytree(ROOT / "tests", project / "tests", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(ROOT / "pyproject.toml", project)
+    return Place(tree, Path("/project"), Path("/usr/bin/python3"), "/project:/wheels")
+
+
+def unpack_suite(tree: Path) -> None:
+    """Debian as far as unpacking goes: none of its scripts can run here."""
+    run(
+        *("debootstrap", "--arch=arm64", "--foreign", "--variant=minbase"),
+        *(f"--include={','.join(PACKAGES)}", SUITE, tree, mirror()),
+    )
+    for deb in sorted(tree.glob("var/cache/apt/archives/*.deb")):
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as data:
+            run("tar", "-x", "-C", tree, "--keep-directory-symlink", stdin=data.stdout)
+        deb.unlink()
+    for name in ("passwd", "group"):
+        shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
+
+
+def compile_across(tree: Path, project: Path) -> None:
+    """Compiles the modules for aarch64, those that changed, by what its Python was built with."""
+    if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
+        raise SystemExit(f"modules for aarch64 take Python {PYTHON}, that of {SUITE}")
+    print("arm64: the modules", flush=True)
+    name = "_sysconfigdata__aarch64-linux-gnu"
+    config = WORK / "arm64-config"
+    config.mkdir(exist_ok=True)
+    shutil.copy(tree / f"usr/lib/python{PYTHON}/{name}.py", config)
+    environment = {
+        **os.environ,
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "_PYTHON_SYSCONFIGDATA_NAME": name,
+        "PYTHONPATH": str(config),
+        "CFLAGS": f"-I{tree}/usr/include",
+        "KSMCORE_TESTING": "1",
+    }
+    build = ("--build-base", WORK / "arm64-build", "--build-lib", project)
+    run(sys.executable, "setup.py", "--quiet", "build", *build, cwd=ROOT, env=environment)
+
+
 # ---- machines --------------------------------------------------------------------------------
 
 
@@ -252,15 +333,25 @@ def boot(machine: Machine, args: list[str]) -> None:
     """Runs the tests in a machine; what comes of it is in its folder of results."""
     place = kernel(machine)
     archive = initramfs(machine)
-    tree, project, python = Path("/"), ROOT, sys.executable
+    where = of_arm64() if machine.architecture == "arm64" else of_this_machine()
+    python = shlex.quote(str(where.python))
     shutil.rmtree(machine.out, ignore_errors=True)
     machine.out.mkdir(parents=True)
-    tests = [*(args or TESTS), "-q", "-p", "no:cacheprovider", "--junitxml=/mnt/results.xml"]
+    tests = [
+        *(args or TESTS),
+        "-v",
+        "--durations=15",
+        "-p",
+        "no:cacheprovider",
+        "--junitxml=/mnt/results.xml",
+    ]
     script = f"""
         export HOME=/tmp PATH=/usr/bin:/bin:/usr/sbin:/sbin PYTHONDONTWRITEBYTECODE=1
-        cd {shlex.quote(str(project))}
-        {shlex.quote(str(python))} -c {shlex.quote(TELL)}
-        {shlex.quote(str(python))} -m pytest {shlex.join(tests)}
+        export HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
+        export PYTHONPATH={shlex.quote(where.path)}
+        cd {shlex.quote(str(where.project))}
+        {python} -c {shlex.quote(TELL)}
+        {python} -m pytest {shlex.join(tests)}
     """
     (machine.out / "run.sh").write_text(script)
     command = [
@@ -270,7 +361,7 @@ def boot(machine: Machine, args: list[str]) -> None:
         *("-append", f"console={CONSOLES[machine.architecture]} quiet panic=-1 mitigations=off"),
         *("-serial", f"file:{machine.out / 'console.txt'}"),
     ]
-    for tag, path, more in (("root", tree, ",readonly=on"), ("out", machine.out, "")):
+    for tag, path, more in (("root", where.tree, ",readonly=on"), ("out", machine.out, "")):
         share = f"local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}"
         command += ["-virtfs", share]
     print(f"{machine.name}: see {machine.out / 'log.txt'}", flush=True)
