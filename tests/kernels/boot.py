@@ -74,7 +74,7 @@ MODULES = """
     virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci
     netfs fscache 9pnet 9pnet_virtio 9p
 """.split()
-IN_KERNELS = rf"/vmlinuz-[^/]*|/({'|'.join(MODULES)})\.ko(\.xz)?"
+IN_KERNELS = rf"/vmlinuz(-[^/]*)?|/({'|'.join(MODULES)})\.ko(\.xz)?"
 
 # What aarch64's file system has.
 PACKAGES = "python3", f"libpython{PYTHON}-dev", "gcc"
@@ -203,8 +203,9 @@ def kernel(machine: Machine) -> Path:
         for package in needed(*where, machine.package):
             print(f"{machine.name}: {package}", flush=True)
             take(*where, package, IN_KERNELS, place)
-        (image,) = place.glob("vmlinuz-*")
+        (image,) = place.glob("vmlinuz*")
         (place / "kernel").write_bytes(unpacked(image.read_bytes()))
+        image.unlink()
     return place
 
 
