@@ -27,7 +27,6 @@ import sysconfig
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "kernels"
@@ -85,7 +84,7 @@ EMULATORS = {
     "arm64": "qemu-system-aarch64 -machine virt -cpu max,pauth-impdef=on",
 }
 CONSOLES = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
-COMMON = "-accel tcg,thread=multi -smp 2 -m 3G -display none -monitor none -no-reboot -nic none"
+COMMON = f"-smp {os.environ.get('CPUS', '2')} -accel tcg,thread=multi -m 3G -display none -monitor none -no-reboot -nic none"
 TIMEOUT_SECONDS = 3 * 3600
 
 INIT = """#!/bin/busybox sh
@@ -375,21 +374,30 @@ def boot(machine: Machine, args: list[str]) -> None:
 GUARDS = ("userfaultfd", "userfaultfd-user", "mprotect")
 
 
+def counts(log: str) -> dict[str, int]:
+    """How many tests passed, failed and were skipped; also of a run that did not end."""
+    words = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *\d+%\]$", log, re.MULTILINE)
+    failed = words.count("FAILED") + words.count("ERROR")
+    return {
+        "passed": words.count("PASSED"),
+        "failed": failed,
+        "skipped": words.count("SKIPPED"),
+        "not run": int(re.search(r"collected (\d+) item", log)[1]) - len(words),
+    }
+
+
 def row(machine: Machine) -> str:
     """A machine's results as a row of the table."""
     try:
         told = json.loads((machine.out / "machine.json").read_text())
-        suite = next(ElementTree.parse(machine.out / "results.xml").iter("testsuite")).attrib
-    except (OSError, ElementTree.ParseError):
-        return f"| {machine.name} | no result: see {machine.out.relative_to(ROOT)} |"
+        found = counts((machine.out / "log.txt").read_text(errors="replace"))
+    except (OSError, ValueError, TypeError):
+        return f"| {machine.name}: no result, see {machine.out.relative_to(ROOT)} |"
     there = [name for name, why_not in told["features"].items() if why_not is None]
     guards = ", ".join(f"`{name}`" for name in GUARDS if name in there)
     trackers = ", ".join(["`pagemap`"] * ("tracking" in there) + ["`checksum`"])
-    failed = int(suite["failures"]) + int(suite["errors"])
-    skipped = int(suite["skipped"])
-    passed = int(suite["tests"]) - failed - skipped
     what = f"{told['kernel']} | {told['page'] // 1024} KiB | {guards} | {trackers}"
-    return f"| {what} | {passed} | {failed} | {skipped} | {float(suite['time']) / 60:.0f} min |"
+    return f"| {what} | {' | '.join(map(str, found.values()))} |"
 
 
 def main(args: list[str]) -> int:
@@ -399,11 +407,11 @@ def main(args: list[str]) -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     for machine in machines:
         boot(machine, rest)
-    print("| kernel | page | guards | trackers | passed | failed | skipped | time |")
+    print("| kernel | page | guards | trackers | passed | failed | skipped | not run |")
     print("|---|---|---|---|---|---|---|---|")
     rows = [row(machine) for machine in machines]
     print(*rows, sep="\n")
-    return 0
+    return 0 if all(re.search(r"\| 0 \| \d+ \| 0 \|$", line) for line in rows) else 1
 
 
 if __name__ == "__main__":
