@@ -2,7 +2,7 @@
 
     make kernels                           all machines of the table below, an hour or two
     make kernels MACHINES="6.1 arm64-16k"  some of them
-    make kernels MACHINES=6.1 ARGS="tests/core/test_estimate.py -k untouched -x"
+    make kernels MACHINES=6.1 ARGS="tests/core/test_estimate.py -k untouched -x" CPUS=1
 
 A machine is a kernel of a Debian package, an initramfs of busybox and the modules for 9p, and the
 file system of this machine, read-only, or, for aarch64, one that is made here of Debian packages,
@@ -84,7 +84,8 @@ EMULATORS = {
     "arm64": "qemu-system-aarch64 -machine virt -cpu max,pauth-impdef=on",
 }
 CONSOLES = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
-COMMON = f"-smp {os.environ.get('CPUS', '2')} -accel tcg,thread=multi -m 3G -display none -monitor none -no-reboot -nic none"
+COMMON = "-accel tcg,thread=multi -m 3G -display none -monitor none -no-reboot -nic none"
+CPUS = os.environ.get("CPUS", "2")
 TIMEOUT_SECONDS = 3 * 3600
 
 INIT = """#!/bin/busybox sh
@@ -357,6 +358,7 @@ def boot(machine: Machine, args: list[str]) -> None:
     command = [
         *EMULATORS[machine.architecture].split(),
         *COMMON.split(),
+        *("-smp", CPUS),
         *("-kernel", place / "kernel", "-initrd", archive),
         *("-append", f"console={CONSOLES[machine.architecture]} quiet panic=-1 mitigations=off"),
         *("-serial", f"file:{machine.out / 'console.txt'}"),
