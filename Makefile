@@ -3,10 +3,12 @@
 #   PYTHON=python3.12       the interpreter to build for (another version makes the venv anew)
 #   VENV=.venv-other        another place for the venv
 #   ARGS="-k trees -x"      further arguments for pytest
+#   MACHINES="6.1 6.12"     what `make kernels` boots, instead of all that it knows
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+MACHINES ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -34,7 +36,7 @@ LINTED := $(wildcard setup.py ksmcore ksmcore_pytest.py tests bench examples doc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build dev demo test stress sanitize leaks neon bench examples tables lint style types format sdist clean
+.PHONY: help venv build dev demo test stress sanitize leaks neon kernels bench examples tables lint style types format sdist clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +64,9 @@ neon: ## Check the checksum on an emulated aarch64 (gcc-aarch64-linux-gnu, libc6
 	@mkdir -p build
 	aarch64-linux-gnu-gcc -O2 -Wall -Wno-unused-function -static -o build/kernels tests/native/kernels.c
 	qemu-aarch64 build/kernels
+
+kernels: build ## Run a part of the tests on emulated machines with Debian's kernels (needs qemu; hours)
+	$(PY) tests/kernels/boot.py $(MACHINES) $(ARGS)
 
 bench: build ## Run the benchmarks
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=min,median,iqr,ops,rounds $(ARGS)
