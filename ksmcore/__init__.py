@@ -258,9 +258,9 @@ def install_allocator(
     Arrays of less than threshold_bytes bytes, those that exist already, and those of a context with
     another allocator (NEP 49) are left alone. A forked child goes on with it, with its own engine.
 
-    `memory="all"`: the same for all memory that libraries ask of malloc and its kin, so for tensors,
-    `bytes`, frames and models too. The functions are redirected for all loaded objects, and stay so,
-    see limits; `features()["memory"]` tells whether that can be.
+    `memory="all"`: the same for what libraries ask of malloc and its kin, so for tensors, `bytes`,
+    frames and models too. The functions are redirected for all loaded objects, and stay so; with
+    the GNU C library only.
 
     Raises:
         TypeError, ValueError: threshold_bytes is no positive integer; memory is something else, or

@@ -1,7 +1,6 @@
 """The memory of all libraries: malloc and its kin, for all loaded objects."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -218,7 +217,8 @@ def test_absurd_sizes_are_refused_as_before():
             function = getattr(libc, name)
             function.restype = ctypes.c_void_p
             ctypes.set_errno(0)
-            assert function(*(one if one is None else ctypes.c_size_t(one) for one in arguments)) is None
+            given = [one if one is None else ctypes.c_size_t(one) for one in arguments]
+            assert function(*given) is None
             assert ctypes.get_errno() == 12, name
         there = ctypes.c_void_p()
         assert libc.posix_memalign(ctypes.byref(there), 24, ctypes.c_size_t(MIB)) == 22
