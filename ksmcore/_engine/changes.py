@@ -1,11 +1,12 @@
 """Where a copy differs from its source, read only where they do not show the same shared page.
 
-The caller keeps the scanner away from both, so that no shared page is exchanged for another between
+The scanner is kept away from both, so that no shared page is exchanged for another between
 two questions to the kernel. A write meanwhile is seen or not, as with any comparison.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from ksmcore._kernel.syscalls import page_bytes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Changes", "differences"]
+    from ksmcore._engine.registrar import Registrar
+
+__all__ = ["Changes", "changed", "differences"]
 
 # Compared at a time: what a comparison makes stays in the cache.
 PIECE_BYTES = 1 << 18
@@ -62,6 +65,18 @@ def _check(copy: object, source: object) -> None:
 
 def _form(array: Any) -> tuple[Any, Any]:
     return array.shape, array.dtype
+
+
+def changed(registrar: Registrar, copy: NDArray[Any], since: NDArray[Any]) -> Changes:
+    """See `Engine.changed`. By pages where both are registered here, and so can be held."""
+    with contextlib.ExitStack() as held:
+        try:
+            for array in (copy, since):
+                held.enter_context(registrar.hold(array))
+            is_held = True
+        except (TypeError, ValueError):  # not registered here, or not writable
+            is_held = False
+        return differences(copy, since, by_pages=is_held)
 
 
 def differences(copy: NDArray[Any], source: NDArray[Any], *, by_pages: bool) -> Changes:

@@ -7,30 +7,24 @@ one callable that it needs; the engine hands calls on to them. The parts belong 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from ksmcore._arrays import making
-from ksmcore._core.core import Core
-from ksmcore._core.null_core import NullCore
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
-from ksmcore._engine.changes import Changes, differences
+from ksmcore._engine.changes import Changes, changed
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.counters import Stats
-from ksmcore._engine.features import check_tracker, choose_guard
 from ksmcore._engine.history import History, Sample
-from ksmcore._engine.passes import EVERYTHING, Passes
+from ksmcore._engine.parts import Parts, make_core, make_parts
+from ksmcore._engine.passes import EVERYTHING
 from ksmcore._engine.progress import Progress
 from ksmcore._engine.region import Region
-from ksmcore._engine.registrar import Registrar
-from ksmcore._engine.scanner import Scanner, Scanning
+from ksmcore._engine.scanner import Scanning
 from ksmcore._engine.settings import InForce, Settings
 from ksmcore._engine.stats import Estimate, PassReport
 from ksmcore._kernel import forks
@@ -41,20 +35,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ksmcore._arrays.making import Order
+    from ksmcore._core.core import Core
 
 __all__ = ["Engine"]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an engine is put together of, in one process."""
-
-    generation: int
-    """Of the process, see `forks.generation`."""
-    in_force: InForce
-    registrar: Registrar
-    passes: Passes
-    scanner: Scanner
 
 
 class Engine(Closing):
@@ -68,36 +51,16 @@ class Engine(Closing):
 
     def __init__(self, **settings: Any) -> None:
         made = Settings.made(**settings)
-        if made.dirty == "pagemap":
-            check_tracker()
         self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
-        core = Core(
-            order=made.order,
-            checksum=made.checksum,
-            guard=choose_guard(made.guard),
-            any_guard=made.guard == "auto",
-            with_pagemap=True,
-            with_tracker=made.dirty != "checksum",
-            n_buckets=made.rmap_hash_size,
-            hold_calls=made.hold_calls is not False and not self._disabled,
-            hold_always=made.hold_calls is True,
-        )
-        self._core = cast(Core, NullCore(core)) if self._disabled else core
+        self._core = make_core(made, disabled=self._disabled)
         self._closed = False
         self._renewed: dict[int, Parts] = {}
-        self._parts = self._make_parts(InForce(made))
+        self._parts = make_parts(self._core, self, InForce(made))
         self._apply_settings()
         all_engines.add(self)
         self._run(made.run)
 
     # ---- its parts ----------------------------------------------------------------------------
-
-    def _make_parts(self, in_force: InForce) -> Parts:
-        passes = Passes(self._core, in_force)
-        scanner = Scanner(passes, in_force)
-        notice = functools.partial(scanner.wake, only_if_resting=True)
-        registrar = Registrar(self._core, weakref.ref(self), notice)
-        return Parts(forks.generation(), in_force, registrar, passes, scanner)
 
     def _now(self) -> Parts:
         """The parts, made anew in a forked child, where nothing is registered and nothing scans:
@@ -107,7 +70,8 @@ class Engine(Closing):
             return parts
         in_force = parts.in_force
         settings = in_force.settings.changed(run=0)
-        fresh = self._make_parts(InForce(settings, in_force.on_pass, in_force.tidiers))
+        fresh_in_force = InForce(settings, in_force.on_pass, in_force.tidiers)
+        fresh = make_parts(self._core, self, fresh_in_force)
         # Of two threads that come here at a time, the first wins.
         self._parts = self._renewed.setdefault(forks.generation(), fresh)
         parts.registrar.end()
@@ -406,15 +370,7 @@ class Engine(Closing):
             ValueError: arrays of different shapes or dtypes, or not C-contiguous; or the engine is
                 closed.
         """
-        registrar = self._open().registrar
-        with contextlib.ExitStack() as held:
-            try:
-                for array in (copy, since):
-                    held.enter_context(registrar.hold(array))
-                is_held = True
-            except (TypeError, ValueError):  # not registered here, or not writable
-                is_held = False
-            return differences(copy, since, by_pages=is_held)
+        return changed(self._open().registrar, copy, since)
 
     def _adopt(self, tidy: Callable[[bool], object]) -> Core | None:
         """For the arena: what its memory is to be registered with (None: nothing, see
