@@ -57,7 +57,7 @@ def test_every_number_of_stats_is_a_metric(engine):
         metric.name.removeprefix("ksmcore_"): metric for metric in Collector(engine).collect()
     }
     stats = engine.stats().as_dict()
-    numbers = {name for name, value in stats.items() if type(value) is int} | {"seconds"}
+    numbers = {name for name, value in stats.items() if type(value) in (int, float)} | {"seconds"}
     assert set(metrics) == numbers
     by_reason = {one.labels["reason"]: one.value for one in metrics["pages_skipped"].samples}
     assert by_reason == stats["skipped"]
