@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -157,6 +157,13 @@ def cli() -> None:
     help="Rest of the scanner between two batches, in milliseconds (default 20).",
 )
 @threshold
+@click.option(
+    "--memory",
+    type=click.Choice(["numpy", "all"]),
+    default="numpy",
+    show_default=True,
+    help="Whose memory: NumPy's arrays, or what any library asks of malloc.",
+)
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -168,6 +175,7 @@ def run(
     no_scan: bool,
     interval: int | None,
     threshold: int,
+    memory: Literal["numpy", "all"],
     quiet: bool,
 ) -> Runner:
     """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
@@ -186,6 +194,10 @@ def run(
     scanner: nothing is merged in them unless they call ksmcore.start(). Options of Python go
     before: python -W error -m ksmcore run ...
 
+    With --memory all the same is done for tensors, frames, models, bytes: what libraries ask of
+    malloc and its kin. For that these functions are redirected (GNU C library only). Libraries with
+    an allocator of their own (pyarrow, polars) are not reached by that.
+
     Calls that read into an array, such as readinto(), never meet the moment in which it is merged.
     Where `ksmcore doctor` names another guard than userfaultfd, that takes the GNU C library, and
     what goes past it (io_uring, say) may fail with EFAULT then.
@@ -197,6 +209,7 @@ def run(
     program = _program(script, args, is_module, is_code)
     options = RunOptions(
         threshold_bytes=threshold,
+        memory=memory,
         scans=not no_scan,
         interval_ms=interval,
         quiet=quiet,

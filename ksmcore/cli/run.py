@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import ksmcore
 from ksmcore.cli.companion import Companion
@@ -27,6 +28,7 @@ class RunOptions:
     """What `ksmcore run` was asked for."""
 
     threshold_bytes: int
+    memory: Literal["numpy", "all"] = "numpy"
     scans: bool = True
     interval_ms: int | None = None
     quiet: bool = False
@@ -53,7 +55,7 @@ class Session(Companion):
             self._engine, self._command, options.threshold_bytes, wants_scans=options.scans
         )
         self._server: Server | None = None
-        ksmcore.install_allocator(threshold_bytes=options.threshold_bytes)
+        ksmcore.install_allocator(options.threshold_bytes, memory=options.memory)
         self._start()
 
     def _start(self) -> None:

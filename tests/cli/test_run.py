@@ -63,6 +63,29 @@ def test_memory_is_saved_by_the_kernels_figures(tmp_path):
     assert re.search(r"pass(es)? in", ours.stderr)
 
 
+@pytest.mark.parametrize(("which", "saves"), [((), False), (("--memory", "all"), True)])
+def test_memory_that_is_not_numpys(tmp_path, which, saves):
+    if saves and library.features()["calls"] is not None:
+        pytest.skip("functions cannot be redirected here")
+    script = """
+        import time
+        import numpy as np
+        import ksmcore
+        looked_at = np.arange(100_000)
+        blocks = [bytes(range(1, 251)) * 40_000 for _ in range(5)]
+        done = ksmcore.stats().full_scans
+        while ksmcore.stats().full_scans < done + 4:
+            time.sleep(0.02)
+        assert all(block == blocks[0] for block in blocks)
+    """
+    write(tmp_path, script)
+    given = (*which, "--interval", "1", "--json", "out.json")
+    done = ksmcore("run", "--quiet", *given, "program.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["peak_bytes_saved"] > 30_000_000) == saves
+
+
 @pytest.mark.parametrize("leave", ["pass", "sys.exit(3)", "1/0", "raise KeyboardInterrupt"])
 def test_figures_are_those_of_the_end_while_arrays_live(tmp_path, leave):
     """Also those that only a function knows, when it is left by an error."""
