@@ -1,3 +1,4 @@
+from _thread import LockType
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -17,6 +18,8 @@ class _Export(Protocol):
     @property
     def n_bytes(self) -> int: ...
     def release(self) -> None: ...
+
+def start_thread(run: Callable[[], object], alive: LockType) -> None: ...
 
 @final
 class PassLock(AbstractContextManager[PassLock, None]):
