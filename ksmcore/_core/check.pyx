@@ -62,7 +62,7 @@ cdef int _check_slots(engine_core* c, const uint32_t* n_sharers, const uint32_t*
         if _is_odd(c, slot):
             return 30
         if store_is_dead(&c.store, slot):
-            if n_sharers[slot] != 0 or not store_file_of(&c.store, slot).is_frozen:
+            if n_sharers[slot] != 0 or store_file_of(&c.store, slot).made == c.store.seen_forks:
                 return 15
             n_used += 1
             n_dead += 1

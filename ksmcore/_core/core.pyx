@@ -80,7 +80,7 @@ cdef class Core(Registry):
             reader_enter()
             entered = self._enter(&guard, &ignored) == 0
             self._lock()
-            release_idle(&self.c, True)
+            release_idle(&self.c, entered)
             self._unlock()
             if entered:
                 guard_leave(guard)

@@ -130,6 +130,10 @@ cdef void release_idle(engine_core* c, bint may_read) noexcept nogil:
     if _ask_all(c, may_read, &ignored) != 0 or c.store.n_idle == 0 or census_agrees(c, &ignored) != 1:
         return
     while slot < c.store.top:
+        # Files come and go, a new one after each fork: the numbers of those that have gone are passed over at once.
+        if c.store.segments[slot // c.store.slots_per_segment].view == NULL:
+            slot += c.store.slots_per_segment - slot % c.store.slots_per_segment
+            continue
         end = slot
         while end < c.store.top and c.store.uses[end].idle:
             end += 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import logging
 import signal
 import threading
 from collections.abc import Callable
 
+from ksmcore._core.scopes import start_thread
 from ksmcore._kernel.per_process import PerProcess
 
 __all__ = ["HiddenThread", "hide"]
@@ -67,22 +67,15 @@ class HiddenThread:
 
     def start(self) -> None:
         """Raises RuntimeError where the system has no further thread."""
-        self._alive.acquire()
-        # Blocked before it begins: it inherits this.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - OWN_FAULTS)
-        try:
-            _thread.start_new_thread(self._run, ())
-        except BaseException:
-            self._alive.release()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # No handler of Python's may raise in the midst of it: whoever waited for the end of a
+        # thread that never began would wait for ever.
+        start_thread(self._run, self._alive)
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_FAULTS)
-        self._ident = threading.get_ident()
-        _hidden.get().add(self._ident)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_FAULTS)
+            self._ident = threading.get_ident()
+            _hidden.get().add(self._ident)
             self._target()
         finally:
             hide()

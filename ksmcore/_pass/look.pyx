@@ -10,7 +10,8 @@ the old one. So before anything is remapped the mappings are looked at as they a
 Only smaps tells, and reading it takes a walk over all page tables. So it is read when something is to be remapped, and
 then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what it took; none is older
 than the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in the time
-that its look is good for, to pages that are remapped in just that time.
+that its look is good for, to pages that are remapped in just that time. A region that was registered after the look
+was no part of it: of that, what was seen when it was registered counts.
 
 The caller holds the engine's lock.
 """
@@ -123,6 +124,20 @@ cdef void look_begin_pass(engine_core* c, bint patient) noexcept nogil:
         _take(c, &ignored)
 
 
+cdef bint _is_due(const engine_core* c) noexcept nogil:
+    """Is a look wanted before these intents are carried out? Sooner where one is in a region that no look has seen."""
+    cdef uint64_t age_ns = sys_now_ns() - c.advice.seen_ns
+    cdef uint32_t i
+    if c.advice.seen_ns < c.advice.pass_ns or age_ns >= LOOK_NS + LOOK_SHARE * c.advice.cost_ns:
+        return True
+    if age_ns < LOOK_SHARE * c.advice.cost_ns:
+        return False
+    for i in range(c.b.n_intents):
+        if not regions_at(&c.regions, <uintptr_t>(c.b.intents[i].page_no * c.page_bytes)).looked:
+            return True
+    return False
+
+
 cdef void look_at_intents(engine_core* c) noexcept nogil:
     """Leave what must not be remapped, and give the rest the flags that its new mappings are to have."""
     cdef intent* wanted
@@ -132,17 +147,14 @@ cdef void look_at_intents(engine_core* c) noexcept nogil:
     cdef bint some_left = False, is_unknown = False
     if c.b.n_intents == 0:
         return
-    if (
-        c.advice.seen_ns < c.advice.pass_ns
-        or sys_now_ns() - c.advice.seen_ns >= LOOK_NS + LOOK_SHARE * c.advice.cost_ns
-    ):
+    if _is_due(c):
         is_unknown = _take(c, &c.b.err) != 0
     for i in range(c.b.n_intents):
         wanted = &c.b.intents[i]
         addr = <uintptr_t>(wanted.page_no * c.page_bytes)
         region = regions_at(&c.regions, addr)
         if not is_unknown and region.bar == NOT_BARRED:
-            wanted.flags = <uint8_t>(region.flags & REGION_WATCHED | advice_at(&c.advice, addr, &end))
+            wanted.flags = <uint8_t>look_flags(c, region, addr, &end)
             continue
         some_left = True
         if not is_unknown and region.bar == BARRED_ALTERED:

@@ -26,7 +26,7 @@ uncovers zeros, never the bytes of somebody else.
 
 Invariants: n_used counts slots with `used`; n_shared those with sharers that are not pending; a slot
 that is not used has no sharers, no claims and no flag; `copy` slots follow their block without a gap; a dead
-slot is in a frozen file, or in one out of reach, and has DEAD in place of its sharers; a hollow one has no sharers, but
+slot is in a file that existed at a fork, and has DEAD in place of its sharers; a hollow one has no sharers, but
 claims. Each file counts its own too.
 """
 
@@ -418,6 +418,11 @@ cdef void store_trim(store_t* store) noexcept nogil:
     store.n_releases = 0
 
 
+cdef bint _keeps_for_others(const store_file* file) noexcept nogil:
+    """Dead slots that were still shown when the last child of a file's was gone are asked for again in each pass."""
+    return file.is_frozen or file.n_dead != 0
+
+
 cdef void _thaw(store_t* store, pagemap* pm, store_file* file) noexcept nogil:
     """Give back what was kept for children that are gone by now. The caller holds the fork lock."""
     cdef uint32_t slot = file.first + 1, n
@@ -440,15 +445,15 @@ cdef void _thaw(store_t* store, pagemap* pm, store_file* file) noexcept nogil:
 cdef void store_begin_pass(store_t* store, pagemap* pm, store_forget forget, void* context) noexcept nogil:
     """Look after the files: what children have kept and is free by now, what is out of reach, what is empty."""
     cdef uint32_t i
-    cdef bint any_frozen = False
+    cdef bint any_kept = False
     forks_lock()
     _see_forks(store)
     for i in range(store.n_files):
-        any_frozen = any_frozen or store.files[i].is_frozen
-    if any_frozen:
+        any_kept = any_kept or _keeps_for_others(&store.files[i])
+    if any_kept:
         forks_look()
         for i in range(store.n_files):
-            if store.files[i].is_frozen:
+            if _keeps_for_others(&store.files[i]):
                 _thaw(store, pm, &store.files[i])
     forks_unlock()
     store_files_look_after(store, forget, context)

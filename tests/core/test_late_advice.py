@@ -367,3 +367,50 @@ def test_merged_memory_comes_back_while_the_kernel_does_not_tell(engine, loose):
     for _ in range(2):
         engine.scan()
     engine._core.check()
+
+
+def walk(engine):
+    engine._core.walk(0, 1 << 47, 1 << 30, True)
+
+
+@pytest.mark.parametrize("advice", ["dontfork", "dontdump"])
+def test_advice_is_kept_for_memory_that_is_registered_after_the_look_of_a_pass(
+    engine, loose, advice
+):
+    partners = [engine.array(loose.pages) for _ in range(3)]
+    number, flag = KEPT[advice]
+    advise(loose, slice(0, N), number)
+    engine._core.take_census(-1, 65530)
+    engine._core.begin_pass()
+    walk(engine)
+    assert engine.stats().pages_sharing == 2 * N
+    region = engine.register(loose.pages)
+    walk(engine)
+    assert engine.stats().pages_sharing == 3 * N
+    assert traits(loose) == given(slice(0, N), flag)
+    assert np.array_equal(loose.pages, partners[0])
+    region.close()
+    assert traits(loose) == given(slice(0, N), flag)
+
+
+def test_advice_for_what_lay_there_before_is_not_given_to_what_is_registered_after_the_look(
+    engine, loose
+):
+    source = loose.pages.copy()
+    partners = [engine.array(source) for _ in range(2)]
+    number, flag = KEPT["dontfork"]
+    advise(loose, slice(0, N), number)
+    region = engine.register(loose.pages)
+    engine._core.take_census(-1, 65530)
+    engine._core.begin_pass()
+    walk(engine)
+    assert traits(loose) == given(slice(0, N), flag)
+    region.close()
+    anew = Loose(source, loose.addr)
+    assert traits(anew) == given(slice(0, 0), flag)
+    region = engine.register(anew.pages)
+    walk(engine)
+    assert engine.stats().pages_sharing == 2 * N
+    assert traits(anew) == given(slice(0, 0), flag)
+    assert np.array_equal(anew.pages, partners[0])
+    region.close()

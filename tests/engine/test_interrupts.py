@@ -1,6 +1,7 @@
 """Ctrl-C anywhere in a call, its traceback kept: nothing stays taken, and all bytes are right."""
 
 import inspect
+import signal
 import sys
 import threading
 
@@ -11,6 +12,7 @@ import ksmcore
 from helpers.memory import PAGE
 from helpers.stress import LONG
 from helpers.waiting import WAIT_SECONDS
+from ksmcore._engine.hidden_thread import HiddenThread
 from ksmcore._testing import hooks
 
 
@@ -93,3 +95,14 @@ def test_nothing_stays_taken(name, private_buffer):
         engine.close()
         assert engine.closed
     assert n_interrupted > 5
+
+
+def test_a_hidden_thread_whose_start_is_cut_off_ends():
+    n_moments, _ = moments(HiddenThread(lambda: None).start)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    for moment in range(1, n_moments + 1):
+        thread = HiddenThread(lambda: None)
+        _, kept = moments(thread.start, moment)
+        assert kept is not None
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+        assert thread.join(WAIT_SECONDS), f"at moment {moment}: it never began, and never ends"

@@ -7,6 +7,7 @@ have waited for it), and when it becomes another program.
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 
 import numpy as np
@@ -425,3 +426,33 @@ def test_closing_while_a_child_lives(engine, memory):
         memory.check()
         child.end()
     memory.check()
+
+
+def test_a_child_that_nobody_told_of(engine, memory):
+    """What it shows when the others are gone is kept, and given back once it has ended."""
+    if not hasattr(ctypes.CDLL(None), "_Fork"):
+        pytest.skip("the C library has no _Fork")
+    reading, telling = os.pipe()
+    untold = ctypes.PyDLL(None)._Fork()
+    if untold == 0:
+        # The kernel counts what is read.
+        os.write(telling, b"." if all(array.any() for array in memory.arrays) else b"")
+        while True:
+            signal.pause()
+    try:
+        assert os.read(reading, 1) == b"."
+        with Child(stays(memory)) as child:
+            child.paused()
+            renew(memory, 10)
+            child.end()
+        for _ in range(3):
+            engine.scan()
+            engine._core.check()
+        assert held_pages(engine) == 2 * N_PAGES
+    finally:
+        os.close(reading)
+        os.close(telling)
+        os.kill(untold, signal.SIGKILL)
+        os.waitpid(untold, 0)
+    engine.scan()
+    assert_thawed(engine, N_PAGES)
