@@ -302,6 +302,7 @@ def unpack_suite(tree: Path) -> None:
         with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as data:
             run("tar", "-x", "-C", tree, "--keep-directory-symlink", stdin=data.stdout)
         deb.unlink()
+    (tree / "mnt").mkdir(exist_ok=True)
     for name in ("passwd", "group"):
         shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
 
