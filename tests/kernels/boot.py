@@ -303,6 +303,10 @@ def unpack_suite(tree: Path) -> None:
             run("tar", "-x", "-C", tree, "--keep-directory-symlink", stdin=data.stdout)
         deb.unlink()
     (tree / "mnt").mkdir(exist_ok=True)
+    # In a container debootstrap makes it a link to the one outside.
+    if (tree / "proc").is_symlink():
+        (tree / "proc").unlink()
+    (tree / "proc").mkdir(exist_ok=True)
     for name in ("passwd", "group"):
         shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
 
