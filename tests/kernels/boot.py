@@ -325,7 +325,7 @@ def compile_across(tree: Path, project: Path) -> None:
         "_PYTHON_HOST_PLATFORM": "linux-aarch64",
         "_PYTHON_SYSCONFIGDATA_NAME": name,
         "PYTHONPATH": str(config),
-        "CFLAGS": f"-I{tree}/usr/include",
+        "CFLAGS": f"-I{tree}/usr/include/python{PYTHON} -I{tree}/usr/include",
         "KSMCORE_TESTING": "1",
     }
     build = ("--build-base", WORK / "arm64-build", "--build-lib", project)
