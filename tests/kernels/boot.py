@@ -389,7 +389,7 @@ def counts(log: str) -> dict[str, int]:
         "passed": words.count("PASSED"),
         "failed": failed,
         "skipped": words.count("SKIPPED"),
-        "not run": int(re.search(r"collected (\d+) item", log)[1]) - len(words),
+        "not run": int(re.search(r"(\d+) (?:selected|items?)$", log, re.MULTILINE)[1]) - len(words),
     }
 
 
