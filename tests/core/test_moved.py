@@ -193,6 +193,8 @@ def test_a_mapping_that_stays_where_it_was_moved_from(engine, rng, read, registe
     moved_a.pages[:] = 2
     want_slots(engine, rng, shown[:2])
     give_up(engine, made, regions)
+    if not registered:
+        call("munmap", target, N * PAGE)
 
 
 @pytest.mark.parametrize("presence", ["pagemap", "mincore"])
