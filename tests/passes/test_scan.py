@@ -14,7 +14,7 @@ from helpers.memory import PAGE, private_memory, random_pages
 from helpers.processes import run_python
 from ksmcore import _pages
 from ksmcore._core import core
-from ksmcore._engine import engine as engine_module
+from ksmcore._engine import parts
 from ksmcore._testing import faults, pagemap
 
 
@@ -213,7 +213,7 @@ def test_without_pagemap_residency_and_bytes_serve(rng, monkeypatch):
     def without_pagemap(**given):
         return core.Core(**{**given, "with_pagemap": False})
 
-    monkeypatch.setattr(engine_module, "Core", without_pagemap)
+    monkeypatch.setattr(parts, "Core", without_pagemap)
     with ksmcore.Engine() as engine:
         assert engine.stats().presence == "mincore"
         source = random_pages(rng, 64)
