@@ -87,7 +87,7 @@ def refused() -> None:
         start = a.__array_interface__["data"][0]
         for wrong in (
             lambda: engine._core.add(99, start, 1, 0),
-            lambda: engine.register(b"cannot be written" * PAGE),
+            lambda: engine.register(b"has no whole page"),
             lambda: engine.register(np.zeros((8, PAGE), np.uint8)[:, ::2]),
             lambda: engine.empty(-1, np.uint8),
             lambda: Tree(page_bytes=-1),
