@@ -382,8 +382,11 @@ class Registrar:
             start = first_byte - first_byte % self.page_bytes
             return start, -(-(first_byte + len_bytes - start) // self.page_bytes)
 
+        # At once: a region that is closed is refused here, whether the block is entered or not.
+        view = buffer._view() if isinstance(buffer, Region) else None
+
         def take() -> Export | Gathered:
-            one = buffer._view() if isinstance(buffer, Region) else _one(buffer)
+            one = _one(buffer) if view is None else view
             return self._gather(buffer, touched) if one is None else self._export(one, touched)
 
         return HoldScope(self._core, take)

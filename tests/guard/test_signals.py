@@ -84,7 +84,7 @@ def test_a_handler_writes_on_threads_that_unmerge_and_copy(engine, words, librar
     def has_met() -> bool:
         engine.dedup()
         n_runs = handlers.n_runs(thread.native_id or 0)
-        return bool(failed) or (has_merged(engine, N_PAGES) and n_runs > 30)
+        return bool(failed) or (has_merged(engine, 1) and n_runs > 3)
 
     with handlers.running():
         thread.start()
