@@ -349,7 +349,7 @@ def test_in_a_chroot_with_nothing_in_it(back, tmp_path):
     # Where it has come to a pass by then.
     if "start" in BACK[back] and done.stderr:
         assert done.stderr.startswith("the scanner waits: ")
-    assert len(done.stderr.splitlines()) == (said != "")
+    assert len(done.stderr.splitlines()) <= ("start" in BACK[back])
 
 
 @as_root
