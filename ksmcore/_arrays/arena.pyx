@@ -31,15 +31,15 @@ from ksmcore._arrays.mapped cimport (
     mapped_remove_if_empty, mapped_table, mapped_trim, mapped_trim_above, mapped_unlock, mapped_unpin, pinned_t,
 )
 from ksmcore._core.registry cimport Registry
+from ksmcore._guard.merge cimport merge_move
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon_at,
-    sys_move, sys_pause, sys_unmap,
+    sys_unmap,
 )
 
 cdef enum:
     POPULATE_BYTES = 256 << 10
-    MOST_TRIES = 100           # a millisecond apart
 
 cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
 cdef bint _wants_huge = False
@@ -218,18 +218,15 @@ cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
 
 
 cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept nogil:
-    """Tried again where the kernel unmapped the target before it failed; it is mapped in the end."""
+    """False where that is refused; the target is mapped in any case."""
     cdef sys_error ignored
-    cdef int tries = 0
     sys_error_clear(&ignored)
-    while sys_move(source, target, len_bytes, &ignored) != 0:
-        if sys_is_mapped(target, len_bytes):
-            return False
-        tries += 1
-        if tries > MOST_TRIES and sys_map_anon_at(target, len_bytes, &ignored) == 0:
-            return False
-        sys_pause()
-    return True
+    if merge_move(source, target, len_bytes, &ignored) == 0:
+        return True
+    if not sys_is_mapped(target, len_bytes):
+        # Unchecked: refused for a whole second already, and here again, there is nothing left to try.
+        sys_map_anon_at(target, len_bytes, &ignored)
+    return False
 
 
 cdef bint arena_move(void* memory, void* target) noexcept nogil:

@@ -8,10 +8,10 @@ default. Larger arrays have what the kernel gives them.
 """
 
 from libc.stdint cimport uintptr_t
-from libc.string cimport memset, strstr
+from libc.string cimport strstr
 
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_NOHUGEPAGE, sys_advise, sys_close, sys_error, sys_error_clear, sys_open_read, sys_read_at,
+    ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_read_text,
 )
 from ksmcore._records.regions cimport REGION_NOHUGEPAGE
 
@@ -19,16 +19,7 @@ from ksmcore._records.regions cimport REGION_NOHUGEPAGE
 cdef bint _come_unasked() noexcept nogil:
     """Asked each time: an administrator may change it at any moment."""
     cdef char modes[128]
-    cdef sys_error ignored
-    cdef int fd
-    sys_error_clear(&ignored)
-    fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/enabled", &ignored)
-    if fd < 0:
-        return False
-    memset(modes, 0, sizeof(modes))
-    # Always reported as failed, for there are fewer bytes; those that there are have come.
-    sys_read_at(fd, modes, sizeof(modes) - 1, 0, &ignored)
-    sys_close(fd)
+    sys_read_text(b"/sys/kernel/mm/transparent_hugepage/enabled", modes, sizeof(modes))
     return strstr(modes, b"[always]") != NULL
 
 

@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
-    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunk_table, chunks_addr, chunks_before, chunks_behind, chunks_clean,
+    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunks_addr, chunks_before, chunks_behind, chunks_clean,
     chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_init, chunks_tag, chunks_unhang_all,
     extent_tag,
 )

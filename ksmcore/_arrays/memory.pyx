@@ -68,17 +68,6 @@ def look():
             redirect_look(&memory_table)
 
 
-def counts():
-    """How it stands: what the last walk over the objects has changed, saw, had to leave for later or could not change."""
-    return {
-        "entries": memory_table.n_entries,
-        "symbols": memory_table.n_symbols,
-        "objects": memory_table.n_objects,
-        "unready": memory_table.n_unready,
-        "refused": memory_table.n_refused,
-    }
-
-
 memory_arena.take = arena_take
 memory_arena.owns = arena_owns
 memory_arena.give = arena_give

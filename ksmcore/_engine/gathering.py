@@ -7,19 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ksmcore._gate.buffers import Admission, Export, admit_some, not_a_buffer, release_all
+from ksmcore._gate.buffers import Admission, Export, Released, admit_some, not_a_buffer, release_all
 from ksmcore._gate.memories import Memory
 from ksmcore._gate.objects import Leaf, PartsOf, reach
 from ksmcore._gate.ranges import gaps
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from typing_extensions import Self
 
 __all__ = [
     "Gathered",
@@ -39,7 +33,7 @@ MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class Gathered(Released):
     """All memory that was found in an object, held until `release`, or the end of a `with` block:
     disjoint, by address."""
 
@@ -53,17 +47,6 @@ class Gathered:
 
     def release(self) -> None:
         release_all(self.exports)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 def gather(thing: object, export: Callable[[object, str], Export], parts_of: PartsOf) -> Gathered:

@@ -37,18 +37,31 @@ from ksmcore._gate.memories import Memory, library_of
 from ksmcore._kernel import smaps
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
-__all__ = ["Admission", "Export", "admit", "admit_some", "not_a_buffer", "release_all"]
+__all__ = ["Admission", "Export", "Released", "admit", "admit_some", "not_a_buffer", "release_all"]
 
 # Tells for (address of the first byte, length in bytes) which pages belong to that buffer alone, as
 # (address, pages), when more is known of it than that its whole pages do; else None.
 Known = Callable[[int, int], tuple[int, int] | None]
 
 
-class Export:
+class Released:
+    """What is let go of by `release`, or at the end of a `with` block."""
+
+    __slots__ = ()
+
+    def release(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Export(Released):
     """The first half of the gate: one buffer that can be merged as far as itself goes, and the hold
     on it. Until `release`, or the end of a `with` block, it can neither be closed nor resized.
 
@@ -144,17 +157,6 @@ class Export:
             BufferError: something else made from `view`, such as a ctypes object, still uses it.
         """
         self.view.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

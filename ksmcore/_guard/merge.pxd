@@ -27,4 +27,5 @@ cdef int merge_run(
 cdef int merge_zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noexcept nogil
 cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys_error* err) noexcept nogil
 cdef int merge_share_range(store_t* store, const run_t* run, uint32_t slot, sys_error* err) noexcept nogil
+cdef int merge_move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int merge_empty_range(const run_t* run, sys_error* err) noexcept nogil

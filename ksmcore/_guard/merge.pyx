@@ -256,7 +256,7 @@ cdef int merge_zero_run(const run_t* run, uint8_t* outcomes, sys_error* err) noe
     return _windows(NULL, MAP_ZERO, run, NULL, outcomes, err)
 
 
-cdef int _move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
+cdef int merge_move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_error* err) noexcept nogil:
     """sys_move, tried again where the kernel unmapped the target before it failed (see _map_over)."""
     cdef sys_error failed
     cdef int tries = 0
@@ -343,7 +343,7 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
             # Only now: with the key it may be that this thread must not write there.
             maps_give_key(fresh, window_bytes, (run.flags & REGION_KEY) >> <int>REGION_KEY_SHIFT)
         if rc == 0:
-            rc = _move(fresh, w.addr, window_bytes, err)
+            rc = merge_move(fresh, w.addr, window_bytes, err)
         if guard_close(&w, rc == 0, err) != 0 or rc != 0:
             rc = -1
             break

@@ -16,4 +16,3 @@ cdef bint calls_shut(uintptr_t addr, size_t len_bytes) noexcept nogil
 cdef void calls_let_in() noexcept nogil
 # The lowest part of the range from *lo to *hi that a call in flight may write into, if there is one.
 cdef bint calls_first(uintptr_t* lo, uintptr_t* hi) noexcept nogil
-cdef uint32_t calls_n_waits() noexcept nogil

@@ -10,7 +10,7 @@ Hooks stay redirected while anybody counts on them; where nobody does any more, 
 themselves until they return, and nobody asks.
 """
 
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 
 from ksmcore._hooks.redirect cimport (
     redirect_back, redirect_find, redirect_look, redirect_missing, redirect_others, redirect_put, redirect_table,
@@ -92,10 +92,6 @@ cdef void calls_let_in() noexcept nogil:
 
 cdef bint calls_first(uintptr_t* lo, uintptr_t* hi) noexcept nogil:
     return _n_users != 0 and slots_first(lo, hi)
-
-
-cdef uint32_t calls_n_waits() noexcept nogil:
-    return slots_window.n_waits
 
 
 # ---- for Python -----------------------------------------------------------------------------------

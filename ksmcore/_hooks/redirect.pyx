@@ -12,7 +12,7 @@ holds while it calls anybody but who walks through that list. So neither is what
 a fork, or in the constructor of an object. The lock is held around a fork: no child finds a table half changed.
 """
 
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t
 
 # Its hooks of a fork come before those here, so that signals are let in last.
 import ksmcore._kernel.forks

@@ -87,6 +87,7 @@ cdef int sys_read_at(int fd, void* target, size_t len_bytes, off_t offset, sys_e
 cdef int sys_punch(int fd, off_t offset, size_t len_bytes, sys_error* err) noexcept nogil
 cdef int sys_seal(int fd, sys_error* err) noexcept nogil       # against writing; EBUSY while mapped for that
 cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil
+cdef void sys_read_text(const char* path, char* text, size_t n_bytes) noexcept nogil
 cdef void sys_close(int fd) noexcept nogil                        # if it still is what was opened
 # The list of all that is open. Its lock is held around whatever opens a descriptor, and around a fork.
 cdef void sys_list_lock() noexcept nogil

@@ -11,6 +11,7 @@ import os
 
 from libc.errno cimport EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, errno
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from posix.types cimport off_t
 
@@ -380,6 +381,19 @@ cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil:
     fd = kept_opened(open(path, O_RDONLY | O_CLOEXEC))
     sys_check(fd < 0, CALL_OPEN, 0, 0, err)
     return fd
+
+
+cdef void sys_read_text(const char* path, char* text, size_t n_bytes) noexcept nogil:
+    """A small file of the kernel, or the beginning of it, up to n_bytes - 1; nothing where it cannot be read."""
+    cdef sys_error ignored
+    cdef int fd
+    memset(text, 0, n_bytes)
+    sys_error_clear(&ignored)
+    fd = sys_open_read(path, &ignored)
+    if fd >= 0:
+        # Always reported as failed, for there are fewer bytes; those that there are have come.
+        sys_read_at(fd, text, n_bytes - 1, 0, &ignored)
+        sys_close(fd)
 
 
 cdef void sys_close(int fd) noexcept nogil:

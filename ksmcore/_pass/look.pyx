@@ -23,7 +23,7 @@ from ksmcore._kernel.maps cimport (
     vma_t,
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
-from ksmcore._pass.batch cimport OPEN, batch_leave, intent
+from ksmcore._pass.batch cimport batch_leave, intent
 from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.advice cimport advice_add, advice_at

@@ -38,8 +38,7 @@ from libc.string cimport memset, strstr
 from ksmcore._kernel.forks cimport forks_count, forks_living, forks_lock, forks_look, forks_unlock
 from ksmcore._kernel.pagemap cimport pagemap
 from ksmcore._kernel.syscalls cimport (
-    sys_close, sys_device, sys_error, sys_error_clear, sys_file_limit, sys_is_kept, sys_open_read, sys_punch,
-    sys_read_at, sys_write_at,
+    sys_device, sys_error, sys_error_clear, sys_file_limit, sys_is_kept, sys_punch, sys_read_text, sys_write_at,
 )
 from ksmcore._records.claims cimport claims_set_hollow, claims_unshown
 from ksmcore._records.store_files cimport (
@@ -60,18 +59,9 @@ cdef int store_told_huge = -1
 cdef bint _gets_huge_pages() noexcept nogil:
     """Does the kernel give memory files huge pages unasked? Unless somebody switched it on it does not."""
     cdef char modes[128]
-    cdef sys_error ignored
-    cdef int fd
     if store_told_huge >= 0:
         return store_told_huge
-    sys_error_clear(&ignored)
-    fd = sys_open_read(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", &ignored)
-    if fd < 0:
-        return False
-    memset(modes, 0, sizeof(modes))
-    # Always reported as failed, for there are fewer bytes; those that there are have come.
-    sys_read_at(fd, modes, sizeof(modes) - 1, 0, &ignored)
-    sys_close(fd)
+    sys_read_text(b"/sys/kernel/mm/transparent_hugepage/shmem_enabled", modes, sizeof(modes))
     return (
         strstr(modes, b"[always]") != NULL or strstr(modes, b"[within_size]") != NULL
         or strstr(modes, b"[force]") != NULL
