@@ -7,20 +7,35 @@ written. So memory for arrays of less than HUGE_BYTES takes none, as where the s
 default. Larger arrays have what the kernel gives them.
 """
 
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport strstr
 
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_read_text,
+    ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_now_ns, sys_read_text,
 )
 from ksmcore._records.regions cimport REGION_NOHUGEPAGE
 
+cdef extern from *:
+    int __ATOMIC_RELAXED
+    uint64_t load "__atomic_load_n"(uint64_t* word, int order) nogil
+    void store "__atomic_store_n"(uint64_t* word, uint64_t value, int order) nogil
+
+cdef enum:
+    GOOD_NS = 1_000_000_000
+
+cdef uint64_t _told = 0
+
 
 cdef bint _come_unasked() noexcept nogil:
-    """Asked each time: an administrator may change it at any moment."""
+    """An administrator may change it at any moment, so an answer is good for a second."""
     cdef char modes[128]
-    sys_read_text(b"/sys/kernel/mm/transparent_hugepage/enabled", modes, sizeof(modes))
-    return strstr(modes, b"[always]") != NULL
+    cdef uint64_t now_ns = sys_now_ns(), told = load(&_told, __ATOMIC_RELAXED)
+    if told == 0 or now_ns - told >= <uint64_t>GOOD_NS:
+        sys_read_text(b"/sys/kernel/mm/transparent_hugepage/enabled", modes, sizeof(modes))
+        # When, and in its last bit what: one word, so that no thread sees half of it.
+        told = now_ns & ~<uint64_t>1 | (strstr(modes, b"[always]") != NULL)
+        store(&_told, told, __ATOMIC_RELAXED)
+    return told & 1
 
 
 cdef int huge_pages_refuse(uintptr_t addr, size_t len_bytes) noexcept nogil:
