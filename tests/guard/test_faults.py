@@ -73,9 +73,9 @@ def test_one_failing_remap_undoes_both_halves(engine, guard, rng, private_buffer
 def test_a_store_that_cannot_be_written_is_counted(engine, rng, code):
     source = random_pages(rng, 64)
     a, b = engine.array(source), engine.array(source)
-    faults.inject("pwrite", code)
+    faults.inject("pwrite", code, count=100)  # a batch may be cut in two
     report = engine.dedup(a, b)
-    assert faults.clear() == 0
+    assert faults.clear() < 100
     assert report.skipped["store"] == 128
     assert report.bytes_saved == 0
     assert np.array_equal(a, source)
