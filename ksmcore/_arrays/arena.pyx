@@ -2,10 +2,9 @@
 
 A chunk is CHUNK_BYTES of anonymous memory; an array that needs more than half of that gets a chunk of its own. Free
 extents are clean, where they show zeros and hold no memory but what a huge page brought, or dirty. Dirty ones are
-handed out again first, since their pages are at hand. When they come to more than MAX_DIRTY_BYTES the longest are
-discarded: the core forgets what it knew of their pages, the kernel takes their memory. So is, from time to time, as
-much as was free all the while (`give_back_idle`): a program that frees and takes the same memory over and over keeps
-it, one that freed it for good does not.
+handed out again first, since their pages are at hand. What was free all the last second is discarded: the core
+forgets what it knew of its pages, the kernel takes its memory (see mapped_tend). So a program that frees and takes
+the same memory over and over keeps it, one that freed it for good does not.
 
 Chunks for arrays of HUGE_BYTES and more ask for huge pages, as NumPy's own allocator does; those for smaller ones
 take none (see huge_pages). Arrays of at most POPULATE_BYTES, which will hardly be left unwritten, get their new pages
@@ -26,9 +25,10 @@ from ksmcore._arrays.chunks cimport (
 )
 from ksmcore._arrays.huge_pages cimport HUGE_BYTES
 from ksmcore._arrays.mapped cimport (
-    MAX_DIRTY_BYTES, mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
+    mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
     mapped_is_inside, mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove,
-    mapped_remove_if_empty, mapped_table, mapped_trim, mapped_trim_above, mapped_unlock, mapped_unpin, pinned_t,
+    mapped_remove_if_empty, mapped_swap_limits, mapped_table, mapped_tend, mapped_trim, mapped_trim_idle,
+    mapped_unlock, mapped_unpin, pinned_t,
 )
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_move
@@ -72,6 +72,15 @@ cdef void* _take_whole(size_t n_pages) noexcept nogil:
     return taken
 
 
+cdef uint32_t _emptied(uint32_t first, size_t n_pages) noexcept nogil:
+    """Of a dirty extent the first pages, discarded; NO_PAGE where that is refused, or there is none."""
+    if first != <uint32_t>NO_PAGE and mapped_discard(
+        &mapped_table.all[first // mapped_table.chunk_pages], chunks_addr(&mapped_table, first), n_pages
+    ):
+        return first
+    return NO_PAGE
+
+
 cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     """Whole pages for len_bytes > 0 bytes; with `zeroed` they show zeros, and none is touched. NULL without memory."""
     cdef size_t n_pages = (len_bytes - 1) // mapped_table.page_bytes + 1
@@ -85,11 +94,14 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     if n_pages > mapped_table.chunk_pages // 2:
         return _take_whole(n_pages)
     mapped_lock()
+    mapped_tend()
     if not zeroed:
         first = chunks_find(&mapped_table, kind, DIRTY, n_pages)
     if first == <uint32_t>NO_PAGE:
         is_clean = True
         first = chunks_find(&mapped_table, kind, CLEAN, n_pages)
+    if first == <uint32_t>NO_PAGE and zeroed:
+        first = _emptied(chunks_find(&mapped_table, kind, DIRTY, n_pages), n_pages)
     if first == <uint32_t>NO_PAGE:
         mapped_unlock()
         entry = mapped_add(mapped_table.chunk_pages, kind, False)
@@ -164,8 +176,7 @@ cdef bint arena_give(void* memory) noexcept nogil:
         else:
             chunks_give(&mapped_table, first, chunks_tag(&mapped_table, first).n_pages)
             mapped_remove_if_empty(entry)
-            if mapped_table.dirty_bytes > mapped_trim_above:
-                mapped_trim(MAX_DIRTY_BYTES // 2)
+    mapped_tend()
     mapped_unlock()
     return True
 
@@ -323,9 +334,26 @@ def give_back_idle():
     """Discard as much free memory as there was at every moment since the last call."""
     with nogil:
         mapped_lock()
-        mapped_trim(mapped_table.dirty_bytes - mapped_table.idle_bytes)
-        mapped_table.idle_bytes = mapped_table.dirty_bytes
+        mapped_trim_idle()
         mapped_unlock()
+
+
+def tend():
+    """Discard what was free for a second by now."""
+    with nogil:
+        mapped_lock()
+        mapped_tend()
+        mapped_unlock()
+
+
+def set_limits(size_t most_free_bytes, uint64_t decay_ns):
+    """Keep at most so much free memory at hand, what was not needed for so long not at all; returns what held
+    before."""
+    with nogil:
+        mapped_lock()
+        mapped_swap_limits(&most_free_bytes, &decay_ns)
+        mapped_unlock()
+    return most_free_bytes, decay_ns
 
 
 def is_chunk(uint64_t region_id):

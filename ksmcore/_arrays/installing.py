@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import operator
 import threading
-import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsIndex
 
 from ksmcore._arrays import allocator, arena, memory
+from ksmcore._kernel.procfs import available_bytes
 
 if TYPE_CHECKING:
     from ksmcore._core.core import Core
@@ -26,8 +26,11 @@ THRESHOLD_BYTES = 64 * 1024
 """Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
 merged."""
 
-# Freed memory that was not needed for so long goes back to the kernel while the scanner runs.
+# Freed memory that was not needed for so long goes back to the kernel.
 IDLE_SECONDS = 1.0
+# Of the memory that the machine and the control group have left, freed memory is kept up to this
+# part, if nobody says how much.
+FREE_SHARE = 1 / 8
 
 # The blocks that a context is in, the innermost last: whose each is, and what it has put aside. One
 # for all allocators: each may be entered in several contexts at a time.
@@ -35,7 +38,7 @@ _blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_
 
 _beginning = threading.Lock()
 _begun = False
-_tidied_at = 0.0
+_most_free_bytes: int | None = None
 
 
 class Home(Protocol):
@@ -57,19 +60,25 @@ def _begin(engine: Home) -> None:
     with _beginning:
         if not _begun:
             allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())
+            _set_limits()
             _begun = True
 
 
 def _tidy(idle_only: bool) -> None:
-    """The scanner asks far more often than a program takes to need its memory again."""
-    global _tidied_at
+    """Before each batch of the scanner, and while it rests."""
     memory.look()
     arena.register_late()
-    if not idle_only:
+    if idle_only:
+        arena.tend()
+    else:
         arena.give_back()
-    elif time.monotonic() - _tidied_at >= IDLE_SECONDS:
-        _tidied_at = time.monotonic()
-        arena.give_back_idle()
+
+
+def _set_limits() -> None:
+    most = _most_free_bytes
+    if most is None:
+        most = int(available_bytes() * FREE_SHARE)
+    arena.set_limits(most, int(IDLE_SECONDS * 1e9))
 
 
 def _numpy_wants_huge() -> bool:

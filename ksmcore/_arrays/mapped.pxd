@@ -5,9 +5,6 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from ksmcore._arrays.chunks cimport chunk_t, chunk_table
 from ksmcore._core.registry cimport Registry
 
-cdef enum:
-    MAX_DIRTY_BYTES = 32 << 20
-
 # Stands in the memory of a chunk that was given back while chunks are pinned.
 ctypedef struct pinned_t:
     pinned_t* next
@@ -15,7 +12,6 @@ ctypedef struct pinned_t:
 
 cdef chunk_table mapped_table
 cdef uint32_t mapped_n_pins            # while not 0, no chunk is unmapped
-cdef size_t mapped_trim_above          # dirty bytes, after which some are discarded
 cdef void* mapped_core                 # a Registry that is never given back
 
 cdef void mapped_lock() noexcept nogil
@@ -28,6 +24,9 @@ cdef void mapped_remove(uint32_t entry) noexcept nogil
 cdef void mapped_remove_if_empty(uint32_t entry) noexcept nogil
 cdef bint mapped_discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil
 cdef void mapped_trim(size_t target_bytes) noexcept nogil
+cdef void mapped_trim_idle() noexcept nogil
+cdef void mapped_tend() noexcept nogil
+cdef void mapped_swap_limits(size_t* most_free_bytes, uint64_t* decay_ns) noexcept nogil
 cdef void mapped_pin() noexcept nogil
 cdef pinned_t* mapped_unpin() noexcept nogil
 cdef int mapped_begin(Registry core) except -1

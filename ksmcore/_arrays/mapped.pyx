@@ -6,7 +6,8 @@ about. What is registered with a core is the whole chunk, whatever of it is hand
 
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from libc.string cimport memset
+from libc.stdlib cimport atoll
+from libc.string cimport memset, strlen, strstr
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunks_addr, chunks_before, chunks_behind, chunks_clean,
@@ -19,7 +20,7 @@ from ksmcore._guard.merge cimport merge_empty_range, run_t
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_HUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_map_anon, sys_map_anon_aligned,
-    sys_page_bytes, sys_unmap,
+    sys_now_ns, sys_page_bytes, sys_read_text, sys_unmap,
 )
 from ksmcore._records.regions cimport REGION_HUGEPAGE
 
@@ -40,7 +41,15 @@ cdef enum:
     CHUNK_BYTES = 64 << 20
     HUGE_PAGE_BYTES = 2 << 20
 
-cdef size_t mapped_trim_above = MAX_DIRTY_BYTES
+    # Free memory that may stay whatever the machine has left, and the part of that which more may be.
+    LEAST_FREE_BYTES = 32 << 20
+    FREE_SHARE = 8
+    MEMINFO_BYTES = 512            # its beginning, with the line that is read
+
+cdef size_t _most_free_bytes = LEAST_FREE_BYTES    # that are kept at hand, dirty
+cdef uint64_t _decay_ns = 1_000_000_000    # what was free for so long is discarded
+cdef uint64_t _decayed_ns = 0          # when that was looked at the last time
+cdef size_t _trim_above = 0            # dirty bytes, after which some are discarded at once
 cdef pinned_t* _pinned = NULL
 # Engines count theirs from 1.
 cdef uint64_t FIRST_REGION_ID = <uint64_t>1 << 63
@@ -216,7 +225,7 @@ cdef void mapped_trim(size_t target_bytes) noexcept nogil:
     """Discard dirty extents, the longest first, until no more than about target_bytes are left."""
     cdef int kind, number
     cdef uint32_t page, next
-    global mapped_trim_above
+    global _trim_above
     for number in range(N_BINS - 1, -1, -1):
         for kind in range(2):
             page = mapped_table.bins[kind][<int>DIRTY].heads[number]
@@ -225,11 +234,50 @@ cdef void mapped_trim(size_t target_bytes) noexcept nogil:
                 _discard_end(page, mapped_table.dirty_bytes - target_bytes)
                 page = next
     # What was refused is not asked for again with every array.
-    mapped_trim_above = MAX_DIRTY_BYTES
+    _trim_above = 0
     if mapped_table.dirty_bytes > target_bytes:
-        mapped_trim_above = max(mapped_trim_above, mapped_table.dirty_bytes + MAX_DIRTY_BYTES // 2)
+        _trim_above = mapped_table.dirty_bytes + LEAST_FREE_BYTES // 2
     # Zeros that the huge pages of arrays brought to free memory would be counted as saved.
     chunks_each_edge(&mapped_table, HUGE_PAGE_BYTES // mapped_table.page_bytes, mapped_discard)
+
+
+cdef void mapped_trim_idle() noexcept nogil:
+    """Discard as much as was free at every moment since the last call."""
+    mapped_trim(mapped_table.dirty_bytes - mapped_table.idle_bytes)
+    mapped_table.idle_bytes = mapped_table.dirty_bytes
+
+
+cdef size_t _bearable_bytes() noexcept nogil:
+    """Of free memory, for what the machine has left just now."""
+    cdef char text[MEMINFO_BYTES]
+    cdef const char* line
+    sys_read_text(b"/proc/meminfo", text, sizeof(text))
+    line = strstr(text, b"MemAvailable:")
+    if line == NULL:
+        return _most_free_bytes
+    return max(<size_t>atoll(line + strlen(b"MemAvailable:")) * 1024 // FREE_SHARE, <size_t>LEAST_FREE_BYTES)
+
+
+cdef void mapped_tend() noexcept nogil:
+    """Let go of free memory, a little after it was freed for good: with every array that comes or goes, since nobody
+    else may be there to do so. A program that frees and takes the same memory over and over keeps it."""
+    cdef uint64_t now_ns = sys_now_ns()
+    cdef size_t most_bytes = _most_free_bytes
+    global _decayed_ns
+    if now_ns - _decayed_ns >= _decay_ns:
+        _decayed_ns = now_ns
+        mapped_trim_idle()
+        if mapped_table.dirty_bytes > <size_t>LEAST_FREE_BYTES:
+            most_bytes = min(most_bytes, _bearable_bytes())
+    if mapped_table.dirty_bytes > max(most_bytes, _trim_above):
+        mapped_trim(most_bytes // 2)
+
+
+cdef void mapped_swap_limits(size_t* most_free_bytes, uint64_t* decay_ns) noexcept nogil:
+    """How much free memory is kept at hand, and for how long that is not needed."""
+    global _most_free_bytes, _decay_ns
+    most_free_bytes[0], _most_free_bytes = _most_free_bytes, most_free_bytes[0]
+    decay_ns[0], _decay_ns = _decay_ns, decay_ns[0]
 
 
 # ---- life -------------------------------------------------------------------------------------------
