@@ -19,7 +19,6 @@ require_linux()
 
 import functools  # noqa: E402
 import operator  # noqa: E402
-from importlib import metadata  # noqa: E402
 from typing import TYPE_CHECKING, Any, overload  # noqa: E402
 
 from ksmcore._arrays import installing as _allocating  # noqa: E402
@@ -95,7 +94,8 @@ __all__ = [
     "zeros",
 ]
 
-__version__ = metadata.version("ksmcore")
+# Here, and nowhere else: to ask the installed package for it takes as long as half of this import.
+__version__ = "0.1.0"
 
 
 @functools.cache

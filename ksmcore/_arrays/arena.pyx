@@ -21,21 +21,21 @@ from libc.stdlib cimport free, malloc
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_drop, chunks_extend, chunks_find,
-    chunks_give, chunks_tag, chunks_take, chunks_taken, taken_range,
+    chunks_give, chunks_tag, chunks_take, chunks_taken, chunks_time, taken_range,
 )
 from ksmcore._arrays.huge_pages cimport HUGE_BYTES
 from ksmcore._arrays.mapped cimport (
     mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
     mapped_is_inside, mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove,
-    mapped_remove_if_empty, mapped_swap_limits, mapped_table, mapped_tend, mapped_trim, mapped_trim_idle,
-    mapped_unlock, mapped_unpin, pinned_t,
+    mapped_remove_if_empty, mapped_swap_limits, mapped_table, mapped_tell_unsettled, mapped_tend, mapped_trim,
+    mapped_trim_idle, mapped_unlock, mapped_unpin, pinned_t,
 )
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_move
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon_at,
-    sys_unmap,
+    sys_now_ns, sys_unmap,
 )
 
 cdef enum:
@@ -87,6 +87,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     cdef bint kind = _wants_huge and len_bytes >= HUGE_BYTES
     cdef uint32_t first = NO_PAGE, entry
     cdef bint is_clean = False
+    cdef uint64_t now_ns
     cdef sys_error ignored
     cdef void* taken
     if len_bytes > <size_t>-1 // 2 or mapped_is_inside():
@@ -94,7 +95,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     if n_pages > mapped_table.chunk_pages // 2:
         return _take_whole(n_pages)
     mapped_lock()
-    mapped_tend()
+    now_ns = mapped_tend()
     if not zeroed:
         first = chunks_find(&mapped_table, kind, DIRTY, n_pages)
     if first == <uint32_t>NO_PAGE:
@@ -108,7 +109,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
         if entry == <uint32_t>NO_PAGE:
             return _refused()
         first = entry * mapped_table.chunk_pages
-    chunks_take(&mapped_table, first, n_pages)
+    chunks_take(&mapped_table, first, n_pages, chunks_time(now_ns))
     taken = <void*>chunks_addr(&mapped_table, first)
     mapped_unlock()
     if is_clean and not zeroed and len_bytes <= <size_t>POPULATE_BYTES:
@@ -222,7 +223,7 @@ cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
     elif chunk.generation == forks_generation():
         grown = chunks_extend(
             &mapped_table, entry * mapped_table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes),
-            n_pages
+            n_pages, chunks_time(sys_now_ns())
         )
     mapped_unlock()
     return grown
@@ -338,11 +339,13 @@ def give_back_idle():
         mapped_unlock()
 
 
-def tend():
-    """Discard what was free for a second by now."""
+def tend(uint64_t young_ns):
+    """Discard what was free for long enough by now; have the background scanner leave alone what is free still, or was
+    handed out less than so long ago."""
     with nogil:
         mapped_lock()
         mapped_tend()
+        mapped_tell_unsettled(young_ns)
         mapped_unlock()
 
 

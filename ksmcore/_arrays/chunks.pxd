@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+from ksmcore._records.ranges cimport range_list
+
 
 cdef extern from *:
     """
@@ -15,7 +17,7 @@ cdef extern from *:
     #endif
     """
     # Of one page. n_pages and state count for the first and the last page of an extent; the links, for the first
-    # page of a free one: its neighbours in the bin, NO_PAGE at the ends.
+    # page of a free one: its neighbours in the bin, NO_PAGE at the ends. Of one that is taken, `next` is when.
     ctypedef struct extent_tag:
         uint32_t n_pages
         uint32_t state
@@ -43,6 +45,7 @@ ctypedef struct chunk_t:
     uint32_t generation        # of the process that made it
     bint wants_huge
     bint is_registered
+    uint32_t taken_at          # without tags: when, as of chunks_time
     int flags                  # of its region: enum region_flag bits
     extent_tag* tags           # NULL: one array has all of it
 
@@ -82,12 +85,16 @@ cdef uint32_t chunks_at(const chunk_table* t, uintptr_t addr) noexcept nogil
 cdef uintptr_t chunks_addr(const chunk_table* t, uint32_t page) noexcept nogil
 cdef extent_tag* chunks_tag(const chunk_table* t, uint32_t page) noexcept nogil
 cdef uint32_t chunks_find(const chunk_table* t, bint wants_huge, extent_state state, size_t n_pages) noexcept nogil
-cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
-cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
+cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil
+cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil
 cdef void chunks_give(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
+cdef uint32_t chunks_time(uint64_t now_ns) noexcept nogil
+cdef bint chunks_unsettled(
+    const chunk_table* t, uint32_t generation, uint32_t now, uint32_t age, range_list* ranges
+) noexcept nogil
 cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
 cdef void chunks_each_edge(const chunk_table* t, size_t unit_pages, chunk_act act) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil

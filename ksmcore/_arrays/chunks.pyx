@@ -12,6 +12,8 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memmove, memset
 
+from ksmcore._records.ranges cimport range_list, ranges_add
+
 cdef extern from *:
     int __builtin_clz(unsigned int x) nogil
     int __builtin_ctzll(unsigned long long x) nogil
@@ -174,7 +176,7 @@ cdef void _note_dirty(chunk_table* t) noexcept nogil:
     t.idle_bytes = min(t.idle_bytes, t.dirty_bytes)
 
 
-cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
+cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil:
     """Take the first pages of a free extent."""
     cdef extent_state state = <extent_state>chunks_tag(t, first).state
     cdef size_t length = _unhang(t, first)
@@ -182,18 +184,19 @@ cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages) noexcept n
         _hang(t, first + <uint32_t>n_pages, length - n_pages, state)
     _note_dirty(t)
     _mark(t, first, n_pages, TAKEN)
+    chunks_tag(t, first).next = at
     t.all[first // t.chunk_pages].n_taken += n_pages
     t.taken_bytes += n_pages * t.page_bytes
 
 
-cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages) noexcept nogil:
+cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil:
     """Have a taken extent reach over the free one behind it, for n_pages in all; False where that is too short."""
     cdef size_t before = chunks_tag(t, first).n_pages
     cdef uint32_t end = first + <uint32_t>before
     if n_pages > before:
         if max(chunks_behind(t, end, DIRTY), chunks_behind(t, end, CLEAN)) < n_pages - before:
             return False
-        chunks_take(t, end, n_pages - before)
+        chunks_take(t, end, n_pages - before, at)
         _mark(t, first, n_pages, TAKEN)
     return True
 
@@ -304,6 +307,43 @@ cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil:
     t.mapped_bytes -= t.all[entry].n_pages * t.page_bytes
     t.taken_bytes -= t.all[entry].n_taken * t.page_bytes
     memset(&t.all[entry], 0, sizeof(chunk_t))
+
+
+cdef uint32_t chunks_time(uint64_t now_ns) noexcept nogil:
+    """As the table keeps it: in about milliseconds, for weeks."""
+    return <uint32_t>(now_ns >> 20)
+
+
+cdef bint chunks_unsettled(
+    const chunk_table* t, uint32_t generation, uint32_t now, uint32_t age, range_list* ranges
+) noexcept nogil:
+    """Add what is free, or was taken less than `age` ago, of the chunks of this process, by address, neighbours within
+    a chunk as one; False without memory."""
+    cdef const chunk_t* chunk
+    cdef uintptr_t start, addr
+    cdef size_t page, length
+    cdef uint32_t rank, taken_at
+    cdef bint settled
+    for rank in range(t.n):
+        chunk = &t.all[t.by_addr[rank]]
+        if chunk.generation != generation:
+            continue
+        page = 0
+        start = chunk.addr
+        while page < chunk.n_pages:
+            length = chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
+            taken_at = chunk.taken_at if chunk.tags == NULL else chunk.tags[page].next
+            settled = (chunk.tags == NULL or chunk.tags[page].state == TAKEN) and now - taken_at >= age
+            addr = chunk.addr + page * t.page_bytes
+            page += length
+            if settled:
+                if start < addr and not ranges_add(ranges, start, addr, 1):
+                    return False
+                start = chunk.addr + page * t.page_bytes
+        addr = chunk.addr + page * t.page_bytes
+        if start < addr and not ranges_add(ranges, start, addr, 1):
+            return False
+    return True
 
 
 cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil:

@@ -44,7 +44,7 @@ _most_free_bytes: int | None = None
 class Home(Protocol):
     """The engine that the arena registers its memory with."""
 
-    def _adopt(self, tidy: Callable[[bool], object]) -> Core | None: ...
+    def _adopt(self, tidy: Callable[[bool, float], object]) -> Core | None: ...
 
 
 def _checked(threshold_bytes: SupportsIndex) -> int:
@@ -64,12 +64,12 @@ def _begin(engine: Home) -> None:
             _begun = True
 
 
-def _tidy(idle_only: bool) -> None:
-    """Before each batch of the scanner, and while it rests."""
+def _tidy(idle_only: bool, young_seconds: float) -> None:
+    """Before passes, before each batch of the scanner, and while it rests."""
     memory.look()
     arena.register_late()
     if idle_only:
-        arena.tend()
+        arena.tend(int(young_seconds * 1e9))
     else:
         arena.give_back()
 

@@ -25,7 +25,8 @@ cdef void mapped_remove_if_empty(uint32_t entry) noexcept nogil
 cdef bint mapped_discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil
 cdef void mapped_trim(size_t target_bytes) noexcept nogil
 cdef void mapped_trim_idle() noexcept nogil
-cdef void mapped_tend() noexcept nogil
+cdef uint64_t mapped_tend() noexcept nogil
+cdef void mapped_tell_unsettled(uint64_t age_ns) noexcept nogil
 cdef void mapped_swap_limits(size_t* most_free_bytes, uint64_t* decay_ns) noexcept nogil
 cdef void mapped_pin() noexcept nogil
 cdef pinned_t* mapped_unpin() noexcept nogil

@@ -11,8 +11,8 @@ from libc.string cimport memset, strlen, strstr
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunks_addr, chunks_before, chunks_behind, chunks_clean,
-    chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_init, chunks_tag, chunks_unhang_all,
-    extent_tag,
+    chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_init, chunks_tag, chunks_time, chunks_unhang_all,
+    chunks_unsettled, extent_tag,
 )
 from ksmcore._arrays.huge_pages cimport huge_pages_refuse
 from ksmcore._core.registry cimport Registry
@@ -22,6 +22,7 @@ from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_HUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_map_anon, sys_map_anon_aligned,
     sys_now_ns, sys_page_bytes, sys_read_text, sys_unmap,
 )
+from ksmcore._records.ranges cimport range_list, ranges_destroy
 from ksmcore._records.regions cimport REGION_HUGEPAGE
 
 cdef extern from "_arrays/arena_lock.h":
@@ -104,6 +105,7 @@ cdef uint32_t mapped_add(size_t n_pages, bint wants_huge, bint whole) noexcept n
     if chunk.addr == 0:
         return NO_PAGE
     chunk.n_pages = n_pages
+    chunk.taken_at = chunks_time(sys_now_ns())
     # Also where the kernel gives none: it is asked again for whatever is mapped here later.
     chunk.wants_huge = wants_huge
     if wants_huge:
@@ -258,9 +260,10 @@ cdef size_t _bearable_bytes() noexcept nogil:
     return max(<size_t>atoll(line + strlen(b"MemAvailable:")) * 1024 // FREE_SHARE, <size_t>LEAST_FREE_BYTES)
 
 
-cdef void mapped_tend() noexcept nogil:
+cdef uint64_t mapped_tend() noexcept nogil:
     """Let go of free memory, a little after it was freed for good: with every array that comes or goes, since nobody
-    else may be there to do so. A program that frees and takes the same memory over and over keeps it."""
+    else may be there to do so. A program that frees and takes the same memory over and over keeps it. Returns the
+    time."""
     cdef uint64_t now_ns = sys_now_ns()
     cdef size_t most_bytes = _most_free_bytes
     global _decayed_ns
@@ -271,6 +274,7 @@ cdef void mapped_tend() noexcept nogil:
             most_bytes = min(most_bytes, _bearable_bytes())
     if mapped_table.dirty_bytes > max(most_bytes, _trim_above):
         mapped_trim(most_bytes // 2)
+    return now_ns
 
 
 cdef void mapped_swap_limits(size_t* most_free_bytes, uint64_t* decay_ns) noexcept nogil:
@@ -309,6 +313,17 @@ cdef int mapped_register_late() except -1:
                 mapped_register(chunk, False)
         arena_unlock()
     return 0
+
+
+cdef void mapped_tell_unsettled(uint64_t age_ns) noexcept nogil:
+    """Have the background scanner leave alone what is free, or was handed out less than so long ago."""
+    cdef range_list ranges
+    memset(&ranges, 0, sizeof(ranges))
+    # Without memory for all, the rest is looked at as ever.
+    chunks_unsettled(&mapped_table, forks_generation(), chunks_time(sys_now_ns()), chunks_time(age_ns), &ranges)
+    if mapped_core != NULL:
+        (<Registry>mapped_core).leave_unsettled(&ranges)
+    ranges_destroy(&ranges)
 
 
 cdef void mapped_pin() noexcept nogil:

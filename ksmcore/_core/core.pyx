@@ -134,9 +134,12 @@ cdef class Core(Registry):
                 region = regions_next(&self.c.regions, region)
             self._unlock()
 
-    def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0):
+    def walk(
+        self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0, *,
+        bint patient=False
+    ):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
-        are merged at most (0: no bound).
+        are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled).
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is
@@ -160,7 +163,7 @@ cdef class Core(Registry):
             while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
                 self._take_lock()
                 self.c.merges_left = merges_left
-                rc = scan_at(&self.c, &cursor, end, immediate, &done, &err)
+                rc = scan_at(&self.c, &cursor, end, immediate, patient, &done, &err)
                 merges_left = self.c.merges_left
                 release_if_worth(&self.c, True)
                 self._unlock()

@@ -6,6 +6,7 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
+from ksmcore._records.ranges cimport range_list
 from ksmcore._records.regions cimport region_t
 
 
@@ -50,4 +51,5 @@ cdef class Registry:
     ) noexcept nogil
     cdef bint let_move(self, uint64_t region_id, uintptr_t addr) noexcept nogil
     cdef void strike(self, uint64_t region_id, uintptr_t addr) noexcept nogil
+    cdef void leave_unsettled(self, range_list* ranges) noexcept nogil
     cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil

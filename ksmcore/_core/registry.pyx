@@ -36,6 +36,7 @@ from ksmcore._kernel.syscalls cimport (
 from ksmcore._pages cimport checksum_by_name
 from ksmcore._pass.quiet cimport quiet_unwatch
 from ksmcore._pass.state cimport state_destroy, state_init
+from ksmcore._records.ranges cimport range_list
 from ksmcore._records.regions cimport region_t, regions_at, regions_drop, regions_insert
 from ksmcore._records.store cimport MAX_SHARERS
 
@@ -254,6 +255,14 @@ cdef class Registry:
         unmerge_forget(&self.c, region)
         regions_drop(&self.c.regions, region)
         release_if_worth(&self.c, False)
+
+    cdef void leave_unsettled(self, range_list* ranges) noexcept nogil:
+        """Leave these alone in patient walks, in the place of those that are put into *ranges."""
+        if self.generation != forks_generation():
+            return
+        self._lock()
+        self.c.unsettled, ranges[0] = ranges[0], self.c.unsettled
+        self._unlock()
 
     cdef bint discard(self, uint64_t region_id, uintptr_t addr, size_t n_pages, bint* emptied) noexcept nogil:
         """Empty pages of the region with this id, which nobody uses; *emptied: all of them. False where they are

@@ -274,6 +274,11 @@ SKIPPED = {
         "found no equal page before, and was not looked at this time",
         "Turn the setting smart_scan off to look at every page in every pass.",
     ),
+    "young": Reason(
+        "belongs to an array of the allocator that was made a moment ago",
+        "Nothing: the background scanner looks at it when it has lived for fifty of its rests, a "
+        "second at most. scan() and dedup() look at once.",
+    ),
     "max_page_sharing": Reason(
         "found its shared page full, and no partner to make another with",
         'Raise the setting max_page_sharing, or set it to "auto".',

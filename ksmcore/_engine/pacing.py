@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from ksmcore._engine.settings import Settings
 
-__all__ = ["Pacer"]
+__all__ = ["Pacer", "young_seconds"]
 
 # An idle pass costs this part of a processor at most, and is waited for so many seconds at most.
 IDLE_SHARE = 1 / 300
@@ -25,8 +25,19 @@ LONGEST_REST_SECONDS = 60.0
 # The advisor makes batches about so far apart, of pages between these bounds.
 BATCH_SECONDS = 0.02
 LEAST_BATCH_PAGES = 64
+# What was allocated less than so many rests ago is left alone, or so long ago.
+YOUNG_RESTS = 50
+YOUNG_SECONDS = 1.0
 # Time that was left unused is spent later, up to so much.
 MOST_CREDIT_SECONDS = 0.01
+
+
+def young_seconds(settings: Settings) -> float:
+    """For how long memory that was just allocated is left alone: most of it is written, or freed
+    again, before looking at it could have paid. An impatient scanner waits less."""
+    if settings.target_scan_time is not None:
+        return YOUNG_SECONDS
+    return min(YOUNG_RESTS * settings.sleep_millisecs / 1000, YOUNG_SECONDS)
 
 
 class Pacer:

@@ -96,10 +96,11 @@ class Passes:
         seconds = time.monotonic() - self._made_at
         return sample(seconds, numbers or self._core.snapshot(), self.page_bytes)
 
-    def tidy(self, *, idle_only: bool) -> None:
-        """Have free memory neither merged nor counted."""
+    def tidy(self, *, idle_only: bool, young_seconds: float = 0.0) -> None:
+        """Have free memory neither merged nor counted, and leave what was allocated less than so
+        long ago to later batches."""
         for tidy in self._in_force.tidiers:
-            tidy(idle_only)
+            tidy(idle_only, young_seconds)
 
     def check_open(self) -> None:
         if self.ended:
@@ -213,7 +214,7 @@ class Passes:
             self._take_census_if_due()
             most = self._in_force.settings.max_pages_to_merge
             try:
-                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most)
+                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, patient=True)
             except MemoryError as error:
                 raise _not_now(error) from error
             except OSError as error:

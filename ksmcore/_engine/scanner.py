@@ -21,7 +21,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ksmcore._engine.hidden_thread import HiddenThread, hide
-from ksmcore._engine.pacing import Pacer
+from ksmcore._engine.pacing import Pacer, young_seconds
 from ksmcore._engine.passes import (
     END_OF_MEMORY,
     Begun,
@@ -180,13 +180,13 @@ class Scanner:
             passes = self._passes()
             if passes is None or (self._is_resting and passes.n_enlisted != n_enlisted):
                 return
-            passes.tidy(idle_only=True)
+            self._tidy(passes)
             del passes
 
     def _step(self, passes: Passes) -> float | None:
         """One batch; returns for how long to rest then, None: until woken."""
         settings = self._in_force.settings
-        passes.tidy(idle_only=True)
+        self._tidy(passes)
         _, n_pages = passes.pages_before(END_OF_MEMORY)
         if n_pages == 0:
             self._cursor = None
@@ -213,6 +213,9 @@ class Scanner:
         cpu_seconds, self._cpu_at = time.thread_time() - self._cpu_at, time.thread_time()
         part_done = n_done / max(n_pages, 1)
         return self._pacer.rest(settings, time.monotonic(), cpu_seconds, part_done)
+
+    def _tidy(self, passes: Passes) -> None:
+        passes.tidy(idle_only=True, young_seconds=young_seconds(self._in_force.settings))
 
     def _put_off(self, error: NotNowError) -> float:
         """For how long to rest then."""

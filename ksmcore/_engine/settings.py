@@ -189,7 +189,7 @@ class InForce:
     settings: Settings
     on_pass: Callable[[PassReport], object] | None = None
     """See `Engine.on_pass`."""
-    tidiers: list[Callable[[bool], object]] = field(default_factory=list)
+    tidiers: list[Callable[[bool, float], object]] = field(default_factory=list)
     """What keeps free memory that is registered gives it back: with True, what was not needed for a
     while, and now and then; with False, all. Nothing is raised."""
 

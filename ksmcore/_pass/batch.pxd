@@ -29,6 +29,7 @@ ctypedef struct skip_counters:
     uint64_t altered             # in a region that the program has mapped otherwise meanwhile
     uint64_t held                # in a region that is held (see Region.hold)
     uint64_t smart_scan          # found no partner so often that it is looked at less often
+    uint64_t young               # its memory was handed out a moment ago
     uint64_t max_page_sharing    # its shared page has so many mappings, and no partner for another was met yet
 
 

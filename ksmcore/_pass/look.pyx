@@ -26,7 +26,7 @@ from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport batch_leave, intent
 from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
-from ksmcore._records.advice cimport advice_add, advice_at
+from ksmcore._records.ranges cimport ranges_add, ranges_at
 from ksmcore._records.regions cimport (
     BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_WATCHED, region_bar, region_t, regions_at,
     regions_end_of, regions_next,
@@ -71,7 +71,7 @@ cdef void _see(const vma_t* vma, void* context) noexcept nogil:
         return
     if _has_policy(all, max(vma.start, region.addr)):
         flags |= REGION_BOUND
-    if flags != 0 and not advice_add(&c.advice, vma.start, vma.end, flags):
+    if flags != 0 and not ranges_add(&c.advice.ranges, vma.start, vma.end, flags):
         all.is_full = True
     while region != NULL and region.addr < vma.end:
         if region.seen_bar == NOT_BARRED:
@@ -90,7 +90,7 @@ cdef int _take(engine_core* c, sys_error* err) noexcept nogil:
     all.c = c
     all.asks_policies = True
     all.is_full = False
-    c.advice.n = 0
+    c.advice.ranges.n = 0
     c.advice.seen_ns = 0
     c.advice.for_restoring = False
     if c.regions.n == 0:
@@ -181,7 +181,7 @@ cdef int look_flags(const engine_core* c, const region_t* region, uintptr_t addr
     """What a new mapping of this page is to have, and of those behind it in the region before *end."""
     cdef int flags
     if region.looked and c.advice.seen_ns != 0:
-        flags = advice_at(&c.advice, addr, end)
+        flags = ranges_at(&c.advice.ranges, addr, end)
     else:
         flags = region.flags & ~REGION_WATCHED
         end[0] = <uintptr_t>-1

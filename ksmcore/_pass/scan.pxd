@@ -7,5 +7,5 @@ from ksmcore._pass.state cimport engine_core
 
 
 cdef int scan_at(
-    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
+    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, bint patient, size_t* n_pages, sys_error* err
 ) noexcept nogil

@@ -22,7 +22,9 @@ What becomes of a page, in the order of the questions asked (rules of design sec
 A page that stood there, and still did not change, moves to the quiet tree (see quiet); a private copy over
 the store becomes plain memory first.
 
-`immediate` (dedup) leaves the waiting out.
+`immediate` (dedup) leaves the waiting out. `patient` (the background scanner) leaves alone what is free, or young: most
+of that is written, or gone, before a second look could have come. Only what such memory was merged with before is
+forgotten once it was written.
 
 With smart_scan, pages that were looked at in vain again and again are looked at less often, down to every eighth
 pass. Whatever their ages, the passes in which they are looked at fall together every eighth time, and then they
@@ -45,6 +47,7 @@ from ksmcore._pass.runs cimport runs_flush
 from ksmcore._pass.state cimport IS_HUGE, engine_core
 from ksmcore._pass.stretch cimport stretch_go_on
 from ksmcore._records.forest cimport forest_prefetch
+from ksmcore._records.ranges cimport ranges_at
 from ksmcore._records.regions cimport (
     BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
 )
@@ -98,10 +101,19 @@ cdef bint _adopt(engine_core* c, uint32_t item) noexcept nogil:
     return False
 
 
-cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogil:
+cdef bint _is_left_alone(engine_core* c, uint32_t item, const uint8_t* page, uintptr_t* until, int* answer) noexcept nogil:
+    """Is this page unsettled, and not known as merged? *answer holds before *until; pages come by address."""
+    if <uintptr_t>page >= until[0]:
+        answer[0] = ranges_at(&c.unsettled, <uintptr_t>page, until)
+    return answer[0] != 0 and (item == 0 or c.rmap.tags[item].state not in (PAGE_SHARED, PAGE_ZERO))
+
+
+cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most) noexcept nogil:
     """Fill c.items, c.pages and c.marks with the pages of the survey that need a look; returns how many. Where
     there are more than `most`, the survey ends before the next one."""
     cdef uint32_t item = 0, hint = 0
+    cdef uintptr_t until = 0
+    cdef int is_unsettled = 0
     cdef const page_range* there
     cdef const uint8_t* page
     cdef size_t k, i, n_look = 0
@@ -120,6 +132,9 @@ cdef size_t _classify(engine_core* c, bint immediate, size_t most) noexcept nogi
                 c.counters.skipped.away += there.flags == PAGE_SWAPPED
                 if item != 0:
                     _absent(c, item, there.flags)
+                continue
+            if patient and _is_left_alone(c, item, page, &until, &is_unsettled):
+                c.counters.skipped.young += 1
                 continue
             if not _wants_look(c, item, page, there.flags):
                 continue
@@ -160,7 +175,7 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
 # ---- the stages, one after the other ------------------------------------------------------------
 
 cdef int _scan_span(
-    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, size_t* n_looked,
+    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, bint patient, size_t* n_looked,
     sys_error* err
 ) noexcept nogil:
     """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
@@ -178,7 +193,9 @@ cdef int _scan_span(
         sys_pause()
         if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
             return -1
-    n_look = n_looked[0] = _classify(c, immediate, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left))
+    n_look = n_looked[0] = _classify(
+        c, immediate, patient, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left)
+    )
     c.counters.pages_scanned += (c.survey.next - addr) // c.page_bytes
     if n_look == 0:
         batch_end_stage(&c.counters.stage_ns.pagemap, begun)
@@ -222,7 +239,7 @@ cdef bint _has_swapped(const engine_core* c) noexcept nogil:
 
 
 cdef int scan_at(
-    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, size_t* n_pages, sys_error* err
+    engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, bint patient, size_t* n_pages, sys_error* err
 ) noexcept nogil:
     """One step of a walk: the next pages from *cursor on that need a look, SPAN_PAGES at most, or all of
     a region that is passed over. Moves *cursor on, to `end` when there is nothing left, and adds to
@@ -251,7 +268,7 @@ cdef int scan_at(
     else:
         n = min(n, <size_t>STEP_PAGES)
         cursor[0] = from_here + n * c.page_bytes
-        rc = _scan_span(c, region, from_here, cursor[0], immediate, &n_looked, err)
+        rc = _scan_span(c, region, from_here, cursor[0], immediate, patient, &n_looked, err)
         if rc == 0:
             cursor[0] = c.survey.next
             n = n_looked + (cursor[0] - from_here) // c.page_bytes // WALKED_PER_LOOK

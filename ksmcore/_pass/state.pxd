@@ -8,9 +8,9 @@ from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._kernel.tracker cimport tracker_t
 from ksmcore._pages cimport checksum_pages_t
 from ksmcore._pass.batch cimport batch, scan_counters
-from ksmcore._records.advice cimport advice_t
 from ksmcore._records.budget cimport map_budget
 from ksmcore._records.forest cimport forest_t
+from ksmcore._records.ranges cimport range_list
 from ksmcore._records.regions cimport region_list
 from ksmcore._records.rmap cimport rmap_table
 from ksmcore._records.store cimport store_t
@@ -44,6 +44,16 @@ ctypedef struct stretch_t:
     uint32_t block_copies
 
 
+# What the program has advised about registered memory, by the last look at it. Times are of sys_now_ns.
+ctypedef struct advice_t:
+    range_list ranges            # with enum region_flag bits
+    size_t n_barred              # regions that no pass looks at for what was seen
+    uint64_t seen_ns             # when the last look was begun; 0: there was none
+    uint64_t cost_ns             # of the last look
+    bint for_restoring           # that was its purpose
+    uint64_t pass_ns             # when the pass was begun; older looks do not serve it
+
+
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
 ctypedef struct engine_core:
     size_t page_bytes
@@ -70,6 +80,7 @@ ctypedef struct engine_core:
     guard_kind guard             # in use
     map_budget budget
     advice_t advice
+    range_list unsettled         # free or young memory, which a patient walk leaves alone
     size_t n_maps                # of the process, by the last census
     uint32_t n_idle_left         # slots that the last release had to leave idle
     batch b

@@ -11,10 +11,10 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pa
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_is_passing, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
-from ksmcore._records.advice cimport advice_destroy
 from ksmcore._records.forest cimport (
     forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
 )
+from ksmcore._records.ranges cimport ranges_destroy
 from ksmcore._records.regions cimport region_t, regions_destroy, regions_init
 from ksmcore._records.rmap cimport rmap_bytes, rmap_destroy, rmap_forget_epochs, rmap_init
 from ksmcore._records.store cimport store_begin_pass, store_bytes, store_destroy, store_init
@@ -73,6 +73,7 @@ cdef int state_init(
     memset(&c.b, 0, sizeof(c.b))
     memset(&c.budget, 0, sizeof(c.budget))
     memset(&c.advice, 0, sizeof(c.advice))
+    memset(&c.unsettled, 0, sizeof(c.unsettled))
     c.n_maps = c.n_idle_left = 0
     c.guard = guard
     c.b.tracker = &c.tracker
@@ -140,7 +141,8 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
     tracker_close(&c.tracker)
     pagemap_close(&c.pm)
     regions_destroy(&c.regions)
-    advice_destroy(&c.advice)
+    ranges_destroy(&c.advice.ranges)
+    ranges_destroy(&c.unsettled)
     free(c.marks)
     free(c.items)
     free(c.pages)

@@ -15,7 +15,7 @@ import ksmcore
 from helpers.kernels_view import pss_bytes
 from helpers.memory import PAGE, address
 from helpers.processes import FORK_OFTEN, run_python
-from ksmcore._arrays import arena, installing
+from ksmcore._arrays import arena
 from ksmcore._testing.arena import check_arena, is_here
 
 MIB = 1 << 20
@@ -433,8 +433,8 @@ def test_reused_memory_takes_writes_where_merged_arrays_were():
     assert all((array == i).all() for i, array in enumerate(again))
 
 
-def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatch):
-    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.0)  # discarding happens with every batch
+def test_many_threads_make_write_and_give_back_while_the_scanner_runs():
+    limits = arena.set_limits(0, 0)  # discarding happens with everything that comes or goes
     ksmcore.install_allocator()
     wrong = []
 
@@ -459,6 +459,7 @@ def test_many_threads_make_write_and_give_back_while_the_scanner_runs(monkeypatc
             thread.start()
         for thread in threads:
             thread.join()
+    arena.set_limits(*limits)
     assert wrong == []
     assert check_arena() == 0
 

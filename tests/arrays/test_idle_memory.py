@@ -12,22 +12,31 @@ import ksmcore
 from helpers.kernels_view import present_pages, pss_bytes
 from helpers.memory import PAGE
 from helpers.processes import run_python
-from ksmcore._arrays import arena, installing
+from helpers.waiting import wait_until
+from ksmcore._arrays import arena
 from ksmcore._testing import faults
 from ksmcore._testing.arena import check_arena
 
 MIB = 1 << 20
+HOURS = 24 * 3600.0
 
 
 @pytest.fixture(autouse=True)
 def _nothing_idle():
+    """And nothing goes by itself, if a test does not say when."""
+    before = keep_for(HOURS)
     gc.collect()
     settle()
     yield
     gc.collect()
     settle()
+    arena.set_limits(*before)
     assert check_arena() == 0
     ksmcore.default_engine()._core.check()
+
+
+def keep_for(seconds, most_bytes=1 << 40):
+    return arena.set_limits(most_bytes, int(seconds * 1e9))
 
 
 def settle():
@@ -86,6 +95,129 @@ def test_what_is_needed_again_stays_at_hand(n_bytes, rng):
         del arrays[:]
 
 
+def test_no_scanner_is_needed_for_it(rng):
+    arrays = made(24, MIB, rng)
+    keep_for(0.05)
+    arrays.clear()
+
+    def look():
+        made(1, 100_000, rng)  # whatever comes or goes
+        return dirty_bytes() < MIB
+
+    wait_until(look)
+
+
+def test_no_more_than_the_limit_is_kept(rng):
+    keep_for(HOURS, 8 * MIB)
+    for _ in range(3):
+        made(24, MIB, rng).clear()
+        assert dirty_bytes() <= 8 * MIB
+    keep_for(HOURS, 64 * MIB)
+    made(24, MIB, rng).clear()
+    assert dirty_bytes() > 20 * MIB
+
+
+@pytest.mark.parametrize("n_bytes", [100_000, MIB, 20 * MIB])
+def test_zeros_over_and_over_take_no_more_memory_each_time(n_bytes):
+    n_rounds = 400 * MIB // n_bytes
+    before = arena.numbers()["mapped_bytes"]
+    with ksmcore.allocator():
+        for _ in range(n_rounds):
+            array = np.zeros(n_bytes, np.uint8)
+            assert not array.any()
+            array[:] = 7
+            del array
+    assert arena.numbers()["mapped_bytes"] <= before + 128 * MIB
+    assert check_arena() == 0
+
+
+def test_a_zeroed_array_where_free_memory_cannot_be_emptied():
+    with ksmcore.allocator():
+        arrays = [np.full(20 * MIB, 7, np.uint8) for _ in range(3)]
+        arrays.clear()
+        faults.inject("madvise", errno.ENOMEM, count=10_000)
+        try:
+            assert not np.zeros(20 * MIB, np.uint8).any()
+        finally:
+            faults.clear()
+    assert check_arena() == 0
+
+
+# ---- young memory --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch():
+    """One batch of the background scanner over everything, to which what is younger than so many
+    seconds is young; returns what was skipped for that."""
+    passes = ksmcore.default_engine()._now().passes
+
+    def make(young_seconds):
+        passes.tidy(idle_only=True, young_seconds=young_seconds)
+        before = ksmcore.stats()
+        begun = passes.begin_batches()
+        passes.make_batch(0, 1 << 40)
+        passes.end_batches(begun)
+        after = ksmcore.stats()
+        return after.skipped["young"] - before.skipped["young"]
+
+    return make
+
+
+@pytest.mark.parametrize("n_bytes", [100_000, 5 * MIB, 40 * MIB])
+def test_the_scanner_leaves_alone_what_was_just_made(n_bytes, rng, batch):
+    arrays = made(1, n_bytes, rng)
+    with ksmcore.allocator():
+        arrays.append(arrays[0].copy())
+    before = ksmcore.stats()
+    for _ in range(3):
+        assert batch(HOURS) >= 2 * (n_bytes // PAGE)
+    after = ksmcore.stats()
+    assert (after.pages_merged, after.pages_volatile) == (before.pages_merged, 0)
+    for _ in range(3):
+        assert batch(0) == 0
+    assert ksmcore.stats().pages_merged - before.pages_merged >= n_bytes // PAGE
+    assert np.array_equal(*arrays)
+
+
+def test_free_memory_is_left_alone_however_old(rng, batch):
+    made(20, MIB, rng).clear()
+    hashed = ksmcore.stats().pages_hashed
+    assert batch(0) >= 20 * MIB // PAGE
+    assert ksmcore.stats().pages_hashed == hashed
+    assert dirty_bytes() >= 20 * MIB
+
+
+def test_what_was_merged_and_written_is_no_saving_however_young(rng, batch):
+    one = made(1, MIB, rng)[0]
+    with ksmcore.allocator():
+        others = [one.copy() for _ in range(8)]
+        ksmcore.dedup()
+        merged = ksmcore.stats().pages_sharing
+        assert merged >= 8 * MIB // PAGE
+        del others[:]
+        others = [np.empty(MIB, np.uint8) for _ in range(8)]
+        for i, other in enumerate(others):
+            other[:] = rng.integers(0, 256, MIB, np.uint8)
+            other[0] = i
+    broken = ksmcore.stats().cow_breaks
+    batch(HOURS)
+    assert ksmcore.stats().cow_breaks - broken >= 8 * MIB // PAGE
+    assert ksmcore.stats().pages_sharing <= merged - 8 * MIB // PAGE
+    assert [int(other[0]) for other in others] == list(range(8))
+
+
+def test_who_asks_for_a_scan_gets_all_of_it(rng):
+    arrays = made(1, MIB, rng)
+    with ksmcore.allocator():
+        arrays.append(arrays[0].copy())
+    ksmcore.scan()
+    assert ksmcore.scan().pages_merged + ksmcore.scan().pages_merged >= MIB // PAGE
+
+
+# ---- merged memory that was given back -----------------------------------------------------------
+
+
 @pytest.mark.parametrize("act", [ksmcore.dedup, ksmcore.scan, ksmcore.unmerge])
 def test_merged_memory_that_was_given_back_is_no_saving_any_more(act, rng):
     before = ksmcore.stats().bytes_saved
@@ -102,15 +234,13 @@ def test_merged_memory_that_was_given_back_is_no_saving_any_more(act, rng):
         assert not np.zeros(16 * MIB, np.uint8).any()
 
 
-def test_to_merge_one_array_leaves_what_is_not_idle(rng, monkeypatch):
-    monkeypatch.setattr(installing, "IDLE_SECONDS", 3600.0)
-    monkeypatch.setattr(installing, "_tidied_at", time.monotonic())
+def test_to_merge_one_array_leaves_what_is_not_idle(rng):
     arrays = made(20, MIB, rng)
     one = arrays.pop()
     arrays.clear()
     ksmcore.dedup(one)
     assert dirty_bytes() > 18 * MIB
-    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.0)
+    keep_for(0)
     ksmcore.dedup(one)
     ksmcore.dedup(one)
     assert dirty_bytes() == 0
@@ -131,9 +261,9 @@ def test_freed_memory_is_not_estimated(rng):
 
 
 @pytest.mark.parametrize("interval_ms", [1, 10_000])
-def test_the_background_scanner_gives_it_back(interval_ms, rng, monkeypatch):
+def test_the_background_scanner_gives_it_back(interval_ms, rng):
     """Also while it rests."""
-    monkeypatch.setattr(installing, "IDLE_SECONDS", 0.01)
+    keep_for(0.01)
     made(20, MIB, rng).clear()
     assert dirty_bytes() > 19 * MIB
     with ksmcore.start(sleep_millisecs=interval_ms, pages_to_scan=64):
@@ -145,9 +275,7 @@ def test_the_background_scanner_gives_it_back(interval_ms, rng, monkeypatch):
     assert left == 0
 
 
-def test_a_scanner_that_never_rests_leaves_what_is_not_idle(rng, monkeypatch):
-    monkeypatch.setattr(installing, "IDLE_SECONDS", 3600.0)
-    monkeypatch.setattr(installing, "_tidied_at", time.monotonic())
+def test_a_scanner_that_never_rests_leaves_what_is_not_idle(rng):
     made(20, MIB, rng).clear()
     passes = ksmcore.stats().full_scans
     with ksmcore.start(sleep_millisecs=0):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import ksmcore
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".github").exists() or sys.version_info < (3, 11),
@@ -38,7 +40,7 @@ def test_every_python_is_built_and_tested(project, pythons):
 
 def test_the_recipe_is_of_this_version_and_needs_the_same(project):
     text = (ROOT / "conda" / "recipe.yaml").read_text()
-    assert f'version: "{project["project"]["version"]}"' in text
+    assert f'version: "{ksmcore.__version__}"' in text
     needed = re.search(r"  run:\n((?:    - .*\n)+)", text)[1]
     names = {
         line.strip("- ").replace(" ", "") for line in needed.splitlines() if "python" not in line
