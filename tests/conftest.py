@@ -79,6 +79,8 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
+    # The default engine has calls redirected as long as the process lives, once a test has made it.
+    items.sort(key=lambda item: "/tests/hooks/" not in str(item.path))
     if LONG:
         return
     skip = pytest.mark.skip(reason="long; set KSMCORE_STRESS=1")

@@ -397,7 +397,7 @@ class Engine(Closing):
     def stats(self) -> Stats:
         """All counters of this moment."""
         parts = self._now()
-        numbers = self._core.snapshot()
+        numbers = parts.passes.numbers()
         with_pagemap = numbers.pop("with_pagemap")
         with_tracker = numbers.pop("with_tracker")
         return Stats(
@@ -420,7 +420,8 @@ class Engine(Closing):
 
     @property
     def peak_bytes_saved(self) -> int:
-        """Most that was saved at the end of a `scan`, a `dedup`, or a pass of the scanner."""
+        """Most that was saved when it was looked at: by `stats`, after a `scan`, a `dedup`, or a batch
+        of the scanner."""
         return self._now().passes.peak_bytes_saved
 
     def _sample(self) -> Sample:

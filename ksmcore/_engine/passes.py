@@ -91,10 +91,16 @@ class Passes:
         self._maps_at_census = 0
         self._has_warned = False
 
+    def numbers(self) -> dict[str, Any]:
+        """The core's numbers of this moment, which may be the best that there were."""
+        numbers = self._core.snapshot()
+        self.peak_bytes_saved = max(self.peak_bytes_saved, self._bytes_saved(numbers))
+        return numbers
+
     def sample(self, numbers: dict[str, Any] | None = None) -> Sample:
         """These numbers, or those of this moment, as the history keeps them."""
         seconds = time.monotonic() - self._made_at
-        return sample(seconds, numbers or self._core.snapshot(), self.page_bytes)
+        return sample(seconds, numbers or self.numbers(), self.page_bytes)
 
     def tidy(self, *, idle_only: bool, young_seconds: float = 0.0) -> None:
         """Have free memory neither merged nor counted, and leave what was allocated less than so
@@ -214,7 +220,9 @@ class Passes:
             self._take_census_if_due()
             most = self._in_force.settings.max_pages_to_merge
             try:
-                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, patient=True)
+                cursor = self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, patient=True)
+                self.numbers()
+                return cursor
             except MemoryError as error:
                 raise _not_now(error) from error
             except OSError as error:
@@ -279,7 +287,7 @@ class Passes:
         last_round: dict[str, Any] | None = None,
         scanned: int | None = None,
     ) -> PassReport:
-        after = self._core.snapshot()
+        after = self.numbers()
         before = begun.numbers
         last_round = last_round or before
         if scanned is None:
@@ -292,21 +300,20 @@ class Passes:
             reason: count - last_round["skipped"][reason]
             for reason, count in after["skipped"].items()
         }
-        saved_before, saved = (
-            (numbers["pages_sharing"] + numbers["ksm_zero_pages"]) * self.page_bytes
-            for numbers in (before, after)
-        )
-        self.peak_bytes_saved = max(self.peak_bytes_saved, saved)
         self.history.add(self.sample(after))
         if skipped["sigsegv_blocked"] != 0 and not self._has_warned:
             self._warn_of_blocked_signal(skipped["sigsegv_blocked"])
         return PassReport(
-            bytes_saved=saved - saved_before,
+            bytes_saved=self._bytes_saved(after) - self._bytes_saved(before),
             pages_scanned=scanned,
             skipped=skipped,
             seconds=time.perf_counter() - begun.seconds,
             **grown,
         )
+
+    def _bytes_saved(self, numbers: dict[str, Any]) -> int:
+        n_pages: int = numbers["pages_sharing"] + numbers["ksm_zero_pages"]
+        return n_pages * self.page_bytes
 
     def _warn_of_blocked_signal(self, n_pages: int) -> None:
         """Once, and not of a moment that is over."""

@@ -179,7 +179,9 @@ def _stretches(is_wanted: NDArray[np.bool_], longest: int) -> Iterator[tuple[int
 
 def _why_not(pid: int, error: OSError) -> str:
     """In words, with what helps."""
-    if isinstance(error, (FileNotFoundError, ProcessLookupError)):
+    # Of what has ended, and is not yet waited for, the kernel says either.
+    has_ended = procfs.words(f"/proc/{pid}/status").get("State", "")[:1] in ("Z", "X")
+    if isinstance(error, (FileNotFoundError, ProcessLookupError)) or has_ended:
         if os.path.exists(f"/proc/{pid}"):
             return f"process {pid} has no memory: it has ended, or is a thread of the kernel"
         return f"there is no process {pid}"

@@ -68,7 +68,7 @@ def html_report(
     """See `ksmcore.html_report`."""
     points = savings_points(engine)
     stats = engine.stats()
-    peak = max(engine.peak_bytes_saved, stats.bytes_saved)
+    peak = engine.peak_bytes_saved
     maps = [] if engine.closed else engine_maps(engine, MOST_REGIONS)
     sections = (
         ("Memory", _memory(stats, process_memory_info(), peak)),

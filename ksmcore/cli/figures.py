@@ -63,7 +63,7 @@ class Source:
             "scanning": engine.scanning,
             "disabled": engine._disabled,
             "bytes_saved": stats.bytes_saved,
-            "peak_bytes_saved": max(engine.peak_bytes_saved, stats.bytes_saved),
+            "peak_bytes_saved": engine.peak_bytes_saved,
             "memory": ksmcore.memory_info().as_dict(),
             "stats": stats.as_dict(),
             "settings": engine.settings.as_dict(),
@@ -118,12 +118,13 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _skipped(stats: Mapping[str, Any]) -> list[str]:
-    """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made."""
+    """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made. To be
+    young passes, and is no loss."""
     counts = sorted(stats["skipped"].items(), key=lambda item: -item[1])
     return [
         f"{counted(count, 'time')} a page that {SKIPPED[reason].page}"
         for reason, count in counts
-        if count > 0
+        if count > 0 and reason != "young"
     ]
 
 
@@ -150,6 +151,11 @@ def _why_nothing(figures: Mapping[str, Any]) -> str:
         )
     if stats["pages_scanned"] == 0:
         return "no page was in memory while the scanner looked."
+    if stats["skipped"]["young"] > 0 and stats["pages_hashed"] == 0:
+        return (
+            "its arrays lived for less than a second, and are left alone for so long (see "
+            "--interval)."
+        )
     if stats["pages_volatile"] > stats["pages_unshared"]:
         return "most pages changed from pass to pass, and such pages are left alone."
     if _skipped(stats):

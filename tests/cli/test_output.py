@@ -208,7 +208,8 @@ def test_a_file_of_another_user_does_not_let_him_write(shared):
 
 def test_a_file_that_cannot_be_replaced_is_refused_before_the_program_begins(shared, monkeypatch):
     (shared / "out").write_text("another's")
-    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
     with pytest.raises(PermissionError, match="it is another user's"):
         OutputFile(f"{shared}/out")
 

@@ -286,14 +286,25 @@ HELD = """
     import numpy as np
     import ksmcore
     rng = np.random.default_rng(1)
-    def passes(n):
+    def wait(until):
         deadline = time.monotonic() + 60
-        while ksmcore.stats().full_scans < n:
+        while not until(ksmcore.stats()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 """
-UNIQUE = "\n    kept = [rng.random(50_000) for _ in range(4)]; passes(3)"
-LEFT = "\n    kept = [np.arange(100_000) for _ in range(12)]; passes(3)"
+UNIQUE = """
+    kept = [rng.random(50_000) for _ in range(4)]
+    wait(lambda stats: stats.pages_unshared >= 4 * 97)
+"""
+LEFT = """
+    kept = [np.arange(100_000) for _ in range(12)]
+    wait(lambda now: now.skipped["map_budget"] > 0 and now.pages_unshared > now.pages_volatile)
+"""
+YOUNG = """
+    end = ksmcore.stats().full_scans + 2
+    while ksmcore.stats().full_scans < end:
+        kept = [rng.random(50_000) for _ in range(4)]
+"""
 EQUAL = """
     import time
     import numpy as np
@@ -307,6 +318,7 @@ EQUAL = """
     [
         ("", (), {}, "the program made no NumPy array of 64.0 KiB or more"),
         ("import numpy; numpy.ones(100)", ("--threshold", "1M"), {}, "array of 1.0 MiB or more"),
+        (HELD + YOUNG, (), {}, "its arrays lived for less than a second"),
         (HELD + UNIQUE, (), {}, "no two pages of its arrays held the same bytes"),
         (EQUAL.format(seconds=0), ("--no-scan",), {}, "with --no-scan nothing looks for equal"),
         (EQUAL.format(seconds=0.5), ("--interval", "60000"), {}, "so it takes two"),
@@ -325,6 +337,7 @@ def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"skipped": {"young": 9, "map_budget": 0}, "pages_hashed": 0}, "lived for less than a"),
         ({"pages_volatile": 10, "pages_unshared": 3}, "most pages changed from pass to pass"),
         ({"pages_volatile": 3, "pages_unshared": 10}, "held the same bytes (10 different ones"),
         ({"pages_merged": 7}, "written or freed again before a pass had ended"),
@@ -465,6 +478,7 @@ def test_every_reason_has_words():
     with library.Engine() as engine:
         figures = Source(engine, ["python"], 65536).snapshot()
     reasons = figures["stats"]["skipped"]
+    del reasons["young"]  # is not told
     figures["regions_ever"] = 1
     reasons.update(dict.fromkeys(reasons, 2))
     told = [line for line in summary(figures) if "Skipped" in line]
