@@ -18,6 +18,7 @@ given back when they are freed, and nothing is handed out from them.
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_drop, chunks_extend, chunks_find,
@@ -40,6 +41,7 @@ from ksmcore._kernel.syscalls cimport (
 
 cdef enum:
     POPULATE_BYTES = 256 << 10
+    ZEROED_BYTES = 1 << 20         # zeros of at most so many bytes are written where pages are at hand
 
 cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
 cdef bint _wants_huge = False
@@ -82,7 +84,8 @@ cdef uint32_t _emptied(uint32_t first, size_t n_pages) noexcept nogil:
 
 
 cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
-    """Whole pages for len_bytes > 0 bytes; with `zeroed` they show zeros, and none is touched. NULL without memory."""
+    """Whole pages for len_bytes > 0 bytes; with `zeroed` they show zeros, and none takes memory that had none. NULL
+    without memory."""
     cdef size_t n_pages = (len_bytes - 1) // mapped_table.page_bytes + 1
     cdef bint kind = _wants_huge and len_bytes >= HUGE_BYTES
     cdef uint32_t first = NO_PAGE, entry
@@ -96,7 +99,7 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
         return _take_whole(n_pages)
     mapped_lock()
     now_ns = mapped_tend()
-    if not zeroed:
+    if not zeroed or len_bytes <= <size_t>ZEROED_BYTES:
         first = chunks_find(&mapped_table, kind, DIRTY, n_pages)
     if first == <uint32_t>NO_PAGE:
         is_clean = True
@@ -112,6 +115,8 @@ cdef void* arena_take(size_t len_bytes, bint zeroed) noexcept nogil:
     chunks_take(&mapped_table, first, n_pages, chunks_time(now_ns))
     taken = <void*>chunks_addr(&mapped_table, first)
     mapped_unlock()
+    if zeroed and not is_clean:
+        memset(taken, 0, n_pages * mapped_table.page_bytes)
     if is_clean and not zeroed and len_bytes <= <size_t>POPULATE_BYTES:
         # Unchecked: before Linux 5.14, or where there is no memory, the pages come with their first writes.
         sys_error_clear(&ignored)

@@ -420,8 +420,8 @@ class Engine(Closing):
 
     @property
     def peak_bytes_saved(self) -> int:
-        """Most that was saved when it was looked at: by `stats`, after a `scan`, a `dedup`, or a batch
-        of the scanner."""
+        """Most that was saved whenever it was looked at: by `stats`, and after each `scan`, `dedup`
+        and batch of the scanner."""
         return self._now().passes.peak_bytes_saved
 
     def _sample(self) -> Sample:

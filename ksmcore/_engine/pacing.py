@@ -10,7 +10,9 @@ Two ways, by the settings:
   pass takes the target, whatever the memory's size; `max_cpu` bounds what it may cost.
 
 `max_cpu` holds in both: after each batch as much time must have gone by as its share asks for. What
-a sleep was too long is made up for in the next one.
+a sleep was too long is made up for in the next one. By hand, each pass that found nothing, and met
+little that it had not met before, halves that share for the next one, down to a 32nd; whatever is
+found, or new, gives all of it back. Where the rests are 0 it stays.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ LONGEST_REST_SECONDS = 60.0
 # The advisor makes batches about so far apart, of pages between these bounds.
 BATCH_SECONDS = 0.02
 LEAST_BATCH_PAGES = 64
+MOST_HALVINGS = 5
 # What was allocated less than so many rests ago is left alone, or so long ago.
 YOUNG_RESTS = 50
 YOUNG_SECONDS = 1.0
@@ -48,8 +51,10 @@ class Pacer:
         self._pass_cpu_seconds = 0.0
         self._owed_seconds = 0.0
         self._owed_at = 0.0
+        self._n_fruitless = 0  # passes, one after the other
 
     def begin_pass(self, now: float) -> None:
+        self._n_fruitless += self._pass_cpu_seconds > 0
         self._pass_began = now
         self._pass_cpu_seconds = 0.0
         self._owe(0.0, now)
@@ -61,11 +66,24 @@ class Pacer:
         wanted = int(n_pages * BATCH_SECONDS / settings.target_scan_time)
         return min(max(wanted, LEAST_BATCH_PAGES), settings.pages_to_scan)
 
-    def rest(self, settings: Settings, now: float, cpu_seconds: float, part_done: float) -> float:
+    def rest(
+        self,
+        settings: Settings,
+        now: float,
+        cpu_seconds: float,
+        part_done: float,
+        *,
+        was_fruitful: bool,
+    ) -> float:
         """Seconds to rest after a batch that took so much of a processor; `part_done` of the pass
         is behind it, 0 to 1."""
         self._pass_cpu_seconds += cpu_seconds
-        self._owe(cpu_seconds * 100 / settings.max_cpu, now)
+        if was_fruitful:
+            self._n_fruitless = -1  # this pass is none
+        seconds = cpu_seconds * 100 / settings.max_cpu
+        if settings.target_scan_time is None and settings.sleep_millisecs > 0:
+            seconds *= 2 ** min(max(self._n_fruitless, 0), MOST_HALVINGS)
+        self._owe(seconds, now)
         if settings.target_scan_time is None:
             wanted = settings.sleep_millisecs / 1000
         else:

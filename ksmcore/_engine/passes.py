@@ -39,6 +39,8 @@ BUDGET_ROUNDS = 6
 # A pass that has made so many mappings, and a quarter of what there were, looks again at what the
 # program has mapped meanwhile.
 MAPS_TO_CENSUS = 500
+# Of the pages that a batch has read, one in so many makes it worth while by being new.
+NEW_SHARE = 8
 # Of threads, in a message.
 MOST_NAMES = 4
 END_OF_MEMORY = 2**64 - 1
@@ -64,6 +66,14 @@ def _not_now(error: OSError | MemoryError) -> NotNowError:
         code = error.errno or code
         why = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     return NotNowError(code, f"nothing can be merged now ({why}); what is merged stays so")
+
+
+def _was_fruitful(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    def grown(*names: str) -> int:
+        return sum(after[name] - before[name] for name in names)
+
+    n_new = grown("pages_unshared", "pages_volatile")
+    return grown("pages_merged", "pages_zeroed") > 0 or n_new * NEW_SHARE > grown("pages_hashed")
 
 
 @dataclass(frozen=True)
@@ -212,17 +222,18 @@ class Passes:
             self._core.begin_pass(patient=True)
             return begun
 
-    def make_batch(self, cursor: int, n_pages: int) -> int:
-        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end.
+    def make_batch(self, cursor: int, n_pages: int) -> tuple[int, bool]:
+        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end, and
+        whether it was fruitful: something was merged, or much of what was read was new.
         NotNowError when it is to be tried again, later."""
         with self.alone:
             self.check_open()
             self._take_census_if_due()
             most = self._in_force.settings.max_pages_to_merge
             try:
+                before = self._core.snapshot()
                 cursor = self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, patient=True)
-                self.numbers()
-                return cursor
+                return cursor, _was_fruitful(before, self.numbers())
             except MemoryError as error:
                 raise _not_now(error) from error
             except OSError as error:

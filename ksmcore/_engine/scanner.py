@@ -204,7 +204,7 @@ class Scanner:
                 self._cursor = 0
             self._is_resting = False
             batch_pages = self._pacer.batch_pages(settings, n_pages)
-            self._cursor = passes.make_batch(self._cursor, batch_pages)
+            self._cursor, was_fruitful = passes.make_batch(self._cursor, batch_pages)
         except NotNowError as error:
             return self._put_off(error)
         self._is_put_off = False
@@ -212,7 +212,9 @@ class Scanner:
         # All that this thread has spent since the last batch, passes begun and ended included.
         cpu_seconds, self._cpu_at = time.thread_time() - self._cpu_at, time.thread_time()
         part_done = n_done / max(n_pages, 1)
-        return self._pacer.rest(settings, time.monotonic(), cpu_seconds, part_done)
+        return self._pacer.rest(
+            settings, time.monotonic(), cpu_seconds, part_done, was_fruitful=was_fruitful
+        )
 
     def _tidy(self, passes: Passes) -> None:
         passes.tidy(idle_only=True, young_seconds=young_seconds(self._in_force.settings))

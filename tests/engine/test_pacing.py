@@ -15,6 +15,7 @@ class Simulated:
         self.settings = settings
         self.n_pages = n_pages
         self.page_seconds = page_seconds
+        self.is_fruitful = False
         self.pacer = Pacer()
         self.now = 1000.0
         self.cpu = 0.0
@@ -31,7 +32,13 @@ class Simulated:
             seconds = n * self.page_seconds
             self.now += seconds
             self.cpu += seconds
-            rest = self.pacer.rest(self.settings, self.now, seconds, done / self.n_pages)
+            rest = self.pacer.rest(
+                self.settings,
+                self.now,
+                seconds,
+                done / self.n_pages,
+                was_fruitful=self.is_fruitful,
+            )
             assert rest >= 0
             self.now += rest + OVERSLEEPING
         return self.now - began, self.cpu - cpu
@@ -70,21 +77,21 @@ def test_by_hand_it_rests_as_told_or_as_the_cap_asks():
     pacer = Pacer()
     pacer.begin_pass(0.0)
     assert pacer.batch_pages(settings, 10**9) == 1000
-    assert pacer.rest(settings, 0.01, 0.01, 0.1) == 0.05
+    assert pacer.rest(settings, 0.01, 0.01, 0.1, was_fruitful=True) == 0.05
     capped = Settings(pages_to_scan=1000, sleep_millisecs=50, max_cpu=1)
     pacer = Pacer()
     pacer.begin_pass(0.0)
-    assert pacer.rest(capped, 0.01, 0.01, 0.1) == pytest.approx(0.99)
+    assert pacer.rest(capped, 0.01, 0.01, 0.1, was_fruitful=True) == pytest.approx(0.99)
 
 
 def test_an_idle_pass_is_followed_by_a_long_rest_unless_there_is_a_target():
     settings = Settings()
     pacer = Pacer()
     pacer.begin_pass(0.0)
-    pacer.rest(settings, 0.004, 0.004, 1.0)
+    pacer.rest(settings, 0.004, 0.004, 1.0, was_fruitful=True)
     assert pacer.idle_rest(settings) == pytest.approx(0.004 / IDLE_SHARE)
     assert pacer.idle_rest(Settings(target_scan_time=1)) == 0
-    pacer.rest(settings, 10.0, 10.0, 1.0)
+    pacer.rest(settings, 10.0, 10.0, 1.0, was_fruitful=True)
     assert pacer.idle_rest(settings) == LONGEST_REST_SECONDS
 
 
@@ -94,3 +101,24 @@ def test_the_batch_stays_within_its_bounds():
     assert pacer.batch_pages(settings, 10) == 64
     assert pacer.batch_pages(settings, 1_000_000) == 2000
     assert pacer.batch_pages(settings, 100_000_000) == 5000
+
+
+@pytest.mark.parametrize("sleep_millisecs", [0, 20])
+def test_what_finds_nothing_costs_less_and_less_until_it_does(sleep_millisecs):
+    settings = Settings(sleep_millisecs=sleep_millisecs, max_cpu=64)
+    simulated = Simulated(settings, 250_000, 2e-6)
+
+    def share():
+        seconds, cpu = simulated.make_pass()
+        return cpu / seconds
+
+    shares = [share() for _ in range(8)]
+    if sleep_millisecs == 0:
+        assert shares == pytest.approx([0.64] * 8, rel=0.1)
+        return
+    # Rests of 20 ms keep the first one from all of its 64 %.
+    assert shares[1:] == pytest.approx([0.27, 0.16, 0.08, 0.04, 0.02, 0.02, 0.02], rel=0.3)
+    simulated.is_fruitful = True
+    assert share() == pytest.approx(shares[0], rel=0.1)
+    simulated.is_fruitful = False
+    assert share() == pytest.approx(shares[1], rel=0.3)

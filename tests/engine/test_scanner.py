@@ -222,7 +222,7 @@ class TestSettings:
         cursor, begun = 0, passes.begin_batches()
         while cursor < 2**64 - 1:
             before = quick.stats().pages_hashed
-            cursor = passes.make_batch(cursor, 100)
+            cursor, _ = passes.make_batch(cursor, 100)
             # A span of a block of pages is not cut.
             assert quick.stats().pages_hashed - before <= 100 + 512
         assert passes.end_batches(begun).pages_hashed == len(array)
