@@ -295,6 +295,11 @@ cdef class Core(Registry):
         return self.c.budget.used
 
     @property
+    def n_maps(self):
+        """Mappings of the process, by the last census."""
+        return self.c.n_maps
+
+    @property
     def store_fds(self):
         """Descriptors of the memory files."""
         cdef uint32_t i, n = 0

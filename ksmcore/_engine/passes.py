@@ -39,6 +39,10 @@ BUDGET_ROUNDS = 6
 # A pass that has made so many mappings, and a quarter of what there were, looks again at what the
 # program has mapped meanwhile.
 MAPS_TO_CENSUS = 500
+# What a copy has copied is merged at once where the process has no more than so many mappings for
+# each page, all of which are looked at before, or where that takes but this part of the time.
+MAPS_PER_COPIED_PAGE = 8
+COPIES_SHARE = 1 / 50
 # Of the pages that a batch has read, one in so many makes it worth while by being new.
 NEW_SHARE = 8
 # Of threads, in a message.
@@ -99,6 +103,7 @@ class Passes:
         self.peak_bytes_saved = 0
         self._made_at = time.monotonic()
         self._maps_at_census = 0
+        self._next_small_copy = 0.0  # that may be merged at once, not before
         self._has_warned = False
 
     def numbers(self) -> dict[str, Any]:
@@ -172,14 +177,19 @@ class Passes:
 
     def copy(self, source: int, target: int, n_bytes: int) -> None:
         """Copy to memory just allocated, at the same offset in a page. What the source did not
-        share yet is merged with its copy."""
+        share yet is merged with its copy, at once or by a later pass."""
         n_copied = self._core.copy_memory(source, target, n_bytes)
-        # In a callback of a pass there can be no other, nor where the kernel refuses: then a later
-        # one merges them.
-        if n_copied != 0 and not self.alone.is_mine():
-            both = sorted(self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
-            with contextlib.suppress(OSError, MemoryError):
-                self.merge(both)
+        # In a callback of a pass there can be no other.
+        if n_copied == 0 or self.alone.is_mine():
+            return
+        began = time.monotonic()
+        if n_copied * MAPS_PER_COPIED_PAGE < self._core.n_maps and began < self._next_small_copy:
+            return
+        both = sorted(self._whole_pages(addr, addr + n_bytes) for addr in (source, target))
+        with contextlib.suppress(OSError, MemoryError):
+            self.merge(both)
+        ended = time.monotonic()
+        self._next_small_copy = ended + (ended - began) / COPIES_SHARE
 
     def _whole_pages(self, addr: int, end: int) -> tuple[int, int]:
         return -(-addr // self.page_bytes) * self.page_bytes, end - end % self.page_bytes

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import gc
+import math
 import mmap
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import ksmcore
 from helpers.kernels_view import pss_bytes, pss_of
 from helpers.libc import MAP_FIXED, libc
-from helpers.memory import PAGE
+from helpers.memory import PAGE, random_pages
 from helpers.processes import run_python
 from ksmcore._kernel import smaps
 from ksmcore._testing import faults
@@ -442,3 +443,30 @@ def test_any_order_of_copies_and_writes(steps):
             for array, expected in kept:
                 assert np.array_equal(array, expected)
             del array
+
+
+def test_small_copies_one_after_the_other_do_not_look_at_all_mappings_each_time(engine, rng):
+    """What they copy is merged by a later pass."""
+    source = engine.array(random_pages(rng, 64))
+    first = engine.copy(source)
+    passes = engine._now().passes
+    n_passes = len(engine.history)
+    passes._next_small_copy = math.inf
+    copies = [first]
+    for i in range(50):
+        copies.append(engine.copy(copies[-1]))
+        copies[-1][i * PAGE] ^= 1
+    assert len(engine.history) == n_passes
+    passes._next_small_copy = 0.0
+    n_private = engine.stats().pages_unshared + engine.stats().pages_volatile
+    engine.copy(copies[-1])  # merges now what is not shared with its source
+    assert len(engine.history) == n_passes + 1
+    expected = np.array(source)
+    for i, array in enumerate(copies[1:]):
+        expected[i * PAGE] ^= 1
+        assert np.array_equal(array, expected), i
+    for _ in range(3):
+        engine.scan()
+    # Of each page that was written there is one.
+    assert engine.stats().pages_shared <= 64 + 50
+    assert engine.stats().pages_unshared + engine.stats().pages_volatile <= n_private + 2
