@@ -6,7 +6,7 @@ Prints for each program of bench/programs, which know nothing of ksmcore, and fo
 median processor time (of user and kernel), wall time and page faults, with the ratios to the plain
 program, and what was saved at most. The starts of the interpreter and of ksmcore are part of it.
 Whoever needs a library that is missing is left out, and named. The outputs must be the same. BLAS
-and OpenMP have one thread: theirs spin while they wait, which on a busy machine is most of the time.
+and OpenMP have one thread: theirs spin while they wait, on a busy machine most of the time.
 """
 
 from __future__ import annotations

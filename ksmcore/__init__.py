@@ -250,6 +250,7 @@ def install_allocator(
     threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES,
     *,
     memory: "Literal['numpy', 'all']" = "numpy",
+    max_free_bytes: "SupportsIndex | None" = None,
 ) -> None:
     """Have all large NumPy arrays of the process be page-aligned and registered with the default
     engine from now on, in all threads, those that run already among them. Again: with another
@@ -262,11 +263,14 @@ def install_allocator(
     frames and models too. The functions are redirected for all loaded objects, and stay so; with
     the GNU C library only.
 
+    `max_free_bytes`: most freed memory that is kept for the next arrays, of what was needed in the
+    last second; None: an eighth of what the machine and the control group have left.
+
     Raises:
-        TypeError, ValueError: threshold_bytes is no positive integer; memory is something else, or
-            "all" is not to be had here.
+        TypeError, ValueError: threshold_bytes is no positive integer; max_free_bytes is negative,
+            or none; memory is something else, or "all" is not to be had here.
     """
-    _allocating.install(default_engine(), threshold_bytes, memory)
+    _allocating.install(default_engine(), threshold_bytes, memory, max_free_bytes)
 
 
 def uninstall_allocator() -> None:

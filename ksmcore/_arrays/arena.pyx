@@ -28,7 +28,7 @@ from ksmcore._arrays.huge_pages cimport HUGE_BYTES
 from ksmcore._arrays.mapped cimport (
     mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
     mapped_is_inside, mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove,
-    mapped_remove_if_empty, mapped_swap_limits, mapped_table, mapped_tell_unsettled, mapped_tend, mapped_trim,
+    mapped_swap_limits, mapped_table, mapped_tell_unsettled, mapped_tend, mapped_trim,
     mapped_trim_idle, mapped_unlock, mapped_unpin, pinned_t,
 )
 from ksmcore._core.registry cimport Registry
@@ -181,7 +181,6 @@ cdef bint arena_give(void* memory) noexcept nogil:
             _give_inherited(entry, addr, chunks_tag(&mapped_table, first).n_pages)
         else:
             chunks_give(&mapped_table, first, chunks_tag(&mapped_table, first).n_pages)
-            mapped_remove_if_empty(entry)
     mapped_tend()
     mapped_unlock()
     return True

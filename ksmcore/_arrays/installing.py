@@ -38,7 +38,6 @@ _blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_
 
 _beginning = threading.Lock()
 _begun = False
-_most_free_bytes: int | None = None
 
 
 class Home(Protocol):
@@ -47,10 +46,10 @@ class Home(Protocol):
     def _adopt(self, tidy: Callable[[bool, float], object]) -> Core | None: ...
 
 
-def _checked(threshold_bytes: SupportsIndex) -> int:
-    n_bytes = operator.index(threshold_bytes)
-    if not 1 <= n_bytes <= 2**63 - 1:
-        raise ValueError(f"threshold_bytes must be from 1 to 2**63 - 1, not {n_bytes}")
+def _checked(value: SupportsIndex, name: str = "threshold_bytes", least: int = 1) -> int:
+    n_bytes = operator.index(value)
+    if not least <= n_bytes <= 2**63 - 1:
+        raise ValueError(f"{name} must be from {least} to 2**63 - 1, not {n_bytes}")
     return n_bytes
 
 
@@ -60,7 +59,7 @@ def _begin(engine: Home) -> None:
     with _beginning:
         if not _begun:
             allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())
-            _set_limits()
+            _set_limits(None)
             _begun = True
 
 
@@ -74,11 +73,10 @@ def _tidy(idle_only: bool, young_seconds: float) -> None:
         arena.give_back()
 
 
-def _set_limits() -> None:
-    most = _most_free_bytes
-    if most is None:
-        most = int(available_bytes() * FREE_SHARE)
-    arena.set_limits(most, int(IDLE_SECONDS * 1e9))
+def _set_limits(max_free_bytes: int | None) -> None:
+    if max_free_bytes is None:
+        max_free_bytes = int(available_bytes() * FREE_SHARE)
+    arena.set_limits(max_free_bytes, int(IDLE_SECONDS * 1e9))
 
 
 def _numpy_wants_huge() -> bool:
@@ -125,14 +123,22 @@ class Allocator:
         _blocks.set((*blocks[:place], *inner))
 
 
-def install(engine: Home, threshold_bytes: SupportsIndex, which: Literal["numpy", "all"]) -> None:
+def install(
+    engine: Home,
+    threshold_bytes: SupportsIndex,
+    which: Literal["numpy", "all"],
+    max_free_bytes: SupportsIndex | None,
+) -> None:
     """See `ksmcore.install_allocator`."""
     n_bytes = _checked(threshold_bytes)
+    if max_free_bytes is not None:
+        max_free_bytes = _checked(max_free_bytes, "max_free_bytes", 0)
     if which not in ("numpy", "all"):
         raise ValueError(f"memory must be 'numpy' or 'all', not {which!r}")
     if which == "all" and (reason := memory.missing()) is not None:
         raise ValueError(f"memory='all' is not to be had here: {reason}")
     _begin(engine)
+    _set_limits(max_free_bytes)
     allocator.use_everywhere(n_bytes)
     if which == "all":
         memory.use_everywhere(n_bytes)

@@ -21,7 +21,6 @@ cdef bint mapped_is_inside() noexcept nogil
 cdef void mapped_register(chunk_t* chunk, bint fresh) noexcept nogil
 cdef uint32_t mapped_add(size_t n_pages, bint wants_huge, bint whole) noexcept nogil
 cdef void mapped_remove(uint32_t entry) noexcept nogil
-cdef void mapped_remove_if_empty(uint32_t entry) noexcept nogil
 cdef bint mapped_discard(const chunk_t* chunk, uintptr_t addr, size_t n_pages) noexcept nogil
 cdef void mapped_trim(size_t target_bytes) noexcept nogil
 cdef void mapped_trim_idle() noexcept nogil

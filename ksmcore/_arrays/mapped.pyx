@@ -174,10 +174,19 @@ cdef bint _is_last_empty(uint32_t entry) noexcept nogil:
     return True
 
 
-cdef void mapped_remove_if_empty(uint32_t entry) noexcept nogil:
-    if mapped_table.all[entry].n_taken == 0 and not _is_last_empty(entry):
-        chunks_unhang_all(&mapped_table, entry)
-        mapped_remove(entry)
+cdef void _remove_empty() noexcept nogil:
+    """Give back the chunks of which nothing is taken, and nothing is at hand."""
+    cdef const chunk_t* chunk
+    cdef uint32_t entry
+    for entry in range(mapped_table.n_entries):
+        chunk = &mapped_table.all[entry]
+        if (
+            chunk.addr != 0 and chunk.tags != NULL and chunk.generation == forks_generation()
+            and chunk.tags[0].state == CLEAN and chunk.tags[0].n_pages == chunk.n_pages
+            and not _is_last_empty(entry)
+        ):
+            chunks_unhang_all(&mapped_table, entry)
+            mapped_remove(entry)
 
 
 # ---- discarding -------------------------------------------------------------------------------------
@@ -239,6 +248,7 @@ cdef void mapped_trim(size_t target_bytes) noexcept nogil:
     _trim_above = 0
     if mapped_table.dirty_bytes > target_bytes:
         _trim_above = mapped_table.dirty_bytes + LEAST_FREE_BYTES // 2
+    _remove_empty()
     # Zeros that the huge pages of arrays brought to free memory would be counted as saved.
     chunks_each_edge(&mapped_table, HUGE_PAGE_BYTES // mapped_table.page_bytes, mapped_discard)
 

@@ -117,6 +117,40 @@ def test_no_more_than_the_limit_is_kept(rng):
     assert dirty_bytes() > 20 * MIB
 
 
+def test_the_limit_is_a_setting(rng):
+    with pytest.raises(ValueError, match="max_free_bytes must be from 0 "):
+        ksmcore.install_allocator(max_free_bytes=-1)
+    with pytest.raises(TypeError):
+        ksmcore.install_allocator(max_free_bytes=1.5)
+    ksmcore.install_allocator(max_free_bytes=6 * MIB)
+    made(24, MIB, rng).clear()
+    assert dirty_bytes() <= 6 * MIB
+    ksmcore.install_allocator(max_free_bytes=0)
+    assert dirty_bytes() <= 6 * MIB
+    made(24, MIB, rng).clear()
+    assert dirty_bytes() == 0
+    ksmcore.uninstall_allocator()
+
+
+@pytest.mark.parametrize("n_bytes", [100_000, MIB, 5 * MIB, 20 * MIB])
+def test_large_amounts_that_are_needed_again_take_no_faults(n_bytes):
+    """More than a chunk, all of it freed in between."""
+
+    def faults_of_a_round():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with ksmcore.allocator():
+            arrays = [np.full(n_bytes, 1, np.uint8) for _ in range(200 * MIB // n_bytes)]
+        assert all(array[-1] == 1 for array in arrays)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_a_round()
+    assert faults_of_a_round() < 200 * MIB // PAGE // 10
+    n_chunks = arena.numbers()["chunks"]
+    settle()
+    assert arena.numbers()["chunks"] < n_chunks  # and goes as a whole
+    assert check_arena() == 0
+
+
 @pytest.mark.parametrize("n_bytes", [100_000, MIB, 20 * MIB])
 def test_zeros_over_and_over_take_no_more_memory_each_time(n_bytes):
     n_rounds = 400 * MIB // n_bytes
