@@ -177,6 +177,8 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     cdef uint32_t entry, first
     cdef chunk_t* chunk
     cdef bint stays = True
+    if mapped_is_inside():
+        return True
     mapped_lock()
     entry = chunks_at(&mapped_table, <uintptr_t>memory)
     chunk = &mapped_table.all[entry]
@@ -231,16 +233,19 @@ cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept n
 
 cdef bint arena_move(void* memory, void* target) noexcept nogil:
     """Move the pages of a chunk that one array has, none of which is merged, to the beginning of another such chunk,
-    which is larger. False: nothing was moved, and both are as they were."""
+    which is larger. False: nothing was moved, and both are as they were. The target may be anybody's."""
     cdef uint32_t source, entry
     cdef size_t len_bytes
     cdef bint moved = False
+    if mapped_is_inside():
+        return False
     mapped_lock()
     source = chunks_at(&mapped_table, <uintptr_t>memory)
     entry = chunks_at(&mapped_table, <uintptr_t>target)
     len_bytes = mapped_table.all[source].n_pages * mapped_table.page_bytes
     if (
-        mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL and mapped_n_pins == 0
+        entry != <uint32_t>NO_PAGE and mapped_n_pins == 0
+        and mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL
         and mapped_table.all[source].n_pages <= mapped_table.all[entry].n_pages
         and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[source].region_id, <uintptr_t>memory))
         and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[entry].region_id, <uintptr_t>target))

@@ -20,7 +20,7 @@ cdef extern from "_arrays/memory.h":
         bint (*move)(void* memory, void* target) noexcept nogil
     memory_source memory_arena
     size_t memory_page_bytes
-    size_t memory_threshold
+    size_t memory_threshold "below.threshold"
     size_t MEMORY_NEVER
     redirect_table memory_table
     void store_threshold "__atomic_store_n"(size_t* value, size_t wanted, int order) nogil

@@ -152,15 +152,6 @@ def test_a_hook_of_a_fork_may_allocate():
     """One that was registered before ours is called after it, under the arena's lock."""
     done = run_python(
         """
-        import os
-        blocks = []
-        def hook():
-            blocks.append(bytes(3 << 20))
-            blocks.append(blocks.pop() + b"x")
-            if len(blocks) > 3:
-                del blocks[:2]
-        """,
-        """
         import ctypes
         HOOK = ctypes.CFUNCTYPE(None)
         libc = ctypes.CDLL(None)
@@ -172,10 +163,23 @@ def test_a_hook_of_a_fork_may_allocate():
                 libc.free(ctypes.c_void_p(held.pop(0)))
         called = HOOK(in_c)
         libc.__register_atfork(called, called, called, None)
+        grown = []
+        def grow():
+            if not grown:
+                return
+            for n_bytes in (50 << 20, 1 << 20, 3 << 20, 60 << 20, 20 << 20):
+                grown[0] = libc.realloc(ctypes.c_void_p(grown[0]), n_bytes)
+                assert ctypes.string_at(grown[0], 1) == b"g"
+        called_to_grow = HOOK(grow)
+        libc.__register_atfork(called_to_grow, called_to_grow, called_to_grow, None)
         """,
         BEGIN,
         """
-        for _ in range(8):
+        libc = ctypes.CDLL(None)  # which finds the hooks
+        libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+        for n_bytes in [3 * MIB] * 5 + [40 * MIB] * 3:
+            grown[:] = [libc.malloc(n_bytes)]
+            ctypes.memset(grown[0], ord("g"), n_bytes)
             pid = os.fork()
             if pid == 0:
                 os._exit(0)
@@ -205,6 +209,24 @@ def test_lines_longer_than_their_buffer(tmp_path):
         """,
         path,
     )
+
+
+def test_what_finds_no_room_to_grow_moves_to_the_c_library():
+    passes("""
+        import resource
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+        block = libc.malloc(100 * MIB)
+        ctypes.memset(block, 7, 100 * MIB)
+        with open("/proc/self/statm") as file:
+            there = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (there + 260 * MIB, resource.RLIM_INFINITY))
+        block = libc.realloc(ctypes.c_void_p(block), 200 * MIB)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert ctypes.string_at(block, 100 * MIB) == b"\\7" * (100 * MIB)
+        assert taken() < MIB
+        libc.free(ctypes.c_void_p(block))
+    """)
 
 
 def test_absurd_sizes_are_refused_as_before():
