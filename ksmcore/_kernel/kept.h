@@ -11,7 +11,11 @@
 #ifndef KSMCORE_KEPT_H
 #define KSMCORE_KEPT_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -84,9 +88,21 @@ static kept_fd *kept_entry(int fd) {
     return free_one;
 }
 
+/* Another number for what has got one of the standard streams'. A program that has closed one will put a file there
+   (dup2), whoever has opened something meanwhile, and that would be closed then. */
+static int kept_lifted(int fd) {
+    uint64_t dev, ino, dev_below, ino_below;
+    int lifted = fd < 0 || fd > STDERR_FILENO ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    if (lifted < 0) return fd;
+    ksm_identify(lifted, &dev, &ino);
+    ksm_identify(fd, &dev_below, &ino_below);
+    if (dev == dev_below && ino == ino_below) close(fd);
+    return lifted;
+}
+
 /* Enter what was just opened under the lock, and release that; -1 and errno where it was not opened, or cannot be
    entered, and so is closed. */
-static int kept_opened(int fd) {
+static int kept_entered(int fd) {
     if (fd >= 0) {
         kept_fd *one = kept_entry(fd);
         if (one) {
@@ -102,6 +118,9 @@ static int kept_opened(int fd) {
     kept_unlock();
     return fd;
 }
+
+/* The same, for what nobody has the number of yet: returns that. */
+static int kept_opened(int fd) { return kept_entered(kept_lifted(fd)); }
 
 /* Close a descriptor that stands in the list, if it still is what it was, and take it out. */
 static void kept_close(int fd) {

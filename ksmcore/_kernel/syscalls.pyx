@@ -19,6 +19,7 @@ cdef extern from "_kernel/kept.h" nogil:
     void kept_lock()
     void kept_unlock()
     int kept_opened(int fd)
+    int kept_entered(int fd)
     void kept_close(int fd)
     void kept_child()
     void ksm_identify(int fd, uint64_t* dev, uint64_t* ino)
@@ -411,6 +412,10 @@ cdef void sys_list_unlock() noexcept nogil:
 
 cdef int sys_opened(int fd) noexcept nogil:
     return kept_opened(fd)
+
+
+cdef int sys_entered(int fd) noexcept nogil:
+    return kept_entered(fd)
 
 
 cdef void sys_close_in_child() noexcept nogil:
