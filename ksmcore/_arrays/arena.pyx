@@ -339,16 +339,18 @@ def is_chunk(uint64_t region_id):
 
 
 def numbers():
-    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had."""
+    """Chunks, and bytes mapped, handed out (and at most at a time), and free but not discarded; how often no chunk was
+    to be had."""
     cdef uint32_t n
-    cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
+    cdef size_t mapped_bytes, taken_bytes, peak_bytes, dirty_bytes, n_refused
     with nogil:
         mapped_lock()
         n, mapped_bytes = mapped_table.n, mapped_table.mapped_bytes
-        taken_bytes, dirty_bytes = mapped_table.taken_bytes, mapped_table.dirty_bytes
+        taken_bytes, peak_bytes = mapped_table.taken_bytes, mapped_table.peak_bytes
+        dirty_bytes = mapped_table.dirty_bytes
         n_refused = _n_refused
         mapped_unlock()
     return {
-        "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
-        "refused": n_refused,
+        "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "peak_bytes": peak_bytes,
+        "dirty_bytes": dirty_bytes, "refused": n_refused,
     }

@@ -121,13 +121,15 @@ def install(engine: Home, threshold_bytes: SupportsIndex, which: Literal["numpy"
     n_bytes = _checked(threshold_bytes)
     if which not in ("numpy", "all"):
         raise ValueError(f"memory must be 'numpy' or 'all', not {which!r}")
-    if which == "all" and (reason := memory.missing()) is not None:
+    reason = memory.missing() if which == "all" else None
+    if reason is None:
+        _begin(engine)
+        if which == "all":
+            reason = memory.use_everywhere(n_bytes)
+    if reason is not None:
         raise ValueError(f"memory='all' is not to be had here: {reason}")
-    _begin(engine)
     allocator.use_everywhere(n_bytes)
-    if which == "all":
-        memory.use_everywhere(n_bytes)
-    else:
+    if which == "numpy":
         memory.use_nowhere()
 
 
