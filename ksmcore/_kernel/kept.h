@@ -88,8 +88,17 @@ static kept_fd *kept_entry(int fd) {
     return free_one;
 }
 
-/* Another number for what has got one of the standard streams'. A program that has closed one will put a file there
-   (dup2), whoever has opened something meanwhile, and that would be closed then. */
+/* Before something is opened: have the numbers of the standard streams be taken. A program that has closed one puts a
+   file there at some time (dup2), over whatever was opened meanwhile; to close that by its number would close the
+   program's. So /dev/null lies there until then, and is never closed here. */
+static void kept_take_streams(void) {
+    for (int fd = 0; fd <= STDERR_FILENO; fd++) {
+        int taken = fcntl(fd, F_GETFD) < 0 ? open("/dev/null", O_RDWR | O_CLOEXEC) : -1;
+        if (taken > STDERR_FILENO) close(taken);
+    }
+}
+
+/* Another number for what has got one of those all the same: closed just now, or there is no /dev/null. */
 static int kept_lifted(int fd) {
     uint64_t dev, ino, dev_below, ino_below;
     int lifted = fd < 0 || fd > STDERR_FILENO ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
@@ -98,6 +107,12 @@ static int kept_lifted(int fd) {
     ksm_identify(fd, &dev_below, &ino_below);
     if (dev == dev_below && ino == ino_below) close(fd);
     return lifted;
+}
+
+/* Lock, for what is to be opened. */
+static void kept_opening(void) {
+    kept_lock();
+    kept_take_streams();
 }
 
 /* Enter what was just opened under the lock, and release that; -1 and errno where it was not opened, or cannot be
