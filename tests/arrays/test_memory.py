@@ -1,6 +1,7 @@
 """The memory of all libraries: malloc and its kin, for all loaded objects."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ END = """
 
 
 def passes(body: str, *arguments: object, **env: str) -> None:
-    done = run_python(BEGIN, body, END, arguments=[str(one) for one in arguments], **env)
+    seconds = 3600 if STRESS else 120
+    given = [str(one) for one in arguments]
+    done = run_python(BEGIN, body, END, arguments=given, timeout_seconds=seconds, **env)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -252,16 +255,30 @@ def test_absurd_sizes_are_refused_as_before():
 
 @pytest.mark.parametrize("threshold", [4096, 64 << 10])
 @pytest.mark.parametrize("guard", ["userfaultfd", "mprotect"])
-def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshold, guard):
-    """While the scanner merges what they hold, processes are forked, and it is undone and done
-    again."""
+def test_threads_that_allocate_grow_and_give_back_in_turns(tmp_path, native_path, threshold, guard):
+    """While the scanner merges what they hold, processes are forked, libraries come and go, and it
+    is undone and done again."""
+    other_path = shutil.copy(native_path, tmp_path / "other.so")
     if ksmcore.features()[guard] is not None:
         pytest.skip("not to be had here")
     passes(
         """
-        native = ctypes.CDLL(sys.argv[1])
+        native, other_path = ctypes.CDLL(sys.argv[1]), sys.argv[4]
         native.stress.restype = native.give_all_back.restype = ctypes.c_long
         threshold, n_turns = int(sys.argv[2]), int(sys.argv[3])
+
+        def load_and_unload():
+            # A library that takes memory, and gives back what others have taken.
+            other = ctypes.CDLL(other_path)
+            turns = map(ctypes.c_long, (2, 300, n, 1 << 20))
+            assert other.stress(*turns) == 0
+            assert other.give_all_back() == 0
+            other.give_back.argtypes = [ctypes.c_void_p]
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = ctypes.c_void_p
+            other.give_back(libc.malloc(3 * MIB))
+            libc.dlclose(ctypes.c_void_p(other._handle))
+
         ksmcore.install_allocator(threshold, memory="all")
         ksmcore.start(sleep_millisecs=0)
         wrong = []
@@ -276,8 +293,10 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshol
             if n % 3 == 0:
                 ksmcore.uninstall_allocator()
                 ksmcore.install_allocator(threshold, memory="all")
+            load_and_unload()
             pid = os.fork()
             if pid == 0:
+                load_and_unload()
                 os._exit(0)
             assert os.waitpid(pid, 0)[1] == 0
         for thread in threads:
@@ -288,7 +307,8 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshol
         """,
         native_path,
         threshold,
-        2_000_000 if STRESS else 20_000,
+        4_500_000 if STRESS else 20_000,  # in 6 threads
+        other_path,
         KSMCORE_GUARD=guard,
         PYTHONWARNINGS="ignore",
     )
