@@ -52,7 +52,7 @@ test: build ## Run the tests, the stress tests in short form
 	$(PY) -m pytest tests $(ARGS)
 
 stress: build ## Run the long stress tests
-	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress tests/property $(ARGS)
+	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress tests/property tests/arrays/test_memory.py $(ARGS)
 
 sanitize: $(SANITIZE_STAMP) $(INSTALL_STAMP) ## Run the tests with address and undefined-behaviour sanitizers
 	$(PY) tests/native/check.py sanitize $(ARGS)

@@ -193,6 +193,8 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     cdef uint32_t entry, first
     cdef chunk_t* chunk
     cdef bint stays = True
+    if mapped_is_inside():
+        return True
     mapped_lock()
     entry = chunks_at(&mapped_table, <uintptr_t>memory)
     chunk = &mapped_table.all[entry]
@@ -247,16 +249,19 @@ cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept n
 
 cdef bint arena_move(void* memory, void* target) noexcept nogil:
     """Move the pages of a chunk that one array has, none of which is merged, to the beginning of another such chunk,
-    which is larger. False: nothing was moved, and both are as they were."""
+    which is larger. False: nothing was moved, and both are as they were. The target may be anybody's."""
     cdef uint32_t source, entry
     cdef size_t len_bytes
     cdef bint moved = False
+    if mapped_is_inside():
+        return False
     mapped_lock()
     source = chunks_at(&mapped_table, <uintptr_t>memory)
     entry = chunks_at(&mapped_table, <uintptr_t>target)
     len_bytes = mapped_table.all[source].n_pages * mapped_table.page_bytes
     if (
-        mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL and mapped_n_pins == 0
+        entry != <uint32_t>NO_PAGE and mapped_n_pins == 0
+        and mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL
         and mapped_table.all[source].n_pages <= mapped_table.all[entry].n_pages
         and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[source].region_id, <uintptr_t>memory))
         and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[entry].region_id, <uintptr_t>target))
@@ -369,16 +374,18 @@ def is_chunk(uint64_t region_id):
 
 
 def numbers():
-    """Chunks, and bytes mapped, handed out, and free but not discarded; how often no chunk was to be had."""
+    """Chunks, and bytes mapped, handed out (and at most at a time), and free but not discarded; how often no chunk was
+    to be had."""
     cdef uint32_t n
-    cdef size_t mapped_bytes, taken_bytes, dirty_bytes, n_refused
+    cdef size_t mapped_bytes, taken_bytes, peak_bytes, dirty_bytes, n_refused
     with nogil:
         mapped_lock()
         n, mapped_bytes = mapped_table.n, mapped_table.mapped_bytes
-        taken_bytes, dirty_bytes = mapped_table.taken_bytes, mapped_table.dirty_bytes
+        taken_bytes, peak_bytes = mapped_table.taken_bytes, mapped_table.peak_bytes
+        dirty_bytes = mapped_table.dirty_bytes
         n_refused = _n_refused
         mapped_unlock()
     return {
-        "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "dirty_bytes": dirty_bytes,
-        "refused": n_refused,
+        "chunks": n, "mapped_bytes": mapped_bytes, "taken_bytes": taken_bytes, "peak_bytes": peak_bytes,
+        "dirty_bytes": dirty_bytes, "refused": n_refused,
     }

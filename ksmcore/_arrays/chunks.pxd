@@ -69,6 +69,7 @@ ctypedef struct chunk_table:
     bin_list bins[2][3]        # by huge pages wanted, and state; those of TAKEN are not used
     size_t mapped_bytes
     size_t taken_bytes
+    size_t peak_bytes          # that were taken at a time
     size_t dirty_bytes
     size_t idle_bytes          # least that was dirty at any moment since this was set, by whoever reads it
 

@@ -187,6 +187,7 @@ cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages, uint32_t a
     chunks_tag(t, first).next = at
     t.all[first // t.chunk_pages].n_taken += n_pages
     t.taken_bytes += n_pages * t.page_bytes
+    t.peak_bytes = max(t.peak_bytes, t.taken_bytes)
 
 
 cdef bint chunks_extend(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil:
@@ -296,6 +297,7 @@ cdef uint32_t chunks_enter(chunk_table* t, const chunk_t* chunk) noexcept nogil:
     else:
         t.all[entry].n_taken = chunk.n_pages
         t.taken_bytes += chunk.n_pages * t.page_bytes
+        t.peak_bytes = max(t.peak_bytes, t.taken_bytes)
     return entry
 
 

@@ -135,14 +135,16 @@ def install(
         max_free_bytes = _checked(max_free_bytes, "max_free_bytes", 0)
     if which not in ("numpy", "all"):
         raise ValueError(f"memory must be 'numpy' or 'all', not {which!r}")
-    if which == "all" and (reason := memory.missing()) is not None:
+    reason = memory.missing() if which == "all" else None
+    if reason is None:
+        _begin(engine)
+        if which == "all":
+            reason = memory.use_everywhere(n_bytes)
+    if reason is not None:
         raise ValueError(f"memory='all' is not to be had here: {reason}")
-    _begin(engine)
     _set_limits(max_free_bytes)
     allocator.use_everywhere(n_bytes)
-    if which == "all":
-        memory.use_everywhere(n_bytes)
-    else:
+    if which == "numpy":
         memory.use_nowhere()
 
 

@@ -27,26 +27,34 @@ typedef struct {
 } memory_source;
 
 static memory_source memory_arena;
-static size_t memory_page_bytes, memory_threshold = MEMORY_NEVER; /* set last */
+static size_t memory_page_bytes;
 
-static void *(*below_malloc)(size_t);
-static void *(*below_calloc)(size_t, size_t);
-static void *(*below_realloc)(void *, size_t);
-static void (*below_free)(void *);
-static int (*below_posix_memalign)(void **, size_t, size_t);
-static void *(*below_aligned_alloc)(size_t, size_t);
-static void *(*below_memalign)(size_t, size_t);
-static void *(*below_valloc)(size_t);
-static void *(*below_pvalloc)(size_t);
-static void *(*below_reallocarray)(void *, size_t, size_t);
-static size_t (*below_malloc_usable_size)(void *);
+/* What every call looks at, however small: in one line of the processor's cache. */
+static struct {
+    size_t threshold; /* of what is large; set last */
+    void *(*malloc)(size_t);
+    void (*free)(void *);
+    void *(*realloc)(void *, size_t);
+    void *(*calloc)(size_t, size_t);
+    int (*posix_memalign)(void **, size_t, size_t);
+    void *(*aligned_alloc)(size_t, size_t);
+    void *(*memalign)(size_t, size_t);
+    void *(*valloc)(size_t);
+    void *(*pvalloc)(size_t);
+    void *(*reallocarray)(void *, size_t, size_t);
+    size_t (*malloc_usable_size)(void *);
+} below __attribute__((aligned(64))) = {.threshold = MEMORY_NEVER};
 
-static inline int memory_is_large(size_t n) { return n >= __atomic_load_n(&memory_threshold, __ATOMIC_RELAXED); }
+/* Of small blocks only these run: a comparison, and a jump to what is below. The rest is kept out of them, so that they
+   need no room on the stack. */
+#define SELDOM __attribute__((noinline, cold))
 
-/* The arena's blocks begin with a page: nothing else is looked up. */
-static inline int memory_may_be_ours(const void *at) {
-    return at && memory_page_bytes && !((uintptr_t)at & (memory_page_bytes - 1));
+static inline int memory_is_large(size_t n) {
+    return __builtin_expect(n >= __atomic_load_n(&below.threshold, __ATOMIC_RELAXED), 0);
 }
+
+/* The arena's blocks begin with a page, of 4 KiB or more anywhere: nothing else is looked up. NULL, too, may be. */
+static inline int memory_may_be_ours(const void *at) { return __builtin_expect(!((uintptr_t)at & 4095), 0); }
 
 /* NULL: to be had below. errno is as it was. */
 static void *memory_take(size_t n, int zeroed) {
@@ -63,35 +71,46 @@ static void *memory_take_aligned(size_t alignment, size_t n) {
 
 static int memory_give(void *at) {
     int before = errno, was_ours;
-    if (!memory_may_be_ours(at)) return 0;
+    if (!at || !memory_may_be_ours(at)) return 0;
     was_ours = memory_arena.give(at);
     errno = before;
     return was_ours;
 }
 
 static int memory_owns(const void *at, size_t *len_bytes) {
-    return memory_may_be_ours(at) && memory_arena.owns(at, len_bytes);
+    return at && memory_may_be_ours(at) && memory_arena.owns(at, len_bytes);
 }
 
-static void *memory_malloc(size_t n) {
-    void *taken = memory_is_large(n) ? memory_take(n, 0) : (void *)0;
-    return taken ? taken : below_malloc(n);
+SELDOM static void *memory_malloc_large(size_t n) {
+    void *taken = memory_take(n, 0);
+    return taken ? taken : below.malloc(n);
+}
+
+static void *memory_malloc(size_t n) { return memory_is_large(n) ? memory_malloc_large(n) : below.malloc(n); }
+
+SELDOM static void *memory_calloc_large(size_t n, size_t size) {
+    void *taken = memory_take(n * size, 1);
+    return taken ? taken : below.calloc(n, size);
 }
 
 static void *memory_calloc(size_t n, size_t size) {
     size_t all;
-    void *taken = (void *)0;
-    if (!__builtin_mul_overflow(n, size, &all) && memory_is_large(all)) taken = memory_take(all, 1);
-    return taken ? taken : below_calloc(n, size);
+    if (__builtin_mul_overflow(n, size, &all) || !memory_is_large(all)) return below.calloc(n, size);
+    return memory_calloc_large(n, size);
+}
+
+SELDOM static void memory_free_page(void *at) {
+    if (!memory_give(at)) below.free(at);
 }
 
 static void memory_free(void *at) {
-    if (!memory_give(at)) below_free(at);
+    if (memory_may_be_ours(at)) memory_free_page(at);
+    else below.free(at);
 }
 
 static size_t memory_usable_size(void *at) {
     size_t len_bytes;
-    return memory_owns(at, &len_bytes) ? len_bytes : below_malloc_usable_size(at);
+    return memory_owns(at, &len_bytes) ? len_bytes : below.malloc_usable_size(at);
 }
 
 /* What grows once mostly grows again: half as much more, which costs addresses only until it is touched. */
@@ -100,7 +119,7 @@ static size_t memory_with_room(size_t n) { return n < SIZE_MAX / 4 ? n + n / 2 :
 static void *memory_move(void *at, size_t there, size_t n) {
     int before = errno;
     void *to = memory_arena.take(memory_with_room(n), 0);
-    if (!to) to = below_malloc(n);
+    if (!to) to = below.malloc(n);
     if (!to) return (void *)0;
     if (!memory_arena.move(at, to)) {
         memcpy(to, at, there < n ? there : n);
@@ -110,16 +129,16 @@ static void *memory_move(void *at, size_t there, size_t n) {
     return to;
 }
 
-static void *memory_realloc(void *at, size_t n) {
+SELDOM static void *memory_realloc_large(void *at, size_t n) {
     size_t there;
     void *to;
     if (!at) return memory_malloc(n);
     if (!memory_owns(at, &there)) {
         /* What has been growing below moves here when it is large enough. */
-        if (!memory_is_large(n) || (there = below_malloc_usable_size(at)) >= n) return below_realloc(at, n);
-        if (memory_is_large(there) || !(to = memory_take(memory_with_room(n), 0))) return below_realloc(at, n);
+        if (!memory_is_large(n) || (there = below.malloc_usable_size(at)) >= n) return below.realloc(at, n);
+        if (memory_is_large(there) || !(to = memory_take(memory_with_room(n), 0))) return below.realloc(at, n);
         memcpy(to, at, there);
-        below_free(at);
+        below.free(at);
         return to;
     }
     if (n == 0) {
@@ -138,6 +157,10 @@ static void *memory_realloc(void *at, size_t n) {
     return memory_arena.grow(at, n) ? at : memory_move(at, there, n);
 }
 
+static void *memory_realloc(void *at, size_t n) {
+    return memory_is_large(n) || memory_may_be_ours(at) ? memory_realloc_large(at, n) : below.realloc(at, n);
+}
+
 static void *memory_reallocarray(void *at, size_t n, size_t size) {
     size_t all;
     if (__builtin_mul_overflow(n, size, &all)) {
@@ -151,32 +174,32 @@ static int memory_posix_memalign(void **to, size_t alignment, size_t n) {
     /* Alignments that are none are refused below. */
     int is_one = alignment % sizeof(void *) == 0 && alignment && !(alignment & (alignment - 1));
     void *taken = is_one ? memory_take_aligned(alignment, n) : (void *)0;
-    if (!taken) return below_posix_memalign(to, alignment, n);
+    if (!taken) return below.posix_memalign(to, alignment, n);
     *to = taken;
     return 0;
 }
 
 static void *memory_aligned_alloc(size_t alignment, size_t n) {
     void *taken = alignment && !(alignment & (alignment - 1)) ? memory_take_aligned(alignment, n) : (void *)0;
-    return taken ? taken : below_aligned_alloc(alignment, n);
+    return taken ? taken : below.aligned_alloc(alignment, n);
 }
 
 static void *memory_memalign(size_t alignment, size_t n) {
     void *taken = memory_take_aligned(alignment, n);
-    return taken ? taken : below_memalign(alignment, n);
+    return taken ? taken : below.memalign(alignment, n);
 }
 
 static void *memory_valloc(size_t n) {
     void *taken = memory_take_aligned(1, n);
-    return taken ? taken : below_valloc(n);
+    return taken ? taken : below.valloc(n);
 }
 
 static void *memory_pvalloc(size_t n) {
     void *taken = memory_take_aligned(1, n);
-    return taken ? taken : below_pvalloc(n);
+    return taken ? taken : below.pvalloc(n);
 }
 
-#define ROW(name, hook) {#name, (void *)hook, (void **)(void *)&below_##name, (void *)0}
+#define ROW(name, hook) {#name, (void *)hook, (void **)(void *)&below.name, (void *)0}
 static redirect_row memory_rows[] = {
     ROW(malloc, memory_malloc),
     ROW(calloc, memory_calloc),

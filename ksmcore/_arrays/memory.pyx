@@ -7,7 +7,9 @@ stay so: blocks of the arena may be given back at any time, by anybody. To undo 
 from ksmcore._arrays.arena cimport (
     arena_give, arena_grow, arena_move, arena_owns, arena_shrink, arena_take, arena_trim,
 )
-from ksmcore._hooks.redirect cimport redirect_find, redirect_look, redirect_missing, redirect_put, redirect_table
+from ksmcore._hooks.redirect cimport (
+    redirect_find, redirect_is_programs, redirect_look, redirect_missing, redirect_put, redirect_table,
+)
 from ksmcore._kernel.syscalls cimport sys_page_bytes, sys_pause
 
 cdef extern from "_arrays/memory.h":
@@ -20,7 +22,8 @@ cdef extern from "_arrays/memory.h":
         bint (*move)(void* memory, void* target) noexcept nogil
     memory_source memory_arena
     size_t memory_page_bytes
-    size_t memory_threshold
+    size_t memory_threshold "below.threshold"
+    void* (*below_malloc "below.malloc")(size_t len_bytes) noexcept nogil
     size_t MEMORY_NEVER
     redirect_table memory_table
     void store_threshold "__atomic_store_n"(size_t* value, size_t wanted, int order) nogil
@@ -33,25 +36,34 @@ cdef bint _redirected = False
 
 
 def missing():
-    """None where the memory of all libraries can be had, else why it cannot."""
-    return redirect_missing()
+    """None where the memory of all libraries can be had, else why it cannot. None may give back what it does not know:
+    so all have to have the hooks."""
+    if redirect_missing() is not None:
+        return redirect_missing()
+    if redirect_is_programs(<const void*>below_malloc):
+        return "the program has a malloc of its own, whose calls cannot all be redirected"
+    if memory_table.n_refused != 0:
+        return f"the kernel refuses to have the tables of {memory_table.n_refused} loaded objects changed"
+    return None
 
 
 def use_everywhere(size_t threshold_bytes):
-    """Have blocks of this size and more come from the arena, for all loaded objects."""
+    """Have blocks of this size and more come from the arena, for all loaded objects. Returns what `missing` does: then
+    nothing is taken from there."""
     global _redirected
     cdef int tries = 0
     with nogil:
         if not _redirected:
             redirect_put(&memory_table)
             _redirected = True
-        # An object that another thread is loading just now may have the addresses of before. None may give back what
-        # it does not know, so nothing is taken before all know it.
+        # An object that another thread is loading just now may have the addresses of before.
         while memory_table.n_unready != 0 and tries < MOST_TRIES:
             redirect_look(&memory_table)
             sys_pause()
             tries += 1
-        store_threshold(&memory_threshold, threshold_bytes, __ATOMIC_SEQ_CST)
+        if memory_table.n_refused == 0:
+            store_threshold(&memory_threshold, threshold_bytes, __ATOMIC_SEQ_CST)
+    return missing()
 
 
 def use_nowhere():

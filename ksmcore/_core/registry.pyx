@@ -108,6 +108,7 @@ cdef class Registry:
             state_destroy(&self.c, False)
             raise MemoryError("no lock")
         self.n_waiting = 0
+        put_owner(&self.owner, 0, __ATOMIC_SEQ_CST)
         self.generation = forks_generation()
         return 0
 
@@ -139,8 +140,9 @@ cdef class Registry:
         PyThread_release_lock(self.lock)
 
     cdef bint is_mine(self) noexcept nogil:
-        """Has this thread the lock? (What other threads write there meanwhile is never the name of this one.)"""
-        return get_owner(&self.owner, __ATOMIC_SEQ_CST) == pthread_self()
+        """Has this thread the lock? (What other threads write there meanwhile is never the name of this one. But a
+        new thread of a forked child may have the name of one of its parent's, which had the lock then.)"""
+        return self.generation == forks_generation() and get_owner(&self.owner, __ATOMIC_SEQ_CST) == pthread_self()
 
     cdef void _let_others(self) noexcept nogil:
         """Between two spans: the lock knows no order, and a walk that took it again at once would

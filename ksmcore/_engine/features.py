@@ -5,6 +5,7 @@ Nothing is known beforehand: each is tried out.
 
 from __future__ import annotations
 
+from ksmcore._arrays import memory
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
 from ksmcore._hooks import calls
@@ -28,7 +29,8 @@ def features() -> dict[str, str | None]:
     guards, the strongest first. "pinned": pages that were never merged, and are pinned for a
     device (direct I/O, io_uring), are left alone; others need a hold. "tracking": the kernel tells
     which pages were written, so that the others are not read again. "calls": functions of the C
-    library can tell of the memory that they read into, see the setting hold_calls.
+    library can tell of the memory that they read into, see the setting hold_calls. "memory": malloc
+    and its kin can be redirected, see install_allocator.
     """
     found = syscalls.features()
     for name in GUARDS:
@@ -36,6 +38,7 @@ def features() -> dict[str, str | None]:
         found[name] = reason if reason is None else f"{reason} ({_REMEDIES[name]})"
     found["tracking"] = _tracking_missing()
     found["calls"] = calls.missing()
+    found["memory"] = memory.missing()
     found["pinned"] = (
         None
         if guard.refuses_pinned("userfaultfd")

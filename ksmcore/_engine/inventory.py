@@ -11,8 +11,10 @@ kernel hides the numbers of frames, pages in common are known by their address a
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,12 +28,21 @@ from ksmcore._pages import checksum_many, is_zero
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Inventory", "InventoryOfProcess", "PlaceCounts", "take_inventory"]
+__all__ = [
+    "Elsewhere",
+    "Inventory",
+    "InventoryOfProcess",
+    "PlaceCounts",
+    "look_elsewhere",
+    "take_inventory",
+]
 
 # Apart from each other, so that a page and what it is called differ: of what is shared by a fork.
 SHARED = np.uint64(1 << 63)
 ZERO = np.uint64(0)  # the key of a page of zeros
 PIECE_PAGES = 256
+# Between two looks at the clock: much may be mapped of which nothing is there.
+STRIDE_BYTES = 1 << 30
 # Anonymous mappings of this size have a line of their own.
 LARGE_BYTES = 1 << 20
 LIBRARY = re.compile(r"\.so(\.[\d.]+)?$")
@@ -93,6 +104,18 @@ class Inventory:
     processes: list[InventoryOfProcess]
     failures: dict[int, str]
     """Why others could not be looked at, by process."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Private memory of this process, of no file, that lies outside of some ranges."""
+
+    bytes: int
+    """How much was looked at."""
+    saveable_bytes: int
+    """What merging its pages with each other would save."""
+    is_all: bool
+    """The time was enough to look at all of it."""
 
 
 @dataclass
@@ -180,6 +203,47 @@ def take_inventory(pids: Sequence[int]) -> Inventory:
         processes=processes,
         failures=failures,
     )
+
+
+def look_elsewhere(reached: Iterable[tuple[int, int]], most_seconds: float) -> Elsewhere:
+    """Look at the memory of this process outside of (start, end) ranges, for about so long.
+
+    Raises OSError and CannotLookError where /proc is not as it is everywhere.
+    """
+    end, size = time.monotonic() + most_seconds, page_bytes()
+    found, is_all = _Found(), True
+    with Outside(os.getpid()) as process:
+        for pages in _pages_outside(process, sorted(reached)):
+            if time.monotonic() >= end:
+                is_all = False
+                break
+            if pages is not None:
+                found.add(pages, 0, size)
+    keys, homes, _ = found.joined()
+    return Elsewhere(
+        bytes=_memory(homes) * size,
+        saveable_bytes=max(_memory(homes) - _contents(keys), 0) * size,
+        is_all=is_all,
+    )
+
+
+def _pages_outside(process: Outside, ranges: list[tuple[int, int]]) -> Iterator[Pages | None]:
+    """What lies in none of these ranges, lowest first; None now and then where nothing is."""
+    ranges = [*ranges, (1 << 64, 1 << 64)]
+    at = 0
+    for place in process.anonymous_places():
+        start = place.start
+        while start < place.end:
+            while ranges[at][1] <= start:
+                at += 1
+            first, last = ranges[at]
+            if first <= start:
+                start = last
+                continue
+            end = min(place.end, first, start + STRIDE_BYTES)
+            yield from process.own_pages(place._replace(start=start, end=end))
+            yield None
+            start = end
 
 
 def _memory(homes: NDArray[np.uint64]) -> int:

@@ -29,6 +29,8 @@ cdef object redirect_missing()
 cdef void redirect_find(redirect_table* table)
 # Of the functions of all tables: those that another library's come before.
 cdef uint32_t redirect_others()
+# Is this function, found below a hook, the program's own? Then its own calls of it may go past all tables.
+cdef bint redirect_is_programs(const void* function)
 # Counted: the first redirects, the last puts back. Neither needs the GIL, nor fails: what could not be is counted.
 cdef void redirect_put(redirect_table* table) noexcept nogil
 cdef void redirect_back(redirect_table* table) noexcept nogil

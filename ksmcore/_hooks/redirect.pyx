@@ -55,12 +55,17 @@ cdef extern from *:
        past us. The program itself is none of them: what it has is a way to the function. */
     static uint32_t redirect_n_others;
 
+    /* 1 or 0: does the program itself, and no library, hold this address? -1: nobody is known to. */
+    static int redirect_is_in_program(const void *address) {
+        Dl_info info, program;
+        if (!dladdr(address, &info) || !dladdr((void *)getauxval(AT_PHDR), &program)) return -1;
+        return info.dli_fbase == program.dli_fbase;
+    }
+
     static int redirect_is_others(const redirect_row *row) {
         void *first = dlsym(RTLD_DEFAULT, row->name);
-        Dl_info info, program;
         if (!first || first == *row->below || first == row->beside) return 0;
-        return !dladdr(first, &info) || !dladdr((void *)getauxval(AT_PHDR), &program) ||
-               info.dli_fbase != program.dli_fbase;
+        return redirect_is_in_program(first) != 1;
     }
 
     static void *redirect_symbol(void *library, const char *name) {
@@ -130,6 +135,7 @@ cdef extern from *:
     static void redirect_find_all(redirect_table *table) { (void)table; }
     static void redirect_walk(redirect_table *table, int back, int insist) { (void)table, (void)back, (void)insist; }
     static uint64_t objects_n_loads(void) { return 0; }
+    static int redirect_is_in_program(const void *address) { return (void)address, 0; }
     #endif
 
     /* No handler runs on a thread that changes tables: it could fork. */
@@ -183,6 +189,7 @@ cdef extern from *:
         pass
     bint REDIRECT_CAN
     uint32_t redirect_n_others
+    int redirect_is_in_program(const void* address)
     void redirect_find_all(redirect_table* table)
     void redirect_users_add(redirect_table* table, int delta) nogil
     void redirect_look_again(redirect_table* table) nogil
@@ -201,6 +208,10 @@ cdef void redirect_find(redirect_table* table):
 
 cdef uint32_t redirect_others():
     return redirect_n_others
+
+
+cdef bint redirect_is_programs(const void* function):
+    return redirect_is_in_program(function) == 1
 
 
 cdef void redirect_put(redirect_table* table) noexcept nogil:

@@ -7,7 +7,7 @@ still be able to ask the kernel.
 from libc.errno cimport EINTR, ENOMEM, errno
 
 from ksmcore._kernel.syscalls cimport (
-    sys_close, sys_error, sys_error_clear, sys_list_lock, sys_open_read, sys_opened,
+    sys_close, sys_entered, sys_error, sys_error_clear, sys_list_lock, sys_open_read,
 )
 
 import os
@@ -41,7 +41,7 @@ def keep(int fd):
     cdef int kept
     with nogil:
         sys_list_lock()
-        kept = sys_opened(fd)
+        kept = sys_entered(fd)
     if kept < 0:
         raise OSError(ENOMEM, os.strerror(ENOMEM))
 

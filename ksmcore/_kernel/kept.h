@@ -11,7 +11,11 @@
 #ifndef KSMCORE_KEPT_H
 #define KSMCORE_KEPT_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -84,9 +88,36 @@ static kept_fd *kept_entry(int fd) {
     return free_one;
 }
 
+/* Before something is opened: have the numbers of the standard streams be taken. A program that has closed one puts a
+   file there at some time (dup2), over whatever was opened meanwhile; to close that by its number would close the
+   program's. So /dev/null lies there until then, and is never closed here. */
+static void kept_take_streams(void) {
+    for (int fd = 0; fd <= STDERR_FILENO; fd++) {
+        int taken = fcntl(fd, F_GETFD) < 0 ? open("/dev/null", O_RDWR | O_CLOEXEC) : -1;
+        if (taken > STDERR_FILENO) close(taken);
+    }
+}
+
+/* Another number for what has got one of those all the same: closed just now, or there is no /dev/null. */
+static int kept_lifted(int fd) {
+    uint64_t dev, ino, dev_below, ino_below;
+    int lifted = fd < 0 || fd > STDERR_FILENO ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+    if (lifted < 0) return fd;
+    ksm_identify(lifted, &dev, &ino);
+    ksm_identify(fd, &dev_below, &ino_below);
+    if (dev == dev_below && ino == ino_below) close(fd);
+    return lifted;
+}
+
+/* Lock, for what is to be opened. */
+static void kept_opening(void) {
+    kept_lock();
+    kept_take_streams();
+}
+
 /* Enter what was just opened under the lock, and release that; -1 and errno where it was not opened, or cannot be
    entered, and so is closed. */
-static int kept_opened(int fd) {
+static int kept_entered(int fd) {
     if (fd >= 0) {
         kept_fd *one = kept_entry(fd);
         if (one) {
@@ -102,6 +133,9 @@ static int kept_opened(int fd) {
     kept_unlock();
     return fd;
 }
+
+/* The same, for what nobody has the number of yet: returns that. */
+static int kept_opened(int fd) { return kept_entered(kept_lifted(fd)); }
 
 /* Close a descriptor that stands in the list, if it still is what it was, and take it out. */
 static void kept_close(int fd) {

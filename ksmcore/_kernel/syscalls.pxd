@@ -92,7 +92,9 @@ cdef void sys_close(int fd) noexcept nogil                        # if it still 
 # The list of all that is open. Its lock is held around whatever opens a descriptor, and around a fork.
 cdef void sys_list_lock() noexcept nogil
 cdef void sys_list_unlock() noexcept nogil
+cdef void sys_opening() noexcept nogil           # locks, for what is to be opened
 cdef int sys_opened(int fd) noexcept nogil       # enters what was just opened, and unlocks: its number, or -1 and errno
+cdef int sys_entered(int fd) noexcept nogil      # the same, and it keeps its number whatever that is
 cdef void sys_close_in_child() noexcept nogil    # all of it; and makes the lock anew
 cdef void sys_keep(sys_file* file, int fd) noexcept nogil         # remember what an open descriptor is
 cdef bint sys_is_kept(const sys_file* file) noexcept nogil        # is it still that?

@@ -17,8 +17,10 @@ from posix.types cimport off_t
 
 cdef extern from "_kernel/kept.h" nogil:
     void kept_lock()
+    void kept_opening()
     void kept_unlock()
     int kept_opened(int fd)
+    int kept_entered(int fd)
     void kept_close(int fd)
     void kept_child()
     void ksm_identify(int fd, uint64_t* dev, uint64_t* ino)
@@ -306,7 +308,7 @@ cdef int sys_memfd(const char* name, sys_error* err) noexcept nogil:
     cdef int fd
     if sys_injected(CALL_MEMFD_CREATE, 0, 0, err):
         return -1
-    kept_lock()
+    kept_opening()
     fd = kept_opened(ksm_memfd(name))
     sys_check(fd < 0, CALL_MEMFD_CREATE, 0, 0, err)
     return fd
@@ -377,7 +379,7 @@ cdef int sys_open_read(const char* path, sys_error* err) noexcept nogil:
     cdef int fd
     if sys_injected(CALL_OPEN, 0, 0, err):
         return -1
-    kept_lock()
+    kept_opening()
     fd = kept_opened(open(path, O_RDONLY | O_CLOEXEC))
     sys_check(fd < 0, CALL_OPEN, 0, 0, err)
     return fd
@@ -409,8 +411,16 @@ cdef void sys_list_unlock() noexcept nogil:
     kept_unlock()
 
 
+cdef void sys_opening() noexcept nogil:
+    kept_opening()
+
+
 cdef int sys_opened(int fd) noexcept nogil:
     return kept_opened(fd)
+
+
+cdef int sys_entered(int fd) noexcept nogil:
+    return kept_entered(fd)
 
 
 cdef void sys_close_in_child() noexcept nogil:

@@ -9,7 +9,7 @@ from libc.stdint cimport uintptr_t
 from ksmcore._kernel.syscalls cimport (
     CALL_UFFD_COPY, CALL_UFFD_MOVE, CALL_UFFD_MOVE_THEN_FAIL, CALL_UFFD_PROTECT, CALL_UFFD_REGISTER,
     CALL_UFFD_REGISTER_THEN_FAIL, CALL_UFFD_UNREGISTER, CALL_UFFD_WAKE, CALL_USERFAULTFD, sys_check, sys_error,
-    sys_injected, sys_list_lock, sys_opened,
+    sys_injected, sys_opened, sys_opening,
 )
 
 cdef extern from "_kernel/uffd.h" nogil:
@@ -30,7 +30,7 @@ cdef int uffd_open(bint user_mode_only, bint* moves, sys_error* err) noexcept no
     cdef int fd
     if sys_injected(CALL_USERFAULTFD, 0, 0, err):
         return -1
-    sys_list_lock()
+    sys_opening()
     fd = sys_opened(ksm_uffd_open(user_mode_only, &wanted))
     moves[0] = wanted != 0
     sys_check(fd < 0, CALL_USERFAULTFD, 0, 0, err)
@@ -40,7 +40,7 @@ cdef int uffd_open(bint user_mode_only, bint* moves, sys_error* err) noexcept no
 cdef int uffd_open_async(sys_error* err) noexcept nogil:
     """A new descriptor for tracking writes, or -1."""
     cdef int fd
-    sys_list_lock()
+    sys_opening()
     fd = sys_opened(ksm_uffd_open_async())
     sys_check(fd < 0, CALL_USERFAULTFD, 0, 0, err)
     return fd

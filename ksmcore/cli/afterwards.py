@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ksmcore.cli.estimate import estimate_text, whole_text
-from ksmcore.cli.figures import SCHEMA, summary
+from ksmcore.cli.figures import SCHEMA, elsewhere_lines, summary
 from ksmcore.cli.inventory import inventory_text
 from ksmcore.cli.view import picture
 
@@ -60,6 +60,7 @@ def _tell(figures: Mapping[str, Any], console: Console) -> None:
         best, end = figures["best"], figures["end"]
         make = whole_text if "processes" in best else estimate_text
         lines = make(best, best["seconds"], end, end["seconds"], figures["looks"])
+        lines += elsewhere_lines(figures)
     if "exit_status" in figures:
         lines.append(f"  Exit     status {figures['exit_status']}")
     for line in lines:

@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ import ksmcore
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
+from ksmcore.cli.whose_memory import Whose
 from ksmcore.sizes import parse_bytes
 
 __all__ = ["Runner", "cli"]
@@ -114,7 +115,13 @@ threshold = click.option(
     default="64k",
     show_default=True,
     metavar="SIZE",
-    help="Least size of the NumPy arrays that are merged, such as 16k or 1M.",
+    help="Least size of the arrays and blocks that are merged, such as 16k or 1M.",
+)
+whose_memory = click.option(
+    "--memory",
+    type=click.Choice(["numpy", "all"]),
+    help="Whose memory: NumPy's arrays, or what any library asks of malloc (default: all, where "
+    "malloc can be redirected).",
 )
 # Options of the program are not ours, wherever they look alike.
 PROGRAM_SETTINGS = {"allow_interspersed_args": False}
@@ -157,13 +164,7 @@ def cli() -> None:
     help="Rest of the scanner between two batches, in milliseconds (default 20).",
 )
 @threshold
-@click.option(
-    "--memory",
-    type=click.Choice(["numpy", "all"]),
-    default="numpy",
-    show_default=True,
-    help="Whose memory: NumPy's arrays, or what any library asks of malloc.",
-)
+@whose_memory
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -175,10 +176,11 @@ def run(
     no_scan: bool,
     interval: int | None,
     threshold: int,
-    memory: Literal["numpy", "all"],
+    memory: Whose | None,
     quiet: bool,
 ) -> Runner:
-    """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
+    """Run a Python program, unchanged, with the equal pages of its memory merged meanwhile: of
+    NumPy arrays, tensors, frames, models, bytes, of all that is made of large blocks.
 
     \b
       ksmcore run train.py --epochs 3
@@ -194,9 +196,11 @@ def run(
     scanner: nothing is merged in them unless they call ksmcore.start(). Options of Python go
     before: python -W error -m ksmcore run ...
 
-    With --memory all the same is done for tensors, frames, models, bytes: what libraries ask of
-    malloc and its kin. For that these functions are redirected (GNU C library only). Libraries with
-    an allocator of their own (pyarrow, polars) are not reached by that.
+    What libraries ask of malloc and its kin is reached by redirecting these functions, where the C
+    library is GNU's; elsewhere, and with --memory numpy, only NumPy's arrays are. pyarrow is told
+    to use malloc (ARROW_DEFAULT_MEMORY_POOL=system), unless that variable is set. Libraries with an
+    allocator of their own (polars) are not reached; the summary tells how much memory was not, and
+    is equal.
 
     Calls that read into an array, such as readinto(), never meet the moment in which it is merged.
     Where `ksmcore doctor` names another guard than userfaultfd, that takes the GNU C library, and
@@ -235,6 +239,7 @@ def run(
     "--whole", is_flag=True, help="Look at all memory of the program, not only at its arrays."
 )
 @threshold
+@whose_memory
 @click.option(
     "--json", type=Output(), metavar="FILE", help="Write what was found (JSON) at the end."
 )
@@ -246,12 +251,13 @@ def estimate(
     pids: tuple[int, ...],
     whole: bool,
     threshold: int,
+    memory: Whose | None,
     json: OutputFile | None,
 ) -> Runner | int:
     """Run a Python program and count what `ksmcore run` could save. Nothing is merged.
 
     \b
-      ksmcore estimate train.py --epochs 3    the program's arrays
+      ksmcore estimate train.py --epochs 3    what `run` would reach
       ksmcore estimate --whole train.py       all its memory, by mapping and library
       ksmcore estimate --pid 4711 --pid 4712  any processes, as they are now
 
@@ -278,7 +284,7 @@ def estimate(
 
     program = _program(script, args, is_module, is_code)
     watch = WholeWatch if whole else Watch
-    return _accompanying(lambda: watch(program, threshold, json), program)
+    return _accompanying(lambda: watch(program, threshold, memory, json), program)
 
 
 @cli.command(short_help="Show again what was written by --json.")

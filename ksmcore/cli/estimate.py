@@ -20,10 +20,11 @@ from ksmcore._engine.hidden_thread import HiddenThread
 from ksmcore._engine.inventory import Inventory, take_inventory
 from ksmcore._engine.stats import Estimate
 from ksmcore.cli.companion import Companion
-from ksmcore.cli.figures import DISABLED, SCHEMA
+from ksmcore.cli.figures import DISABLED, SCHEMA, blocks_of, elsewhere_lines
 from ksmcore.cli.inventory import place_lines
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
+from ksmcore.cli.whose_memory import Whose, elsewhere, install, past_malloc
 from ksmcore.sizes import counted, human_bytes
 
 __all__ = ["Watch", "WholeWatch", "estimate_text", "whole_text"]
@@ -87,14 +88,20 @@ class Looks(Generic[Found]):
 class Watching(Companion, Generic[Found]):
     """The allocator and the looks, and what is told of them at the end."""
 
-    def __init__(self, program: Program, threshold_bytes: int, output: OutputFile | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        threshold_bytes: int,
+        memory: Whose | None,
+        output: OutputFile | None,
+    ) -> None:
         """Raises ValueError for what the engine refuses."""
         super().__init__("estimate")
         self._command = ["python", *program.command]
         self._threshold_bytes = threshold_bytes
         self._output = output
         self._engine = ksmcore.default_engine()
-        ksmcore.install_allocator(threshold_bytes=threshold_bytes)
+        self._whose_memory = install(self._engine, threshold_bytes, memory)
         self._looks: Looks[Found] = self._begin()
 
     def _begin(self) -> Looks[Found]:
@@ -106,6 +113,10 @@ class Watching(Companion, Generic[Found]):
     def _data(self, look: Look[Found]) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _besides(self, seconds: float) -> dict[str, Any]:
+        """Of what is not looked at, when it ran for so long."""
+        return {}
+
     def conclude(self, exit_status: int) -> list[str]:
         try:
             self._looks.finish()
@@ -114,7 +125,8 @@ class Watching(Companion, Generic[Found]):
         best, last = self._looks.best, self._looks.last
         if best is None or last is None:
             return []
-        lines = self._text(best, last)
+        besides = self._besides(last.seconds)
+        lines = self._text(best, last) + elsewhere_lines(besides)
         if self._output is not None:
             found = {
                 "schema": SCHEMA,
@@ -122,9 +134,11 @@ class Watching(Companion, Generic[Found]):
                 "command": self._command,
                 "exit_status": exit_status,
                 "threshold_bytes": self._threshold_bytes,
+                "whose_memory": self._whose_memory,
                 "looks": self._looks.n_looks,
                 "best": {"seconds": best.seconds, **self._data(best)},
                 "end": {"seconds": last.seconds, **self._data(last)},
+                **besides,
             }
             try:
                 self._output.write(json.dumps(found, indent=1) + "\n")
@@ -134,13 +148,16 @@ class Watching(Companion, Generic[Found]):
 
 
 class Watch(Watching[Estimate]):
-    """Of a program's arrays."""
+    """Of what `run` would reach."""
 
     def _begin(self) -> Looks[Estimate]:
         return Looks(self._engine.estimate, lambda found: found.bytes_saved)
 
     def _data(self, look: Look[Estimate]) -> dict[str, Any]:
         return look.found.as_dict()
+
+    def _besides(self, seconds: float) -> dict[str, Any]:
+        return {"elsewhere": elsewhere(self._engine, seconds), "past_malloc": past_malloc()}
 
     def _text(self, best: Look[Estimate], last: Look[Estimate]) -> list[str]:
         most = best.found
@@ -159,7 +176,7 @@ class Watch(Watching[Estimate]):
             return "no two pages of its arrays held the same bytes"
         if most.pages or last.pages:
             return "no page of its arrays was in memory when they were looked at"
-        return f"no NumPy array of {human_bytes(self._threshold_bytes)} or more was seen"
+        return f"no {blocks_of(self._whose_memory, self._threshold_bytes)} was seen"
 
 
 class WholeWatch(Watching[Inventory]):

@@ -12,18 +12,24 @@ import ksmcore
 from ksmcore._arrays import arena
 from ksmcore._engine.counters import SKIPPED
 from ksmcore._engine.stats import RegionStats
+from ksmcore.cli.whose_memory import Whose, past_malloc
 from ksmcore.sizes import counted, human_bytes
 
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
 
-__all__ = ["DISABLED", "SCHEMA", "Source", "summary"]
+__all__ = ["DISABLED", "SCHEMA", "Source", "blocks_of", "elsewhere_lines", "summary"]
 
 SCHEMA = 1
 """Of what `run --json` and `estimate --json` write: names and meanings stay, as long as this number
 does; more may be added."""
 
 DISABLED = "KSMCORE_DISABLE is set, so no memory was touched"
+
+# What the interpreter itself takes in large blocks, and is not worth more than a line.
+LITTLE_BYTES = 2 << 20
+# Elsewhere equal pages are told of from here on.
+WORTH_BYTES = 4 << 20
 
 # The largest regions, in a snapshot.
 MOST_REGIONS = 16
@@ -38,9 +44,11 @@ class Source:
         command: Sequence[str],
         threshold_bytes: int,
         *,
+        whose_memory: Whose = "numpy",
         wants_scans: bool = True,
     ) -> None:
         self._engine = engine
+        self._whose_memory = whose_memory
         self._wants_scans = wants_scans
         self._command = list(command)
         self._threshold_bytes = threshold_bytes
@@ -59,6 +67,8 @@ class Source:
             "seconds": time.monotonic() - self._began,
             "cpu_seconds": time.process_time(),
             "threshold_bytes": self._threshold_bytes,
+            "whose_memory": self._whose_memory,
+            "past_malloc": past_malloc(),
             "wants_scans": self._wants_scans,
             "scanning": engine.scanning,
             "disabled": engine._disabled,
@@ -86,9 +96,10 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     stats, memory = figures["stats"], figures["memory"]
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
     n_refused = figures["allocator"]["refused"]
-    if figures["regions_ever"] == 0 and n_refused == 0:
+    lines_elsewhere = elsewhere_lines(figures)
+    if peak == 0 and n_refused == 0 and _has_little(figures):
         # A short program, or one that wants nothing of this: no more than a line.
-        return [f"ksmcore: Nothing was saved: {_why_nothing(figures)}"]
+        return [f"ksmcore: Nothing was saved: {_why_nothing(figures)}", *lines_elsewhere]
     if peak > 0:
         lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
     else:
@@ -108,13 +119,45 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     )
     if n_refused:
         lines.append(
-            f"Refused  {counted(n_refused, 'time')} memory for arrays, which were left to NumPy; "
-            "`ksmcore doctor` tells the limits"
+            f"Refused  {counted(n_refused, 'time')} memory for arrays, which were left to "
+            f"{_others(figures)}; `ksmcore doctor` tells the limits"
         )
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
         lines.append(f"Scanner  ended early: {stats['scanner_error']}")
-    return [f"ksmcore: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+    return [f"ksmcore: {lines[0]}", *(f"  {line}" for line in lines[1:]), *lines_elsewhere]
+
+
+def elsewhere_lines(figures: Mapping[str, Any]) -> list[str]:
+    """What of the memory was not reached, where that is worth a word."""
+    found, past = figures.get("elsewhere"), figures.get("past_malloc", ())
+    lines = []
+    if found is not None and found["saveable_bytes"] >= WORTH_BYTES:
+        sizes = [human_bytes(found[name]) for name in ("saveable_bytes", "bytes")]
+        lines.append(
+            f"  Besides  {sizes[0]} of {sizes[1]} {'' if found['is_all'] else '(and more) '}that "
+            "were not reached are equal; `ksmcore estimate --whole` tells where"
+        )
+    if past:
+        lines.append(
+            f"  Besides  memory of {' and '.join(past)} comes past malloc, and is not reached"
+        )
+    return lines
+
+
+def _has_little(figures: Mapping[str, Any]) -> bool:
+    handed_out = figures["allocator"].get("peak_bytes", LITTLE_BYTES)
+    return figures["regions_ever"] == 0 or bool(handed_out < LITTLE_BYTES)
+
+
+def blocks_of(whose_memory: Whose, threshold_bytes: int) -> str:
+    """What is reached, in words."""
+    what = "block of memory" if whose_memory == "all" else "NumPy array"
+    return f"{what} of {human_bytes(threshold_bytes)} or more"
+
+
+def _others(figures: Mapping[str, Any]) -> str:
+    return "the C library" if figures.get("whose_memory") == "all" else "NumPy"
 
 
 def _skipped(stats: Mapping[str, Any]) -> list[str]:
@@ -130,7 +173,6 @@ def _skipped(stats: Mapping[str, Any]) -> list[str]:
 
 def _why_nothing(figures: Mapping[str, Any]) -> str:
     stats = figures["stats"]
-    least = human_bytes(figures["threshold_bytes"])
     if figures["disabled"]:
         return f"{DISABLED}."
     if stats["scanner_error"] is not None:
@@ -138,9 +180,12 @@ def _why_nothing(figures: Mapping[str, Any]) -> str:
     if stats["full_scans"] == 0 and not figures["wants_scans"]:
         return "with --no-scan nothing looks for equal pages unless the program itself does."
     if figures["regions_ever"] == 0 and figures["allocator"]["refused"]:
-        return "the kernel refused the memory for its arrays, which were left to NumPy."
+        return (
+            f"the kernel refused the memory for its arrays, which were left to {_others(figures)}."
+        )
     if figures["regions_ever"] == 0:
-        return f"the program made no NumPy array of {least} or more (see --threshold)."
+        made = blocks_of(figures.get("whose_memory", "numpy"), figures["threshold_bytes"])
+        return f"the program made no {made} (see --threshold)."
     if stats["pages_merged"] + stats["pages_zeroed"] > 0:
         return "what was merged was written or freed again before a pass had ended."
     if stats["full_scans"] < 2:

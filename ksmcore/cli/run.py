@@ -11,7 +11,6 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import ksmcore
 from ksmcore.cli.companion import Companion
@@ -19,6 +18,7 @@ from ksmcore.cli.figures import Source, summary
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.cli.serving import Server
+from ksmcore.cli.whose_memory import Whose, elsewhere, install
 
 __all__ = ["RunOptions", "Session"]
 
@@ -28,7 +28,7 @@ class RunOptions:
     """What `ksmcore run` was asked for."""
 
     threshold_bytes: int
-    memory: Literal["numpy", "all"] = "numpy"
+    memory: Whose | None = None
     scans: bool = True
     interval_ms: int | None = None
     quiet: bool = False
@@ -51,11 +51,14 @@ class Session(Companion):
 
             self._html_report: Callable[..., str] = html_report
         self._engine = ksmcore.default_engine()
-        self._source = Source(
-            self._engine, self._command, options.threshold_bytes, wants_scans=options.scans
-        )
         self._server: Server | None = None
-        ksmcore.install_allocator(options.threshold_bytes, memory=options.memory)
+        self._source = Source(
+            self._engine,
+            self._command,
+            options.threshold_bytes,
+            whose_memory=install(self._engine, options.threshold_bytes, options.memory),
+            wants_scans=options.scans,
+        )
         self._start()
 
     def _start(self) -> None:
@@ -78,6 +81,8 @@ class Session(Companion):
         try:
             self._engine._now().passes.tidy(idle_only=False)
             figures = {**self._source.snapshot(), "exit_status": exit_status}
+            if not self._options.quiet or self._options.json is not None:
+                figures["elsewhere"] = elsewhere(self._engine, figures["seconds"])
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]
         lines = [] if self._options.quiet else summary(figures)

@@ -1,6 +1,7 @@
 """The memory of all libraries: malloc and its kin, for all loaded objects."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ END = """
 
 
 def passes(body: str, *arguments: object, **env: str) -> None:
-    done = run_python(BEGIN, body, END, arguments=[str(one) for one in arguments], **env)
+    seconds = 3600 if STRESS else 120
+    given = [str(one) for one in arguments]
+    done = run_python(BEGIN, body, END, arguments=given, timeout_seconds=seconds, **env)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -152,15 +155,6 @@ def test_a_hook_of_a_fork_may_allocate():
     """One that was registered before ours is called after it, under the arena's lock."""
     done = run_python(
         """
-        import os
-        blocks = []
-        def hook():
-            blocks.append(bytes(3 << 20))
-            blocks.append(blocks.pop() + b"x")
-            if len(blocks) > 3:
-                del blocks[:2]
-        """,
-        """
         import ctypes
         HOOK = ctypes.CFUNCTYPE(None)
         libc = ctypes.CDLL(None)
@@ -172,10 +166,23 @@ def test_a_hook_of_a_fork_may_allocate():
                 libc.free(ctypes.c_void_p(held.pop(0)))
         called = HOOK(in_c)
         libc.__register_atfork(called, called, called, None)
+        grown = []
+        def grow():
+            if not grown:
+                return
+            for n_bytes in (50 << 20, 1 << 20, 3 << 20, 60 << 20, 20 << 20):
+                grown[0] = libc.realloc(ctypes.c_void_p(grown[0]), n_bytes)
+                assert ctypes.string_at(grown[0], 1) == b"g"
+        called_to_grow = HOOK(grow)
+        libc.__register_atfork(called_to_grow, called_to_grow, called_to_grow, None)
         """,
         BEGIN,
         """
-        for _ in range(8):
+        libc = ctypes.CDLL(None)  # which finds the hooks
+        libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+        for n_bytes in [3 * MIB] * 5 + [40 * MIB] * 3:
+            grown[:] = [libc.malloc(n_bytes)]
+            ctypes.memset(grown[0], ord("g"), n_bytes)
             pid = os.fork()
             if pid == 0:
                 os._exit(0)
@@ -207,6 +214,24 @@ def test_lines_longer_than_their_buffer(tmp_path):
     )
 
 
+def test_what_finds_no_room_to_grow_moves_to_the_c_library():
+    passes("""
+        import resource
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+        block = libc.malloc(100 * MIB)
+        ctypes.memset(block, 7, 100 * MIB)
+        with open("/proc/self/statm") as file:
+            there = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (there + 260 * MIB, resource.RLIM_INFINITY))
+        block = libc.realloc(ctypes.c_void_p(block), 200 * MIB)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert ctypes.string_at(block, 100 * MIB) == b"\\7" * (100 * MIB)
+        assert taken() < MIB
+        libc.free(ctypes.c_void_p(block))
+    """)
+
+
 def test_absurd_sizes_are_refused_as_before():
     passes("""
         libc = ctypes.CDLL(None, use_errno=True)
@@ -230,16 +255,30 @@ def test_absurd_sizes_are_refused_as_before():
 
 @pytest.mark.parametrize("threshold", [4096, 64 << 10])
 @pytest.mark.parametrize("guard", ["userfaultfd", "mprotect"])
-def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshold, guard):
-    """While the scanner merges what they hold, processes are forked, and it is undone and done
-    again."""
+def test_threads_that_allocate_grow_and_give_back_in_turns(tmp_path, native_path, threshold, guard):
+    """While the scanner merges what they hold, processes are forked, libraries come and go, and it
+    is undone and done again."""
+    other_path = shutil.copy(native_path, tmp_path / "other.so")
     if ksmcore.features()[guard] is not None:
         pytest.skip("not to be had here")
     passes(
         """
-        native = ctypes.CDLL(sys.argv[1])
+        native, other_path = ctypes.CDLL(sys.argv[1]), sys.argv[4]
         native.stress.restype = native.give_all_back.restype = ctypes.c_long
         threshold, n_turns = int(sys.argv[2]), int(sys.argv[3])
+
+        def load_and_unload():
+            # A library that takes memory, and gives back what others have taken.
+            other = ctypes.CDLL(other_path)
+            turns = map(ctypes.c_long, (2, 300, n, 1 << 20))
+            assert other.stress(*turns) == 0
+            assert other.give_all_back() == 0
+            other.give_back.argtypes = [ctypes.c_void_p]
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = ctypes.c_void_p
+            other.give_back(libc.malloc(3 * MIB))
+            libc.dlclose(ctypes.c_void_p(other._handle))
+
         ksmcore.install_allocator(threshold, memory="all")
         ksmcore.start(sleep_millisecs=0)
         wrong = []
@@ -254,8 +293,10 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshol
             if n % 3 == 0:
                 ksmcore.uninstall_allocator()
                 ksmcore.install_allocator(threshold, memory="all")
+            load_and_unload()
             pid = os.fork()
             if pid == 0:
+                load_and_unload()
                 os._exit(0)
             assert os.waitpid(pid, 0)[1] == 0
         for thread in threads:
@@ -266,7 +307,8 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(native_path, threshol
         """,
         native_path,
         threshold,
-        2_000_000 if STRESS else 20_000,
+        4_500_000 if STRESS else 20_000,  # in 6 threads
+        other_path,
         KSMCORE_GUARD=guard,
         PYTHONWARNINGS="ignore",
     )

@@ -5,7 +5,12 @@ import os
 
 import pytest
 
+import ksmcore as library
 from helpers.cli import ksmcore, write
+
+REACHES_ALL = pytest.mark.skipif(
+    library.features()["memory"] is not None, reason="malloc cannot be redirected here"
+)
 
 PROGRAM = """
     import sys, time
@@ -49,11 +54,11 @@ def test_the_best_moment_and_the_end(tmp_path):
 
 def test_nothing_to_save(tmp_path):
     write(tmp_path, "print('output')")
-    done = ksmcore("estimate", "program.py", cwd=tmp_path)
+    done = ksmcore("estimate", "--memory", "numpy", "program.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "output\n")
     assert "no NumPy array of 64.0 KiB or more was seen" in done.stderr
     write(tmp_path, "import numpy; kept = numpy.random.default_rng(1).random(100_000)")
-    done = ksmcore("estimate", "program.py", cwd=tmp_path)
+    done = ksmcore("estimate", "--memory", "numpy", "program.py", cwd=tmp_path)
     assert "no two pages of its arrays held the same bytes" in done.stderr
 
 
@@ -85,13 +90,17 @@ def test_a_report_that_cannot_be_written_any_more(tmp_path):
     ("script", "environ", "why"),
     [
         ("print()", {}, "no NumPy array of 64.0 KiB or more was seen (1 look)"),
+        pytest.param(
+            "print()", {}, "no block of memory of 1.0 GiB or more was seen", marks=REACHES_ALL
+        ),
         ("import numpy; a = numpy.zeros(1 << 20)", {}, "no page of its arrays was in memory"),
         ("import numpy; a = numpy.ones(99999)", {"KSMCORE_DISABLE": "1"}, "KSMCORE_DISABLE is set"),
     ],
 )
 def test_why_there_is_nothing(tmp_path, script, environ, why):
     write(tmp_path, script)
-    done = ksmcore("estimate", "program.py", cwd=tmp_path, env={**os.environ, **environ})
+    options = ("--threshold", "1G") if "block" in why else ("--memory", "numpy")
+    done = ksmcore("estimate", *options, "program.py", cwd=tmp_path, env={**os.environ, **environ})
     assert done.stderr.startswith("ksmcore: nothing could be saved: ")
     assert why in done.stderr
 

@@ -17,6 +17,7 @@ import ksmcore
 from helpers.forks import THREADS_RUN, Child, exit_code, finish, fork, in_child
 from helpers.kernels_view import descriptors
 from helpers.memory import PAGE, random_pages
+from helpers.processes import run_python
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel import files, smaps
 from ksmcore._testing import faults
@@ -94,6 +95,26 @@ def test_a_number_that_became_anothers_is_left_alone(tmp_path):
         assert os.fstat(fd).st_ino == os.fstat(other).st_ino
         if other != fd:
             os.close(fd)
+
+
+def test_numbers_of_standard_streams_are_left_to_the_program():
+    """Whatever is opened while one is closed: the program puts a file there, and that must stay."""
+    done = run_python(
+        """
+        import os
+        import ksmcore
+        from ksmcore._kernel import files
+        os.close(0)
+        fd = files.open_read("/proc/self/maps")
+        assert fd > 2
+        ksmcore.dedup(ksmcore.zeros(1 << 20, "u1"), ksmcore.zeros(1 << 20, "u1"))
+        assert os.readlink("/proc/self/fd/0") == "/dev/null"
+        os.dup2(fd, 0)
+        files.close(fd)
+        assert os.read(0, 5)
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_python_code_opens_can_be_kept():
