@@ -15,7 +15,13 @@ class Core(Registry):
     def take_census(self, asked_maps: int, max_map_count: int) -> None: ...
     def pass_over(self, addr: int, end: int) -> None: ...
     def walk(
-        self, cursor: int, end: int, max_pages: int, immediate: bool, max_merges: int = 0
+        self,
+        cursor: int,
+        end: int,
+        max_pages: int,
+        immediate: bool,
+        max_merges: int = 0,
+        makes_way: bool = False,
     ) -> int: ...
     def copy_memory(self, source: int, target: int, len_bytes: int) -> int: ...
     def configure(

@@ -15,6 +15,7 @@ from ksmcore._core.release cimport release_idle, release_if_worth
 from ksmcore._core.unmerge cimport unmerge_settle
 from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.forks cimport forks_is_coming
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
@@ -134,9 +135,14 @@ cdef class Core(Registry):
                 region = regions_next(&self.c.regions, region)
             self._unlock()
 
-    def walk(self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0):
+    def walk(
+        self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0,
+        bint makes_way=False
+    ):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
         are merged at most (0: no bound).
+
+        `makes_way`: it ends early where a fork is about to come.
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is
@@ -164,6 +170,8 @@ cdef class Core(Registry):
                 merges_left = self.c.merges_left
                 release_if_worth(&self.c, True)
                 self._unlock()
+                if makes_way and forks_is_coming():
+                    break
                 self._let_others()
             if entered:
                 guard_leave(guard)

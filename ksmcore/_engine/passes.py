@@ -206,14 +206,14 @@ class Passes:
             return begun
 
     def make_batch(self, cursor: int, n_pages: int) -> int:
-        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end.
-        NotNowError when it is to be tried again, later."""
+        """Go on with it for so many pages, fewer before a fork; returns the new cursor,
+        END_OF_MEMORY at the end. NotNowError when it is to be tried again, later."""
         with self.alone:
             self.check_open()
             self._take_census_if_due()
             most = self._in_force.settings.max_pages_to_merge
             try:
-                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most)
+                return self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, True)
             except MemoryError as error:
                 raise _not_now(error) from error
             except OSError as error:
