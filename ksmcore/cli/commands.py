@@ -164,6 +164,13 @@ def cli() -> None:
     show_default=True,
     help="Whose memory: NumPy's arrays, or what any library asks of malloc.",
 )
+@click.option(
+    "--children",
+    is_flag=True,
+    envvar="KSMCORE_CHILDREN",
+    show_envvar=True,
+    help="Have Python processes that it starts come under ksmcore too.",
+)
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -176,6 +183,7 @@ def run(
     interval: int | None,
     threshold: int,
     memory: Literal["numpy", "all"],
+    children: bool,
     quiet: bool,
 ) -> Runner:
     """Run a Python program, unchanged, with the equal pages of its NumPy arrays merged meanwhile.
@@ -193,6 +201,11 @@ def run(
     that it starts run without ksmcore. Those that it forks go on with the allocator and have no
     scanner: nothing is merged in them unless they call ksmcore.start(). Options of Python go
     before: python -W error -m ksmcore run ...
+
+    With --children those that import NumPy have both, each for its own memory: programs of Python
+    that it starts, and workers of multiprocessing and concurrent.futures, however they are started.
+    The summary adds them up. They learn of it by PYTHONPATH, so not where that is ignored (python
+    -I, -E, -S).
 
     With --memory all the same is done for tensors, frames, models, bytes: what libraries ask of
     malloc and its kin. For that these functions are redirected (GNU C library only). Libraries with
@@ -215,6 +228,7 @@ def run(
         quiet=quiet,
         report=report,
         json=json,
+        children=children,
     )
     return _accompanying(lambda: Session(program, options), program)
 

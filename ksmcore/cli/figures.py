@@ -27,6 +27,8 @@ DISABLED = "KSMCORE_DISABLE is set, so no memory was touched"
 
 # The largest regions, in a snapshot.
 MOST_REGIONS = 16
+# The children that a summary names, those that saved most.
+MOST_NAMED = 8
 
 
 class Source:
@@ -86,7 +88,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     stats, memory = figures["stats"], figures["memory"]
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
     n_refused = figures["allocator"]["refused"]
-    if figures["regions_ever"] == 0 and n_refused == 0:
+    if figures["regions_ever"] == 0 and n_refused == 0 and not figures.get("children"):
         # A short program, or one that wants nothing of this: no more than a line.
         return [f"ksmcore: Nothing was saved: {_why_nothing(figures)}"]
     if peak > 0:
@@ -114,7 +116,29 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
         lines.append(f"Scanner  ended early: {stats['scanner_error']}")
+    if "children" in figures:
+        lines += _of_children(figures["children"])
     return [f"ksmcore: {lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def _of_children(children: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What they saved, for a summary."""
+    failed = [child["failed"] for child in children if "failed" in child]
+    begun = [child for child in children if "failed" not in child]
+    begun.sort(key=lambda child: -child["peak_bytes_saved"])
+    total = human_bytes(sum(child["peak_bytes_saved"] for child in begun))
+    lines = [f"Children {counted(len(begun), 'process', 'es')}; {total} saved at most in them"]
+    for child in begun[:MOST_NAMED]:
+        lines.append(
+            f"         {child['pid']}: {human_bytes(child['peak_bytes_saved'])}, "
+            f"{counted(child['stats']['full_scans'], 'pass', 'es')}, PSS "
+            f"{human_bytes(child['memory']['pss'])} at the end"
+        )
+    if len(begun) > MOST_NAMED:
+        lines.append(f"         and {len(begun) - MOST_NAMED} more")
+    for why in dict.fromkeys(failed):
+        lines.append(f"         {counted(failed.count(why), 'process', 'es')} without: {why}")
+    return lines
 
 
 def _skipped(stats: Mapping[str, Any]) -> list[str]:
