@@ -61,7 +61,7 @@ def test_scrape(engine, scrape, rng):
 def metrics_of(engine, **options):
     from ksmcore.prometheus import Collector
 
-    found = [metric for metric in Collector(engine, **options).collect()]
+    found = list(Collector(engine, **options).collect())
     assert len({metric.name for metric in found}) == len(found)
     return {metric.name.removeprefix("ksmcore_"): metric for metric in found}
 
