@@ -298,6 +298,37 @@ def test_a_handler_that_raises_is_not_lost_in_a_hook():
     )
 
 
+def test_signals_are_let_in_again_in_parent_and_child():
+    run("""
+        import subprocess
+
+        def blocked():
+            return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+        def check():
+            assert blocked() == {signal.SIGUSR1}
+
+        def inner():
+            actions.clear()
+            fork(lambda: None)
+
+        signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGUSR1])
+        engine.start(sleep_millisecs=0)
+        fork(check)
+        check()
+        actions.append(inner)
+        fork(check)
+        check()
+        subprocess.run(["true"], preexec_fn=check, check=True)
+        check()
+        # A program that is run by a fork's child has the signals of before.
+        def becomes():
+            code = "import signal; print(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+            os.execv(sys.executable, [sys.executable, "-c", code])
+        fork(becomes)
+    """)
+
+
 def test_a_bell_is_never_half_rung():
     done = run_python("""
         import signal, time
