@@ -94,7 +94,8 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     if peak > 0:
         lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
     else:
-        lines = [f"Nothing was saved: {_why_nothing(figures)}"]
+        here = " in this process" if figures.get("children") else ""
+        lines = [f"Nothing was saved{here}: {_why_nothing(figures)}"]
     lines.append(
         f"Memory   PSS {human_bytes(memory['pss'])}, RSS {human_bytes(memory['rss'])}"
         + (" (RSS counts a shared page once for each place that maps it)" if saved > 0 else "")

@@ -73,7 +73,7 @@ def test_workers_of_multiprocessing(tmp_path, method):
 
 def test_other_programs_and_what_they_start(tmp_path):
     """The environment variable does as the option; the last numbers of each are told."""
-    _, children = run_children(
+    text, children = run_children(
         tmp_path,
         """
         import subprocess, sys
@@ -86,6 +86,9 @@ def test_other_programs_and_what_they_start(tmp_path):
     )
     assert [n >= LEAST_BYTES for n in saved(children)] == [True]
     assert children[0]["command"][1] == "-c"
+    assert "Nothing was saved in this process" in text
+    again = ksmcore("report", tmp_path / "numbers.json")
+    assert "Children 1 process; " in again.stdout
 
 
 def test_a_sitecustomize_that_was_there_is_imported_as_ever(tmp_path):
