@@ -179,6 +179,35 @@ def test_forks_in_the_midst_of_forks_start_nothing_before_the_outer_one():
     """)
 
 
+def test_threads_that_fork_at_a_time():
+    """What one of them started again another may ask to make way at once."""
+    run(
+        """
+        engine.start(sleep_millisecs=0)
+        server = Server(lambda: {})
+
+        def forks():
+            for _ in range(60):
+                fork()
+
+        threads = [threading.Thread(target=forks) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for n in range(60):
+            arrays[0][:] = n
+            fork()
+        for thread in threads:
+            thread.join()
+        arrays[0][:] = np.arange(1 << 18) % 1000
+        goes_on()
+        until(lambda: n_threads() == 3)
+        server.stop()
+        assert len(counts) == 240
+    """,
+        flags=("-W", "ignore"),  # these are threads of the program
+    )
+
+
 def test_whoever_stops_one_that_is_away_need_not_wait():
     run("""
         def stop():
