@@ -311,6 +311,13 @@ def html_report(
     )
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """Called by `%load_ext ksmcore`: the magic `%%ksmcore`."""
+    from ksmcore._show import magic
+
+    magic.register(shell, default_engine, allocator)
+
+
 def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "Picture":
     """Draw page maps, and of an engine what was saved over time (extra `plot`: matplotlib).
 

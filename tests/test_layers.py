@@ -18,7 +18,7 @@ FLOORS = [
     "_hooks",
     *"_records _guard _pass _core _arrays _gate _engine _show".split(),
     "",
-    "doctor prometheus",
+    "doctor prometheus dask",
     "cli",
     "__main__ _testing",
 ]

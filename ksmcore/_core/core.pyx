@@ -15,6 +15,7 @@ from ksmcore._core.release cimport release_idle, release_if_worth
 from ksmcore._core.unmerge cimport unmerge_settle
 from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
+from ksmcore._kernel.forks cimport forks_is_coming
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
@@ -139,7 +140,8 @@ cdef class Core(Registry):
         bint patient=False
     ):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
-        are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled).
+        are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled), and it ends early
+        where a fork is about to come.
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is
@@ -167,6 +169,8 @@ cdef class Core(Registry):
                 merges_left = self.c.merges_left
                 release_if_worth(&self.c, True)
                 self._unlock()
+                if patient and forks_is_coming():
+                    break
                 self._let_others()
             if entered:
                 guard_leave(guard)

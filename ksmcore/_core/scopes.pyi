@@ -1,4 +1,3 @@
-from _thread import LockType
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -16,8 +15,6 @@ class _Export(Protocol):
     @property
     def ranges(self) -> list[tuple[int, int]]: ...
     def release(self) -> None: ...
-
-def start_thread(run: Callable[[], object], alive: LockType) -> None: ...
 
 @final
 class PassLock(AbstractContextManager[PassLock, None]):

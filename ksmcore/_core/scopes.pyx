@@ -8,30 +8,7 @@ giving back. They belong to one process: a forked child makes others.
 
 from cpython.pythread cimport PyThread_get_thread_ident
 
-import _thread
 import threading
-
-cdef extern from "_kernel/signals.h" nogil:
-    ctypedef struct sigset_t:
-        pass
-    void ksm_block_signals(sigset_t* before)
-    void ksm_restore_signals(const sigset_t* before)
-
-
-def start_thread(run, alive):
-    """Start a thread that gets no signals but for faults of its own, and runs `run`, which gives `alive` back in the
-    end: a lock of this thread's until then. RuntimeError where the system has no further thread; then it is free."""
-    cdef sigset_t before
-    ksm_block_signals(&before)
-    try:
-        alive.acquire()
-        try:
-            _thread.start_new_thread(run, ())
-        except BaseException:
-            alive.release()
-            raise
-    finally:
-        ksm_restore_signals(&before)
 
 
 cdef class PassLock:

@@ -129,5 +129,10 @@ class Area(Closing):
             except (MemoryError, RuntimeError, OSError) as error:
                 log.warning("%r was collected, and some of it stays merged: %s", self, error)
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_area(self)
+
     def __repr__(self) -> str:
         return f"<ksmcore.Area: {'closed' if self._closed else f'{len(self.regions)} regions'}>"

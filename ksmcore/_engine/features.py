@@ -11,7 +11,7 @@ from ksmcore._guard import guard
 from ksmcore._hooks import calls
 from ksmcore._kernel import syscalls, tracker
 
-__all__ = ["check_tracker", "choose_guard", "features"]
+__all__ = ["Features", "check_tracker", "choose_guard", "features"]
 
 _REMEDIES = {
     "userfaultfd": (
@@ -22,7 +22,16 @@ _REMEDIES = {
 }
 
 
-def features() -> dict[str, str | None]:
+class Features(dict[str, str | None]):
+    """A dict that a notebook can show."""
+
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_features(self)
+
+
+def features() -> Features:
     """What ksmcore can use here: name -> None when it is there, else why it is not.
 
     "pagemap", "memfd": parts of the kernel. "userfaultfd", "userfaultfd-user", "mprotect": the
@@ -32,7 +41,7 @@ def features() -> dict[str, str | None]:
     library can tell of the memory that they read into, see the setting hold_calls. "memory": malloc
     and its kin can be redirected, see install_allocator.
     """
-    found = syscalls.features()
+    found = Features(syscalls.features())
     for name in GUARDS:
         reason = guard.probe(name)
         found[name] = reason if reason is None else f"{reason} ({_REMEDIES[name]})"

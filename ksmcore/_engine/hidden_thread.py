@@ -7,11 +7,15 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ksmcore._core.scopes import start_thread
+from ksmcore._core.making_way import Bell, MakesWay
 from ksmcore._kernel.per_process import PerProcess
 
-__all__ = ["HiddenThread", "hide"]
+if TYPE_CHECKING:
+    from ksmcore._core.scopes import PassLock
+
+__all__ = ["Bell", "HiddenThread", "hide"]
 
 log = logging.getLogger("ksmcore")
 
@@ -58,39 +62,41 @@ class HiddenThread:
     itself, by blocking it in all its threads and waiting for it; and a handler must not run, and
     write into memory that is being merged, on the thread that merges it. Its own faults it gets,
     whatever the thread that starts it blocks.
+
+    It makes way for forks of Python's (see `_core/making_way`): where `is_asked` is true, and
+    `wake` was called, `target` returns True, and is called again after the fork, in the parent.
+    `wake` must be a function of C, or a signal handler could raise in it. `lock` is what it waits
+    for.
     """
 
-    def __init__(self, target: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        target: Callable[[], bool],
+        wake: Callable[[], object],
+        lock: PassLock | None = None,
+    ) -> None:
         self._target = target
         self._ident = 0
-        self._alive = threading.Lock()
+        self._way = MakesWay(self._run, wake, lock)
+        self.is_asked = self._way.is_asked
+        self.is_alive = self._way.is_alive
+        self.come_back = self._way.come_back
+        self.join = self._way.join
+        """Wait for its end, so many seconds at most; False where it has not come."""
 
     def start(self) -> None:
         """Raises RuntimeError where the system has no further thread."""
-        # No handler of Python's may raise in the midst of it: whoever waited for the end of a
-        # thread that never began would wait for ever.
-        start_thread(self._run, self._alive)
+        self._way.start()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        ident = self._ident = threading.get_ident()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, OWN_FAULTS)
-            self._ident = threading.get_ident()
-            _hidden.get().add(self._ident)
-            self._target()
+            _hidden.get().add(ident)
+            return self._target()
         finally:
             hide()
-            _hidden.get().discard(self._ident)
-            self._alive.release()
-
-    def is_alive(self) -> bool:
-        return self._alive.locked()
+            _hidden.get().discard(ident)
 
     def is_current(self) -> bool:
         return self._ident == threading.get_ident()
-
-    def join(self, timeout: float = -1) -> bool:
-        """Wait for its end; False where it has not come."""
-        ended = self._alive.acquire(timeout=timeout)
-        if ended:
-            self._alive.release()
-        return ended

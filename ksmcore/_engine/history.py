@@ -90,6 +90,11 @@ class History(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._samples)
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_history(self)
+
     def __repr__(self) -> str:
         samples = tuple(self._samples)
         span = f", {samples[0].seconds:.1f} to {samples[-1].seconds:.1f} s" if samples else ""

@@ -233,9 +233,9 @@ class Passes:
             return begun
 
     def make_batch(self, cursor: int, n_pages: int) -> tuple[int, bool]:
-        """Go on with it for so many pages; returns the new cursor, END_OF_MEMORY at the end, and
-        whether it was fruitful: something was merged, or much of what was read was new.
-        NotNowError when it is to be tried again, later."""
+        """Go on with it for so many pages, fewer before a fork; returns the new cursor,
+        END_OF_MEMORY at the end, and whether it was fruitful: something was merged, or much of what
+        was read was new. NotNowError when it is to be tried again, later."""
         with self.alone:
             self.check_open()
             self._take_census_if_due()

@@ -35,7 +35,7 @@ def reporting(progress: Progress, what: str, n_pages: int) -> Iterator[Callable[
 @contextmanager
 def _bar(what: str, n_pages: int) -> Iterator[Callable[[int], object]]:
     try:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm  # in a notebook, where ipywidgets is there, a bar of its own
     except ImportError:
         yield lambda done: None
         print(f"{what}: {n_pages:,} pages done", file=sys.stderr)

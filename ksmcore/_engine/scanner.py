@@ -3,8 +3,8 @@
 - It holds its engine's passes only during a batch: an engine that nobody else knows is collected.
 - Where nothing is registered it parks, and a registration wakes it: at once, or, where the arena
   has registered memory in the midst of NumPy's work, when it looks for that the next time.
-- Its thread is hidden (see `HiddenThread`). A fork does not wait for it, except for an open window;
-  in the child there is no scanner.
+- Its thread is hidden, and makes way for forks of Python's (see `HiddenThread`): after one it goes
+  on where it was. In the child there is no scanner.
 - Where there is no descriptor or no memory at the moment, or the kernel does not tell what is
   mapped, it waits and tries again; that is counted.
 - What else goes wrong in it is logged, kept, and raised by `stop`. Guard windows are closed by the
@@ -20,7 +20,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from ksmcore._engine.hidden_thread import HiddenThread, hide
+from ksmcore._engine.hidden_thread import Bell, HiddenThread, hide
 from ksmcore._engine.pacing import Pacer, young_seconds
 from ksmcore._engine.passes import (
     END_OF_MEMORY,
@@ -55,12 +55,14 @@ class Scanner:
         self._in_force = in_force
         self._generation = forks.generation()
         self._thread: HiddenThread | None = None  # the last one
+        self._lock = passes.alone
         self._is_stopped = True
         # Held for moments only: whoever stops waits for the thread, and that may be in a callback
         # that stops or starts as well.
         self._control = threading.RLock()
         self._at_work = threading.Lock()
-        self._wake = threading.Event()
+        self._bell = Bell()
+        self._is_woken = False
         # True whenever a registration should wake it: there may be nothing to do at present.
         self._is_resting = False
         self._error: BaseException | None = None
@@ -74,6 +76,9 @@ class Scanner:
         # Between two passes it is None; END_OF_MEMORY in the rest after the last batch.
         self._cursor: int | None = None
         self._begun: Begun | None = None
+        # Whose these are; and the rest that it is in, as `_rest` has it.
+        self._worker: HiddenThread | None = None
+        self._resting: tuple[float | None, int] | None = None
 
     @property
     def is_running(self) -> bool:
@@ -93,10 +98,11 @@ class Scanner:
             if passes is not None:
                 passes.check_open()
             if self.is_running:
+                self._come_back()
                 return
             self._error = None
             # In this order: the one before must not take itself for wanted again.
-            self._thread = HiddenThread(self._run)
+            self._thread = HiddenThread(self._run, self._bell.ring, self._lock)
             self._is_stopped = False
             self._thread.start()
         log.info("scanner started")
@@ -106,7 +112,7 @@ class Scanner:
         with self._control:
             thread, was_stopped = self._thread, self._is_stopped
             self._is_stopped = True
-            self._wake.set()
+            self._bell.ring()
         if thread is not None and not thread.is_current():
             thread.join()
         with self._control:
@@ -126,7 +132,14 @@ class Scanner:
     def wake(self, *, only_if_resting: bool = False) -> None:
         """Something has changed that should not wait for the end of a rest."""
         if self._is_resting or not only_if_resting:
-            self._wake.set()
+            self._is_woken = True
+            self._bell.ring()
+        self._come_back()
+
+    def _come_back(self) -> None:
+        """If the system had no thread for it after a fork."""
+        if self._thread is not None:
+            self._thread.come_back()
 
     def _is_wanted(self) -> bool:
         """Is this thread still the scanner? Not after `stop`, even if another was started since."""
@@ -138,50 +151,72 @@ class Scanner:
         be: a finaliser forked, in the midst of it."""
         return self._ref() if self._generation == forks.generation() else None
 
-    def _run(self) -> None:
+    def _is_asked(self) -> bool:
+        """Is it to make way for a fork?"""
+        thread = self._thread
+        return thread is not None and thread.is_asked()
+
+    def _run(self) -> bool:
+        """Returns True where it makes way, and is to be called again."""
         # One that was stopped may still be in its last batch. No plain wait: it may be in a
         # callback that has started this one, and stops it again.
         while not self._at_work.acquire(timeout=OVERLAP_SECONDS):
             if not self._is_wanted():
-                return
+                return False
+            if self._is_asked():
+                return True
         try:
-            self._cursor = None
-            self._cpu_at = began = time.thread_time()
-            before = self.cpu_seconds
-            while self._is_wanted():
-                passes = self._passes()
-                if passes is None:
-                    return
-                # In this order: what is registered from here on either is seen or wakes.
-                self._wake.clear()
-                self._is_resting = True
-                n_enlisted = passes.n_enlisted
-                rest = self._step(passes)
-                self.cpu_seconds = before + time.thread_time() - began
-                del passes  # nobody else may hold it any more
-                hide()
-                if self._is_wanted():
-                    self._rest(rest, n_enlisted)
+            if self._worker is not self._thread:
+                self._worker, self._cursor, self._resting = self._thread, None, None
+            return self._work()
         except EngineClosedError:
-            pass  # by another thread, which waits for the end of this one
+            return False  # by another thread, which waits for the end of this one
         except BaseException as error:
             log.exception("the scanner has ended")
             self._error = error
+            return False
         finally:
             self._at_work.release()
 
-    def _rest(self, seconds: float | None, n_enlisted: int) -> None:
-        """Until `wake`, or so long; where a registration should wake, until there is one."""
-        end = None if seconds is None else time.monotonic() + seconds
-        while True:
+    def _work(self) -> bool:
+        self._cpu_at = began = time.thread_time()
+        before = self.cpu_seconds
+        while self._is_wanted():
+            if self._resting is None:
+                passes = self._passes()
+                if passes is None:
+                    return False
+                # In this order: what is registered from here on either is seen or wakes.
+                self._is_woken = False
+                self._is_resting = True
+                n_enlisted = passes.n_enlisted
+                rest = self._step(passes)
+                self._resting = None if rest is None else time.monotonic() + rest, n_enlisted
+                self.cpu_seconds = before + time.thread_time() - began
+                del passes  # nobody else may hold it any more
+                hide()
+            if self._is_wanted() and not self._rest(*self._resting):
+                return True
+            self._resting = None
+        return False
+
+    def _rest(self, end: float | None, n_enlisted: int) -> bool:
+        """Until `wake`, or until then; where a registration should wake, until there is one. False
+        where it is to make way."""
+        while not self._is_asked():
+            if self._is_woken or not self._is_wanted():
+                return True
             left = LOOK_SECONDS if end is None else end - time.monotonic()
-            if left <= 0 or self._wake.wait(min(left, LOOK_SECONDS)):
-                return
+            if left <= 0:
+                return True
+            if self._bell.wait(min(left, LOOK_SECONDS)):
+                continue
             passes = self._passes()
             if passes is None or (self._is_resting and passes.n_enlisted != n_enlisted):
-                return
+                return True
             self._tidy(passes)
             del passes
+        return False
 
     def _step(self, passes: Passes) -> float | None:
         """One batch; returns for how long to rest then, None: until woken."""

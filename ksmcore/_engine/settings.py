@@ -180,6 +180,11 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        from ksmcore._show import notebook
+
+        return notebook.of_settings(self)
+
 
 @dataclass(slots=True)
 class InForce:

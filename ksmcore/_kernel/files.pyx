@@ -7,13 +7,15 @@ still be able to ask the kernel.
 from libc.errno cimport EINTR, ENOMEM, errno
 
 from ksmcore._kernel.syscalls cimport (
-    sys_close, sys_entered, sys_error, sys_error_clear, sys_list_lock, sys_open_read,
+    sys_close, sys_drop, sys_entered, sys_error, sys_error_clear, sys_file, sys_is_kept, sys_keep, sys_list_lock,
+    sys_open_read,
 )
 
 import os
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void* buf, size_t count)
+    ssize_t write(int fd, const void* buf, size_t count)
 
 
 def open_read(path):
@@ -67,3 +69,46 @@ def read_all(path):
     if code != 0:
         raise OSError(code, os.strerror(code), os.fspath(path))
     return bytes(found)
+
+
+cdef class Waker:
+    """A pipe, for a thread that waits for descriptors and may have to be woken. No forked child has it."""
+
+    cdef sys_file ends[2]
+
+    def __cinit__(self):
+        self.ends[0].fd = self.ends[1].fd = -1
+
+    def __init__(self):
+        """Raises OSError."""
+        cdef int fd
+        # Python's pipes are not inherited by other programs; of a fork before they are listed the child keeps two
+        # descriptors that stand for nothing.
+        for k, fd in enumerate(os.pipe()):
+            os.set_blocking(fd, False)
+            keep(fd)
+            sys_keep(&self.ends[k], fd)
+
+    def fileno(self):
+        """What can be read once it was woken."""
+        return self.ends[0].fd
+
+    def is_kept(self):
+        """Is it still there? The program may have closed it."""
+        return sys_is_kept(&self.ends[0]) and sys_is_kept(&self.ends[1])
+
+    def wake(self):
+        """Nothing where it is woken already, or was closed."""
+        if self.is_kept():
+            write(self.ends[1].fd, b"!", 1)
+
+    def sleep(self):
+        """Forget that it was woken."""
+        cdef char buf[64]
+        while self.is_kept() and read(self.ends[0].fd, buf, sizeof(buf)) > 0:
+            pass
+
+    def close(self):
+        """What is still there of it."""
+        for k in range(2):
+            sys_drop(&self.ends[k])

@@ -11,6 +11,11 @@ cdef void forks_unlock() noexcept nogil
 cdef uint32_t forks_count() noexcept nogil           # forks of this process so far; stable while the lock is held
 cdef uint32_t forks_generation() noexcept nogil      # grows by one in every forked child
 
+# Python announces its forks before it begins with them; who may take long then cuts it short.
+cdef void forks_announce() noexcept nogil
+cdef bint forks_over() noexcept nogil
+cdef bint forks_is_coming() noexcept nogil
+
 # Whether children live is only found out while somebody watches: each store does, while it has a file.
 cdef void forks_watch(int delta) noexcept nogil
 # The caller holds the fork lock.

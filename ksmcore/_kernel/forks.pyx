@@ -53,6 +53,10 @@ cdef extern from *:
     int __ATOMIC_SEQ_CST
     uint32_t __atomic_add_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint32_t __atomic_load_n(uint32_t* value, int order) nogil
+    void __atomic_store_n(uint32_t* value, uint32_t n, int order) nogil
+    bint __atomic_compare_exchange_n(
+        uint32_t* value, uint32_t* expected, uint32_t wanted, bint weak, int good, int bad
+    ) nogil
 
 cdef enum:
     MAX_LEASES = 16        # then the newest serves further forks as well: descriptors are few
@@ -66,6 +70,7 @@ ctypedef struct fork_lease:
 # All of it is written under the fork lock.
 cdef uint32_t _n_forks = 0
 cdef uint32_t _generation = 0
+cdef uint32_t _n_coming = 0               # forks of Python's between their announcement and their end; by atomics
 cdef int _n_watchers = 0
 cdef fork_lease _leases[MAX_LEASES]
 cdef uint32_t _n_leases = 0
@@ -88,6 +93,25 @@ cdef uint32_t forks_count() noexcept nogil:
 
 cdef uint32_t forks_generation() noexcept nogil:
     return __atomic_load_n(&_generation, __ATOMIC_SEQ_CST)
+
+
+cdef void forks_announce() noexcept nogil:
+    __atomic_add_fetch(&_n_coming, 1, __ATOMIC_SEQ_CST)
+
+
+cdef bint forks_over() noexcept nogil:
+    """The end of a fork that was announced, in the parent. Was it the last one?"""
+    cdef uint32_t n = __atomic_load_n(&_n_coming, __ATOMIC_SEQ_CST)
+    # Not below 0: the hook of another may have imported this module in the midst of a fork.
+    while n > 0 and not __atomic_compare_exchange_n(
+        &_n_coming, &n, n - 1, False, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST
+    ):
+        pass
+    return n <= 1
+
+
+cdef bint forks_is_coming() noexcept nogil:
+    return __atomic_load_n(&_n_coming, __ATOMIC_SEQ_CST) != 0
 
 
 cdef void forks_watch(int delta) noexcept nogil:
@@ -179,6 +203,7 @@ cdef void _in_child() noexcept nogil:
     _first_untold = UINT32_MAX
     _last_untold = 0
     _handed_over = 0
+    __atomic_store_n(&_n_coming, 0, __ATOMIC_SEQ_CST)
     __atomic_add_fetch(&_generation, 1, __ATOMIC_SEQ_CST)
     forks_mutex_renew()
     forks_let_signals_in()

@@ -158,4 +158,15 @@ static void ksm_pause(void) {
     nanosleep(&t, 0);
 }
 
+/* Shorter where a signal comes. */
+static void ksm_sleep_ns(uint64_t ns) {
+    struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    nanosleep(&t, 0);
+}
+
+static int ksm_own_thread(void) { return (int)syscall(SYS_gettid); }
+
+/* No signal is sent. Where a sandbox forbids to ask, there is none. */
+static int ksm_has_thread(int number) { return syscall(SYS_tgkill, getpid(), number, 0) == 0; }
+
 #endif

@@ -104,6 +104,9 @@ cdef size_t sys_page_bytes() noexcept nogil
 cdef uint64_t sys_now_ns() noexcept nogil            # monotonic
 cdef uint64_t sys_spent_ns() noexcept nogil
 cdef void sys_pause() noexcept nogil                 # sleep one millisecond
+cdef void sys_sleep_ns(uint64_t ns) noexcept nogil    # or until a signal comes
+cdef int sys_own_thread() noexcept nogil             # the kernel's number of this thread
+cdef bint sys_has_thread(int number) noexcept nogil  # has this process a thread of that number, dying ones included?
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil
 cdef bint sys_locks_future() noexcept nogil          # is all new memory locked?
 cdef size_t sys_file_limit() noexcept nogil          # the largest that a file may become (RLIMIT_FSIZE)

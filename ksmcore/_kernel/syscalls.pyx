@@ -36,6 +36,9 @@ cdef extern from "_kernel/syscalls.h":
     void* ksm_grow(void* old, size_t old_len, size_t new_len) nogil
     int ksm_move(void* source, void* target, size_t len) nogil
     void ksm_pause() nogil
+    void ksm_sleep_ns(uint64_t ns) nogil
+    int ksm_own_thread() nogil
+    bint ksm_has_thread(int number) nogil
     int F_ADD_SEALS, F_SEAL_WRITE
     unsigned int major(uint64_t dev) nogil
     unsigned int minor(uint64_t dev) nogil
@@ -155,6 +158,18 @@ cdef uint64_t sys_spent_ns() noexcept nogil:
 
 cdef void sys_pause() noexcept nogil:
     ksm_pause()
+
+
+cdef void sys_sleep_ns(uint64_t ns) noexcept nogil:
+    ksm_sleep_ns(ns)
+
+
+cdef int sys_own_thread() noexcept nogil:
+    return ksm_own_thread()
+
+
+cdef bint sys_has_thread(int number) noexcept nogil:
+    return number > 0 and ksm_has_thread(number)
 
 
 cdef bint sys_is_mapped(uintptr_t addr, size_t len_bytes) noexcept nogil:

@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ksmcore._engine.page_state import PageState
+from ksmcore._kernel.syscalls import page_bytes
 from ksmcore._show.page_maps import LOOKS
 from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
+    from ksmcore._engine.history import Sample
 
 __all__ = [
     "SAVED_COLOUR",
     "USED_COLOUR",
     "Point",
     "byte_ticks",
+    "history_points",
     "savings_points",
     "savings_svg",
     "time_ticks",
@@ -51,12 +54,17 @@ class Point(NamedTuple):
 
 
 def savings_points(engine: Engine) -> list[Point]:
-    """The engine's history and this moment, few enough to draw: of each column the first point, the
-    last, and those with the least and the most saved. Empty before the first pass."""
+    """The engine's history and this moment, as `history_points`. Empty before the first pass."""
     samples = list(engine.history)
     if samples:
         samples.append(engine._sample())
-    page = engine.page_bytes
+    return history_points(samples)
+
+
+def history_points(samples: Sequence[Sample]) -> list[Point]:
+    """Samples, few enough to draw: of each column the first point, the last, and those with the
+    least and the most saved."""
+    page = page_bytes()
     points = [Point(s.seconds, s.pages_used * page, s.pages_saved * page) for s in samples]
     if len(points) <= MOST_COLUMNS:
         return points

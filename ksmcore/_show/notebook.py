@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ksmcore._engine.page_state import PageState
 from ksmcore._kernel.syscalls import page_bytes
-from ksmcore._show.charts import savings_points
+from ksmcore._show.charts import history_points, savings_points
 from ksmcore._show.page_maps import PageMap
 from ksmcore._show.pieces import (
     QUIET,
@@ -25,18 +25,26 @@ from ksmcore._show.pieces import (
 from ksmcore.sizes import counted
 
 if TYPE_CHECKING:
+    from ksmcore._engine.area import Area
     from ksmcore._engine.counters import Stats
     from ksmcore._engine.engine import Engine
+    from ksmcore._engine.features import Features
+    from ksmcore._engine.history import History
     from ksmcore._engine.region import Region
+    from ksmcore._engine.settings import Settings
     from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats
 
 __all__ = [
+    "of_area",
     "of_engine",
     "of_estimate",
+    "of_features",
+    "of_history",
     "of_memory_info",
     "of_pass_report",
     "of_region",
     "of_region_stats",
+    "of_settings",
     "of_stats",
 ]
 
@@ -62,6 +70,48 @@ def of_stats(stats: Stats) -> str:
 
 
 def of_region_stats(stats: RegionStats) -> str:
+    return _box(stats, *_region_numbers(stats))
+
+
+def of_area(area: Area) -> str:
+    if area.closed:
+        return _box(area, "closed", "")
+    stats = area.stats()
+    head, rest = _region_numbers(stats)
+    regions = {f"{one.addr:#x}": counted(one.n_pages, "page") for one in area.regions}
+    listed = table(regions, "regions") if regions else ""
+    unreached = table(area.unreached, "not reached, by class and reason") if area.unreached else ""
+    return _box(area, f"{counted(len(regions), 'region')}; {head}", rest + listed + unreached)
+
+
+def of_history(history: History) -> str:
+    samples = list(history)
+    head = counted(len(samples), "sample")
+    if samples:
+        head += f", to {samples[-1].seconds:,.1f} s; <b>{size(samples[-1].bytes_saved)}</b> saved"
+    return _box(history, head, savings_figure(history_points(samples)))
+
+
+def of_settings(settings: Settings) -> str:
+    defaults = type(settings)().as_dict()
+    values = settings.as_dict()
+    other = {name: value for name, value in values.items() if value != defaults[name]}
+    told = ", ".join(f"<b>{escape(name)}</b> {escape(str(value))}" for name, value in other.items())
+    return _box(settings, told or "all as by default", table(values, "all settings"))
+
+
+def of_features(features: Features) -> str:
+    lines = "".join(
+        f"<li><b>{escape(name)}</b>: {'there' if reason is None else escape(reason)}</li>"
+        for name, reason in features.items()
+    )
+    n_there = sum(reason is None for reason in features.values())
+    head = f"{n_there} of {len(features)} can be used here"
+    return _box(features, head, f'<ul style="margin:.2em 0;padding-left:1.4em">{lines}</ul>')
+
+
+def _region_numbers(stats: RegionStats) -> tuple[str, str]:
+    """In a line, and in full."""
     counts = {
         PageState.SHARED: stats.pages_merged,
         PageState.ZERO: stats.ksm_zero_pages,
@@ -79,7 +129,7 @@ def of_region_stats(stats: RegionStats) -> str:
     saved, registered = round(stats.pages_saved * page_bytes()), stats.pages * page_bytes()
     head = f"its share of what is saved: <b>{size(saved)}</b> of {size(registered)}"
     numbers = table(stats.as_dict(), "all numbers")
-    return _box(stats, head, bar(named) + legend(named) + numbers)
+    return head, bar(named) + legend(named) + numbers
 
 
 def of_pass_report(report: PassReport) -> str:

@@ -165,6 +165,13 @@ def cli() -> None:
 )
 @threshold
 @whose_memory
+@click.option(
+    "--children",
+    is_flag=True,
+    envvar="KSMCORE_CHILDREN",
+    show_envvar=True,
+    help="Have Python processes that it starts come under ksmcore too.",
+)
 @click.option("--quiet", is_flag=True, help="No summary at the end.")
 def run(
     script: str,
@@ -177,6 +184,7 @@ def run(
     interval: int | None,
     threshold: int,
     memory: Whose | None,
+    children: bool,
     quiet: bool,
 ) -> Runner:
     """Run a Python program, unchanged, with the equal pages of its memory merged meanwhile: of
@@ -202,6 +210,11 @@ def run(
     allocator of their own (polars) are not reached; the summary tells how much memory was not, and
     is equal.
 
+    With --children those that import NumPy have both, each for its own memory: programs of Python
+    that it starts, and workers of multiprocessing and concurrent.futures, however they are started.
+    The summary adds them up. They learn of it by PYTHONPATH, so not where that is ignored (python
+    -I, -E, -S).
+
     Calls that read into an array, such as readinto(), never meet the moment in which it is merged.
     Where `ksmcore doctor` names another guard than userfaultfd, that takes the GNU C library, and
     what goes past it (io_uring, say) may fail with EFAULT then.
@@ -219,6 +232,7 @@ def run(
         quiet=quiet,
         report=report,
         json=json,
+        children=children,
     )
     return _accompanying(lambda: Session(program, options), program)
 

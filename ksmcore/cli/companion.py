@@ -31,6 +31,10 @@ class Companion:
         """Take the numbers; returns what is to be said."""
         raise NotImplementedError
 
+    def last_words(self) -> list[str]:
+        """At the exit; returns what is to be said besides."""
+        return []
+
     def leave(self) -> None:
         """The program is over, or there is none."""
 
@@ -62,6 +66,7 @@ class Companion:
             return
         self._is_over = True
         lines = self.conclude(self._exit_status) if self._lines is None else self._lines
+        lines = [*lines, *self.last_words()]
         self.leave()
         if lines:
             self.messages.say(*lines)

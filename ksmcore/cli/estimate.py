@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import ksmcore
-from ksmcore._engine.hidden_thread import HiddenThread
+from ksmcore._engine.hidden_thread import Bell, HiddenThread
 from ksmcore._engine.inventory import Inventory, take_inventory
 from ksmcore._engine.stats import Estimate
 from ksmcore.cli.companion import Companion
@@ -54,28 +53,39 @@ class Looks(Generic[Found]):
         self._look_now: Callable[[], Found] = look
         self._saved: Callable[[Found], int] = saved
         self._began = time.monotonic()
-        self._stop = threading.Event()
+        self._next = self._began + LEAST_REST_SECONDS
+        self._bell = Bell()
+        self._is_over = False
         self.n_looks = 0
         self.best: Look[Found] | None = None
         self.last: Look[Found] | None = None
-        self._thread = HiddenThread(self._run)
+        self._thread = HiddenThread(self._run, self._bell.ring)
         self._thread.start()
 
     def finish(self) -> None:
         """Look for the last time."""
-        self._stop.set()
+        self._is_over = True
+        self._bell.ring()
         self._thread.join()
         self._look()
 
-    def _run(self) -> None:
-        rest = LEAST_REST_SECONDS
+    def _run(self) -> bool:
+        """Returns True where it makes way for a fork."""
         try:
-            while not self._stop.wait(rest):
+            while not self._is_over:
+                if self._thread.is_asked():
+                    return True
+                left = self._next - time.monotonic()
+                if left > 0:
+                    self._bell.wait(left)
+                    continue
                 before = time.monotonic()
                 self._look()
-                rest = max((time.monotonic() - before) * REST_PER_LOOK, LEAST_REST_SECONDS)
+                now = time.monotonic()
+                self._next = now + max((now - before) * REST_PER_LOOK, LEAST_REST_SECONDS)
         except Exception:
             pass  # the program has closed the engine, perhaps: the last look will tell
+        return False
 
     def _look(self) -> None:
         at = time.monotonic() - self._began

@@ -33,6 +33,8 @@ WORTH_BYTES = 4 << 20
 
 # The largest regions, in a snapshot.
 MOST_REGIONS = 16
+# The children that a summary names, those that saved most.
+MOST_NAMED = 8
 
 
 class Source:
@@ -97,13 +99,14 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     peak, saved = figures["peak_bytes_saved"], figures["bytes_saved"]
     n_refused = figures["allocator"]["refused"]
     lines_elsewhere = elsewhere_lines(figures)
-    if peak == 0 and n_refused == 0 and _has_little(figures):
+    if peak == 0 and n_refused == 0 and _has_little(figures) and not figures.get("children"):
         # A short program, or one that wants nothing of this: no more than a line.
         return [f"ksmcore: Nothing was saved: {_why_nothing(figures)}", *lines_elsewhere]
     if peak > 0:
         lines = [f"{human_bytes(peak)} saved at most, {human_bytes(saved)} at the end"]
     else:
-        lines = [f"Nothing was saved: {_why_nothing(figures)}"]
+        here = " in this process" if figures.get("children") else ""
+        lines = [f"Nothing was saved{here}: {_why_nothing(figures)}"]
     lines.append(
         f"Memory   PSS {human_bytes(memory['pss'])}, RSS {human_bytes(memory['rss'])}"
         + (" (RSS counts a shared page once for each place that maps it)" if saved > 0 else "")
@@ -125,6 +128,8 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
         lines.append(f"Scanner  ended early: {stats['scanner_error']}")
+    if "children" in figures:
+        lines += _of_children(figures["children"])
     return [f"ksmcore: {lines[0]}", *(f"  {line}" for line in lines[1:]), *lines_elsewhere]
 
 
@@ -158,6 +163,26 @@ def blocks_of(whose_memory: Whose, threshold_bytes: int) -> str:
 
 def _others(figures: Mapping[str, Any]) -> str:
     return "the C library" if figures.get("whose_memory") == "all" else "NumPy"
+
+
+def _of_children(children: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What they saved, for a summary."""
+    failed = [child["failed"] for child in children if "failed" in child]
+    begun = [child for child in children if "failed" not in child]
+    begun.sort(key=lambda child: -child["peak_bytes_saved"])
+    total = human_bytes(sum(child["peak_bytes_saved"] for child in begun))
+    lines = [f"Children {counted(len(begun), 'process', 'es')}; {total} saved at most in them"]
+    for child in begun[:MOST_NAMED]:
+        lines.append(
+            f"         {child['pid']}: {human_bytes(child['peak_bytes_saved'])}, "
+            f"{counted(child['stats']['full_scans'], 'pass', 'es')}, PSS "
+            f"{human_bytes(child['memory']['pss'])} at the end"
+        )
+    if len(begun) > MOST_NAMED:
+        lines.append(f"         and {len(begun) - MOST_NAMED} more")
+    for why in dict.fromkeys(failed):
+        lines.append(f"         {counted(failed.count(why), 'process', 'es')} without: {why}")
+    return lines
 
 
 def _skipped(stats: Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,10 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ksmcore
+from ksmcore.cli.children import Children
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import Source, summary
 from ksmcore.cli.output import OutputFile
@@ -34,6 +36,7 @@ class RunOptions:
     quiet: bool = False
     report: OutputFile | None = None
     json: OutputFile | None = None
+    children: bool = False
 
 
 class Session(Companion):
@@ -52,14 +55,19 @@ class Session(Companion):
             self._html_report: Callable[..., str] = html_report
         self._engine = ksmcore.default_engine()
         self._server: Server | None = None
+        self._whose_memory = install(self._engine, options.threshold_bytes, options.memory)
         self._source = Source(
             self._engine,
             self._command,
             options.threshold_bytes,
-            whose_memory=install(self._engine, options.threshold_bytes, options.memory),
+            whose_memory=self._whose_memory,
             wants_scans=options.scans,
         )
+        self._children: Children | None = None
+        self._figures: dict[str, Any] | None = None
         self._start()
+        if options.children:
+            self._children = self._order_children()
 
     def _start(self) -> None:
         if self._options.scans:
@@ -72,9 +80,20 @@ class Session(Companion):
             if not self._options.quiet:
                 self.messages.say(f"ksmcore: `ksmcore live` will not see this process: {error}")
 
+    def _order_children(self) -> Children:
+        options = self._options
+        try:
+            return Children(
+                options.threshold_bytes, self._whose_memory, options.scans, options.interval_ms
+            )
+        except OSError as error:
+            raise ValueError(f"there is no place for the numbers of children: {error}") from None
+
     def leave(self) -> None:
         if self._server is not None:
             self._server.stop()
+        if self._children is not None:
+            self._children.close()
 
     def conclude(self, exit_status: int) -> list[str]:
         """Takes the numbers and writes the reports; what goes wrong with those is told too."""
@@ -85,9 +104,10 @@ class Session(Companion):
                 figures["elsewhere"] = elsewhere(self._engine, figures["seconds"])
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]
-        lines = [] if self._options.quiet else summary(figures)
-        if self._options.json is not None:
-            lines += self._write(self._options.json, lambda: json.dumps(figures, indent=1) + "\n")
+        if self._children is None:
+            lines = self._tell(figures)
+        else:
+            lines, self._figures = [], figures  # others go on
         if self._options.report is not None:
             lines += self._write(
                 self._options.report,
@@ -98,6 +118,18 @@ class Session(Companion):
                     exit_status=exit_status,
                 ),
             )
+        return lines
+
+    def last_words(self) -> list[str]:
+        """With the numbers of children: they have been waited for by now, if they are at all."""
+        if self._children is None or self._figures is None:
+            return []
+        return self._tell({**self._figures, "children": self._children.figures()})
+
+    def _tell(self, figures: dict[str, Any]) -> list[str]:
+        lines = [] if self._options.quiet else summary(figures)
+        if self._options.json is not None:
+            lines += self._write(self._options.json, lambda: json.dumps(figures, indent=1) + "\n")
         return lines
 
     def _write(self, file: OutputFile, make_text: Callable[[], str]) -> list[str]:

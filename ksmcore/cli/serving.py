@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 import stat
 import struct
@@ -160,10 +161,12 @@ class Server:
         with socket.socket(socket.AF_UNIX) as listening:
             self.path = _bind(listening, directory)
             listening.listen(8)
+            listening.setblocking(False)
             files.keep(listening.fileno())
             self._fd = listening.detach()
         self._stopping = False
-        self._thread = HiddenThread(self._serve)
+        self._waker = files.Waker()
+        self._thread = HiddenThread(self._serve, self._waker.wake)
         self._thread.start()
 
     def stop(self) -> None:
@@ -172,30 +175,43 @@ class Server:
             return
         self._stopping = True
         self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            waking = socket.socket(fileno=self._fd)
-            try:
-                waking.shutdown(socket.SHUT_RDWR)  # wakes the thread
-            finally:
-                waking.detach()
+        self._waker.wake()
         self._thread.join(1.0)
+        self._waker.close()
         files.close(self._fd)
 
-    def _serve(self) -> None:
+    def _serve(self) -> bool:
         # Sockets only here, in the frame of a thread that no child has.
         listening = socket.socket(fileno=self._fd)
-        while not self._stopping:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                if not self._stopping:
-                    time.sleep(1)  # the program has used up its file descriptors, perhaps
-                continue
-            # Whatever happens here, the program should not notice.
-            with contextlib.suppress(Exception):
-                self._answer(connection)
-            files.close(connection.detach())
-        listening.detach()
+        try:
+            while not self._stopping and not self._thread.is_asked():
+                if not self._waker.is_kept():
+                    return False  # the program has closed all descriptors, the socket among them
+                self._serve_one(listening)
+        finally:
+            listening.detach()
+        self._waker.sleep()
+        return not self._stopping
+
+    def _serve_one(self, listening: socket.socket) -> None:
+        """Or be woken."""
+        woken = select.poll()
+        woken.register(self._waker, select.POLLIN)
+        try:
+            both = select.poll()
+            both.register(self._waker, select.POLLIN)
+            both.register(listening, select.POLLIN)
+            both.poll()
+            connection, _ = listening.accept()
+        except BlockingIOError:
+            return
+        except OSError:
+            woken.poll(1000)  # the program has used up its file descriptors, perhaps
+            return
+        # Whatever happens here, the program should not notice.
+        with contextlib.suppress(Exception):
+            self._answer(connection)
+        files.close(connection.detach())
 
     def _answer(self, connection: socket.socket) -> None:
         files.keep(connection.fileno())

@@ -54,7 +54,9 @@ NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # Threads are named up to so many.
 MOST_NAMES = 4
 # Variables of this project that are no settings.
-OTHER_VARIABLES = {"KSMCORE_DISABLE", "KSMCORE_STRESS", "KSMCORE_SANITIZE", "KSMCORE_CI_CHILD"}
+OTHER_VARIABLES = {
+    f"KSMCORE_{name}" for name in "DISABLE CHILDREN STRESS SANITIZE CI_CHILD".split()
+}
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,10 @@ def test_nothing_stays_taken(name, private_buffer):
 
 
 def test_a_hidden_thread_whose_start_is_cut_off_ends():
-    n_moments, _ = moments(HiddenThread(lambda: None).start)
+    n_moments, _ = moments(HiddenThread(bool, bool).start)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     for moment in range(1, n_moments + 1):
-        thread = HiddenThread(lambda: None)
+        thread = HiddenThread(bool, bool)
         _, kept = moments(thread.start, moment)
         assert kept is not None
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

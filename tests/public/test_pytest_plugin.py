@@ -74,7 +74,7 @@ def test_silent_and_not_imported_otherwise(run):
     [
         ('min_saved("much")', "ksm", "text like '50 MB'"),
         ("min_saved()", "ksm", "it takes one size"),
-        ("min_saved(1)", "", "needs the fixture `ksm`"),
+        ("min_saved()", "", "it takes one size"),
     ],
 )
 def test_wrong_use(run, marker, parameter, said):
@@ -84,6 +84,93 @@ def test_wrong_use(run, marker, parameter, said):
     assert "1 passed, 1 error" in output
     assert said in output
     assert "another exception" not in output
+
+
+COPIES = """
+def copies(n):
+    base = np.random.default_rng(1).random(1 << 17)
+    return [base.copy() for _ in range(n)]
+"""
+
+
+def test_all_tests_under_the_allocator(run):
+    code, output = run(
+        COPIES
+        + """
+import unittest
+
+def test_plain():
+    pass
+
+def test_few():
+    arrays = copies(3)
+
+def test_many():
+    arrays = copies(5)
+
+@pytest.fixture(params=[6, 7])
+def made(request):
+    return copies(request.param)
+
+def test_of_fixtures(made):
+    assert (made[0] == made[1]).all()
+
+class T(unittest.TestCase):
+    def test_method(self):
+        arrays = copies(9)
+
+@pytest.mark.min_saved("20 MiB")
+def test_too_little():
+    arrays = copies(4)
+
+def test_with_fixture(ksm):
+    fill(ksm, 100)
+
+def test_fails():
+    arrays = copies(4)  # they live on, with the traceback
+    assert False, "mine"
+""",
+        "--ksmcore",
+    )
+    assert code == 1
+    assert "2 failed, 7 passed" in output
+    assert "of 20,971,520 asked for" in output
+    lines = output.split("ksmcore: memory saved")[1].splitlines()
+    told = [line.split("test_it.py::")[-1] for line in lines if "test_it.py" in line]
+    assert told[:6] == [
+        "T::test_method",
+        "test_of_fixtures[7]",
+        "test_of_fixtures[6]",
+        "test_many",
+        "test_too_little",
+        "test_few",
+    ]
+    assert "8.0 MiB  test_it.py::T::test_method" in output
+    assert "400.0 KiB  test_it.py::test_with_fixture" in output
+    assert "1 other saved less, or nothing" in output
+
+
+def test_the_marker_alone(run):
+    code, output = run(
+        COPIES
+        + """
+@pytest.mark.min_saved("3 MB")
+def test_enough():
+    arrays = copies(4)
+
+@pytest.mark.min_saved("3 MB")
+def test_too_little():
+    arrays = copies(2)
+
+def test_other():
+    import ksmcore
+    arrays = copies(4)
+    assert ksmcore.dedup().bytes_saved <= 0
+"""
+    )
+    assert code == 1
+    assert "1 failed, 2 passed" in output
+    assert "1.0 MiB  test_it.py::test_too_little" in output
 
 
 def test_methods_of_unittest(run):

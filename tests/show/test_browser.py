@@ -241,6 +241,8 @@ def test_report_on_paper(engine, look):
 def test_what_a_notebook_shows(engine, look, private_buffer, colours):
     region = engine.register(private_buffer(300))
     np.frombuffer(region._view(), np.uint8)[: 100 * PAGE] = 9
+    area = engine.area()
+    area.register(bytearray(20 * PAGE))
     report = engine.dedup()
     shown = [
         what._repr_html_()
@@ -252,6 +254,11 @@ def test_what_a_notebook_shows(engine, look, private_buffer, colours):
             report,
             engine.estimate(),
             ksmcore.memory_info(),
+            area,
+            engine.history,
+            engine.settings,
+            ksmcore.Settings(guard="mprotect", max_cpu=5),
+            ksmcore.features(),
         )
     ]
     text = (

@@ -56,6 +56,42 @@ def test_engine_and_stats(engine, region):
     assert Reader(engine._repr_html_()).text == "ksmcore.Engine closed"
 
 
+def test_area(engine, region, private_buffer):
+    with engine.area() as area:
+        memory = private_buffer(10)
+        memory.write(b"x" * len(memory))
+        made = area.register(memory)
+        engine.dedup()
+        seen = Reader(area._repr_html_())
+        assert "1 region; its share of what is saved" in seen.text
+        assert f"{made.addr:#x}" in seen.text
+    assert Reader(area._repr_html_()).text == "ksmcore.Area closed"
+
+
+def test_history(engine, region):
+    seen = Reader(engine.history._repr_html_())
+    assert "2 samples" in seen.text
+    assert f"{45 * PAGE / KIB:.1f} KiB saved" in seen.text
+    assert "polygon" in seen.tags
+    with ksmcore.Engine() as fresh:
+        assert Reader(fresh.history._repr_html_()).text == "ksmcore.History 0 samples"
+
+
+def test_settings():
+    assert "all as by default" in Reader(ksmcore.Settings()._repr_html_()).text
+    seen = Reader(ksmcore.Settings(pages_to_scan=77)._repr_html_())
+    assert "ksmcore.Settings pages_to_scan 77" in seen.text
+    assert "sleep_millisecs20" in seen.text
+
+
+def test_features():
+    found = ksmcore.features()
+    n_there = list(found.values()).count(None)
+    seen = Reader(found._repr_html_())
+    assert f"{n_there} of {len(found)} can be used here" in seen.text
+    assert all(name in seen.text for name in found)
+
+
 def test_region_stats(region):
     seen = Reader(region.stats()._repr_html_())
     assert f"saved: {45 * PAGE / KIB:.1f} KiB of {100 * PAGE / KIB:.1f} KiB" in seen.text

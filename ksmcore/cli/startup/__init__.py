@@ -1,0 +1,1 @@
+"""The directory that `ksmcore run --children` puts first in PYTHONPATH."""
