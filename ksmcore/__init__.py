@@ -95,7 +95,7 @@ __all__ = [
 ]
 
 # Here, and nowhere else: to ask the installed package for it takes as long as half of this import.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 @functools.cache
