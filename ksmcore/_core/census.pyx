@@ -34,7 +34,7 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
 from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_next, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_lose, store_slot_at
 from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
@@ -201,16 +201,14 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
             one.n_blocked += (end - start) // one.c.page_bytes
 
 
-cdef uint64_t _remembered(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
-    cdef size_t page
-    cdef uint64_t placed = 0
-    cdef uint32_t item, hint = 0, slot
-    for page in range(n_pages):
-        item = rmap_find(&c.rmap, first_no + page, hint)
-        hint = item if item != 0 else hint
-        slot = rmap_slot(&c.rmap, item)
-        if slot != 0:
-            placed += rmap_identity(first_no + page, slot, 1)
+cdef uint64_t _remembered(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
+    cdef uint64_t placed = 0, end_no = page_no + n_pages
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    while item != 0:
+        if rmap_slot(&c.rmap, item) != 0:
+            placed += rmap_identity(page_no, rmap_slot(&c.rmap, item), 1)
+        page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
     return placed
 
 

@@ -10,7 +10,8 @@ from libc.stdlib cimport free, qsort, realloc
 from ksmcore._guard.guard cimport guard_enter, guard_leave
 from ksmcore._guard.window cimport GUARD_MPROTECT
 from ksmcore._kernel.pagemap cimport (
-    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_open, pagemap_query,
+    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, pagemap, pagemap_close, pagemap_hole_end,
+    pagemap_open, pagemap_query, pagemap_try_scanning,
 )
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_error_raise, sys_page_bytes
@@ -110,6 +111,19 @@ cdef class Tally:
         finally:
             pagemap_close(&pm)
             _leave()
+
+    def pass_hole(self, uintptr_t addr, uintptr_t end):
+        """Count the pages before the first one in [addr, end) that is there, or was swapped out, and return where that
+        is; `addr` where the kernel does not tell."""
+        cdef pagemap pm
+        cdef uintptr_t there
+        pagemap_open(&pm, self.page_bytes, True)
+        with nogil:
+            pagemap_try_scanning(&pm)
+            there = pagemap_hole_end(&pm, addr, end)
+        pagemap_close(&pm)
+        self.n_pages += (there - addr) // self.page_bytes
+        return there
 
     cdef bint _keep(self, const uint8_t** pages, const uint32_t* digests, size_t n) noexcept nogil:
         cdef found_page* grown

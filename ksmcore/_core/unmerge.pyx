@@ -20,7 +20,7 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
 from ksmcore._records.regions cimport region_t, regions_end_of
-from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_slot
+from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_next, rmap_slot
 from ksmcore._records.store cimport store_lose
 
 
@@ -39,11 +39,13 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
 
 cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil:
     """Does any page of a region lie over the store?"""
-    cdef size_t page
-    cdef uint32_t hint = 0
-    for page in range(region.n_pages):
-        if _lies_over_store(c, region.addr // c.page_bytes + page, &hint):
+    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    while item != 0:
+        if c.rmap.tags[item].over_store:
             return True
+        page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
     return False
 
 
@@ -56,9 +58,9 @@ cdef int unmerge_region(
     Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
     too few mappings: then some pages may be plain again, the others are still merged, all are right.
     """
-    cdef uint64_t first_no = region.addr // c.page_bytes
-    cdef size_t page = 0, start, n_restored
-    cdef uint32_t item = 0
+    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages, start_no
+    cdef size_t n_restored
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
     cdef uintptr_t end
     cdef bint has_looked = False
     cdef int rc = 0
@@ -67,35 +69,34 @@ cdef int unmerge_region(
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.tracker = &c.tracker
-    while page < region.n_pages and rc == 0:
-        item = rmap_find(&c.rmap, first_no + page, item)
-        if item == 0 or not c.rmap.tags[item].over_store:
-            page += 1
-            continue
-        if not has_looked:
-            look_before_restoring(c)
-            has_looked = True
-        start = page
-        run.addr = region.addr + start * c.page_bytes
-        run.flags = look_flags(c, region, run.addr, &end)
-        end = min(end, regions_end_of(&c.regions, region))
-        while item != 0 and c.rmap.tags[item].over_store and region.addr + page * c.page_bytes < end:
-            page += 1
-            item = rmap_find(&c.rmap, first_no + page, item)
-        run.n_pages = page - start
-        rc = merge_restore_range(&run, True, &n_restored, err)
-        _settle_restored(c, first_no + start, n_restored)
+    while item != 0 and rc == 0:
+        if c.rmap.tags[item].over_store:
+            if not has_looked:
+                look_before_restoring(c)
+                has_looked = True
+            start_no = page_no
+            run.addr = start_no * c.page_bytes
+            run.flags = look_flags(c, region, run.addr, &end)
+            end = min(end, regions_end_of(&c.regions, region))
+            while item != 0 and c.rmap.tags[item].over_store and page_no * c.page_bytes < end:
+                page_no += 1
+                item = rmap_find(&c.rmap, page_no, item)
+            run.n_pages = page_no - start_no
+            rc = merge_restore_range(&run, True, &n_restored, err)
+            _settle_restored(c, start_no, n_restored)
+        else:
+            page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
     return rc
 
 
-cdef void _forget_pages(engine_core* c, uint64_t first_no, size_t n_pages) noexcept nogil:
-    cdef size_t i
-    cdef uint32_t item, hint = 0
-    for i in range(n_pages):
-        item = rmap_find(&c.rmap, first_no + i, hint)
-        if item != 0:
-            hint = item
-            match_forget_item(c, item)
+cdef void _forget_pages(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
+    cdef uint64_t end_no = page_no + n_pages
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    while item != 0:
+        match_forget_item(c, item)
+        page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
 
 
 cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
@@ -111,14 +112,13 @@ cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
 cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
     """Of a region whose memory went elsewhere, or may have: whatever maps its slots, somewhere, goes on seeing the same
     bytes. Nothing else changes."""
-    cdef uint64_t first_no = region.addr // c.page_bytes
-    cdef size_t page
-    cdef uint32_t item = 0, hint = 0
-    for page in range(region.n_pages):
-        item = rmap_find(&c.rmap, first_no + page, hint)
-        hint = item if item != 0 else hint
+    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    while item != 0:
         if rmap_slot(&c.rmap, item) != 0:
             store_lose(&c.store, rmap_slot(&c.rmap, item))
+        page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
 
 
 cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:

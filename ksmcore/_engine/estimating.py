@@ -31,9 +31,12 @@ def tally(
     n_pages = sum(end - start for start, end in ranges) // page_bytes
     with reporting(progress, "ksmcore estimate", n_pages) as tell:
         for start, end in ranges:
-            for addr in range(start, end, BATCH_PAGES * page_bytes):
-                counts.add(addr, min((end - addr) // page_bytes, BATCH_PAGES))
+            addr = counts.pass_hole(start, end)
+            while addr < end:
+                n = min((end - addr) // page_bytes, BATCH_PAGES)
+                counts.add(addr, n)
                 tell(counts.n_pages)
+                addr = counts.pass_hole(addr + n * page_bytes, end)
     return Estimate(
         page_bytes=page_bytes,
         pages=counts.n_pages,

@@ -62,6 +62,19 @@ static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, ks
     return -1;
 }
 
+/* The first page that is there, or was swapped out: 1 and *there; 0: there is none. */
+static int ksm_scan_hole(int fd, uintptr_t start, uintptr_t end, ksm_page_range *there) {
+    struct ksm_scan_args a;
+    memset(&a, 0, sizeof a);
+    a.size = sizeof a;
+    a.start = start;
+    a.end = end;
+    a.vec = (uintptr_t)there;
+    a.vec_len = a.max_pages = 1;
+    a.any_of = a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED;
+    return ioctl(fd, KSM_PAGEMAP_SCAN, &a);
+}
+
 /* From here on a write to these pages is seen. EPERM: they are not all watched by asynchronous userfaultfd. */
 static int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end) {
     struct ksm_scan_args a;

@@ -44,8 +44,10 @@ cdef void pagemap_close(pagemap* pm) noexcept nogil
 cdef int pagemap_query(
     pagemap* pm, uintptr_t addr, size_t n_pages, uint8_t* flags, sys_error* err
 ) noexcept nogil
+cdef uintptr_t pagemap_hole_end(pagemap* pm, uintptr_t addr, uintptr_t end) noexcept nogil
 cdef int pagemap_survey(
-    pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
+    pagemap* pm, uintptr_t addr, uintptr_t end, uintptr_t limit, bint watched, bint with_files, page_survey* survey,
+    sys_error* err
 ) noexcept nogil
 cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil

@@ -32,6 +32,7 @@ cdef extern from "_kernel/pagemap.h" nogil:
         int fd, uintptr_t start, uintptr_t end, bint only_written, files_wanted files, ksm_page_range* ranges,
         size_t max_pages
     )
+    int ksm_scan_hole(int fd, uintptr_t start, uintptr_t end, ksm_page_range* there)
     int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end)
 
 cdef enum:
@@ -159,7 +160,8 @@ cdef inline uintptr_t _span_end(const pagemap* pm, uintptr_t addr) noexcept nogi
 
 
 cdef int _survey_by_scan(
-    pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
+    pagemap* pm, uintptr_t addr, uintptr_t end, uintptr_t limit, bint watched, bint with_files, page_survey* survey,
+    sys_error* err
 ) noexcept nogil:
     cdef ksm_page_range found[<int>SPAN_PAGES]
     cdef page_range* put
@@ -183,14 +185,27 @@ cdef int _survey_by_scan(
         put.n_pages = (found[i].end - found[i].start) // pm.page_bytes
         put.flags = _flags_of(pm, found[i].categories)
     survey.n_ranges = max(n, 0)
+    if n == 1 and survey.ranges[0].flags == 0 and survey.ranges[0].n_pages == (survey.next - addr) // pm.page_bytes:
+        # Nothing is there. The rest of the hole costs the kernel next to nothing.
+        survey.next = max(pagemap_hole_end(pm, addr, limit), survey.next)
+        survey.ranges[0].n_pages = (survey.next - addr) // pm.page_bytes
     return min(n, 0)
 
 
+cdef uintptr_t pagemap_hole_end(pagemap* pm, uintptr_t addr, uintptr_t end) noexcept nogil:
+    """The first page in [addr, end) that is there, or was swapped out, or `end`; `addr` where it cannot be told."""
+    cdef ksm_page_range there
+    cdef int n = ksm_scan_hole(pm.file.fd, addr, end, &there) if pm.scans else -1
+    return end if n == 0 else there.start if n > 0 else addr
+
+
 cdef int pagemap_survey(
-    pagemap* pm, uintptr_t addr, uintptr_t end, bint watched, bint with_files, page_survey* survey, sys_error* err
+    pagemap* pm, uintptr_t addr, uintptr_t end, uintptr_t limit, bint watched, bint with_files, page_survey* survey,
+    sys_error* err
 ) noexcept nogil:
     """The first pages in [addr, end) that need a look, by ranges, of one span at most; survey.next tells where to
-    go on, survey.n_ranges is 0 when there are none before that.
+    go on, survey.n_ranges is 0 when there are none before that. A span of which nothing is there goes on to the end of
+    the hole, or to `limit`, which may lie far behind `end`.
 
     No look need pages that are present and were not written since they were protected, if the range is
     `watched`; and pages of files, if not `with_files`. Where PAGEMAP_SCAN is refused, for now or for good, the other
@@ -203,7 +218,7 @@ cdef int pagemap_survey(
     if pm.file.fd >= 0 and not sys_is_kept(&pm.file):
         pagemap_reopen(pm)
     sys_error_clear(&ignored)
-    if pm.scans and _survey_by_scan(pm, addr, end, watched, with_files, survey, &ignored) == 0:
+    if pm.scans and _survey_by_scan(pm, addr, end, limit, watched, with_files, survey, &ignored) == 0:
         return 0
     survey.n_ranges = 0
     survey.next = min(end, _span_end(pm, addr))

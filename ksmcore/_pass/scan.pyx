@@ -52,7 +52,7 @@ from ksmcore._records.regions cimport (
     BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
 )
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_next, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_is_shared_block, store_page
 
@@ -119,6 +119,11 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
     cdef size_t k, i, n_look = 0
     for k in range(c.survey.n_ranges):
         there = &c.survey.ranges[k]
+        if not there.flags & PAGE_PRESENT:
+            c.counters.pages_scanned -= there.n_pages
+            c.counters.skipped.away += there.n_pages if there.flags == PAGE_SWAPPED else 0
+            _absent_range(c, there)
+            continue
         for i in range(there.n_pages):
             page = <const uint8_t*>(there.addr + i * c.page_bytes)
             if n_look == most:
@@ -127,12 +132,6 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
             item = rmap_find(&c.rmap, <uintptr_t>page // c.page_bytes, hint)
             if item != 0:
                 hint = item
-            if not there.flags & PAGE_PRESENT:
-                c.counters.pages_scanned -= 1
-                c.counters.skipped.away += there.flags == PAGE_SWAPPED
-                if item != 0:
-                    _absent(c, item, there.flags)
-                continue
             if patient and _is_left_alone(c, item, page, &until, &is_unsettled):
                 c.counters.skipped.young += 1
                 continue
@@ -146,6 +145,15 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
             c.marks[n_look] = IS_HUGE if there.flags & PAGE_HUGE else 0
             n_look += 1
     return n_look
+
+
+cdef void _absent_range(engine_core* c, const page_range* gone) noexcept nogil:
+    cdef uint64_t page_no = gone.addr // c.page_bytes, end_no = page_no + gone.n_pages
+    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    while item != 0:
+        _absent(c, item, gone.flags)
+        page_no += 1
+        item = rmap_next(&c.rmap, &page_no, end_no, item)
 
 
 cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
@@ -175,23 +183,23 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
 # ---- the stages, one after the other ------------------------------------------------------------
 
 cdef int _scan_span(
-    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, bint immediate, bint patient, size_t* n_looked,
-    sys_error* err
+    engine_core* c, region_t* region, uintptr_t addr, uintptr_t end, uintptr_t limit, bint immediate, bint patient,
+    size_t* n_looked, sys_error* err
 ) noexcept nogil:
     """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
-    c.survey.next tells where to go on. -1 with *err when the kernel did not answer, or when a guard could not
+    c.survey.next tells where to go on, at `limit` at most, where there is a hole. -1 with *err when the kernel did not answer, or when a guard could not
     be closed."""
     cdef size_t i, n_look, n_known
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
     # A page of a file is one of the store, unless an item over the store has lost its share of it.
     cdef bint with_files = c.rmap.n_over_store != c.rmap.n_by_state[<int>PAGE_SHARED]
-    if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
+    if pagemap_survey(&c.pm, addr, end, limit, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
         return -1
     if immediate and _has_swapped(c):
         # Most likely the kernel is moving some pages just now; there is no next pass to wait for.
         sys_pause()
-        if pagemap_survey(&c.pm, addr, end, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
+        if pagemap_survey(&c.pm, addr, end, limit, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
             return -1
     n_look = n_looked[0] = _classify(
         c, immediate, patient, <size_t>min(<uint64_t>SPAN_PAGES, c.merges_left)
@@ -268,7 +276,7 @@ cdef int scan_at(
     else:
         n = min(n, <size_t>STEP_PAGES)
         cursor[0] = from_here + n * c.page_bytes
-        rc = _scan_span(c, region, from_here, cursor[0], immediate, patient, &n_looked, err)
+        rc = _scan_span(c, region, from_here, cursor[0], to_here, immediate, patient, &n_looked, err)
         if rc == 0:
             cursor[0] = c.survey.next
             n = n_looked + (cursor[0] - from_here) // c.page_bytes // WALKED_PER_LOOK

@@ -7,7 +7,7 @@ neighbouring slots, and of neighbours in anonymous memory that was never moved.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from ksmcore._records.rmap cimport rmap_find, rmap_slot, rmap_table
+from ksmcore._records.rmap cimport rmap_find, rmap_next, rmap_slot, rmap_table
 
 
 cdef uint32_t costs_slot_under(rmap_table* rmap, uint64_t page_no, uint32_t item) noexcept nogil:
@@ -24,12 +24,16 @@ cdef int64_t costs_of_mapping(rmap_table* rmap, uint64_t page_no, size_t n_pages
     cdef uint32_t right = costs_slot_under(rmap, page_no + n_pages, 0)
     cdef uint32_t before = left, after = left, under, item, hint = 0
     cdef int64_t cost = 0
-    cdef size_t i
-    for i in range(n_pages):
-        item = rmap_find(rmap, page_no + i, hint)
+    cdef uint64_t end_no = page_no + n_pages
+    while page_no < end_no:
+        item = rmap_find(rmap, page_no, hint)
         hint = item if item != 0 else hint
-        under = costs_slot_under(rmap, page_no + i, item) if item != 0 else 0
+        under = rmap_slot(rmap, item) if item != 0 else 0
         cost += <int>costs_splits(after, slot) - <int>costs_splits(before, under)
+        page_no += 1
+        if slot == 0 and before == 0 and under == 0 and item == 0:
+            # So it stays as far as nothing is known of the pages.
+            rmap_next(rmap, &page_no, end_no, hint)
         before = under
         after = slot
         slot += slot != 0

@@ -87,6 +87,7 @@ cdef inline uint64_t rmap_identity(uint64_t page_no, uint64_t slot, uint64_t n_p
 cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexcept nogil
 cdef void rmap_destroy(rmap_table* table) noexcept nogil
 cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noexcept nogil
+cdef uint32_t rmap_next(rmap_table* table, uint64_t* page_no, uint64_t end_no, uint32_t hint) noexcept nogil
 cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil

@@ -91,6 +91,28 @@ cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noex
     return item
 
 
+cdef uint32_t rmap_next(rmap_table* table, uint64_t* page_no, uint64_t end_no, uint32_t hint) noexcept nogil:
+    """The item of the first page from *page_no on that has one, which *page_no is then; 0, and *page_no is end_no, where
+    there is none before that. `hint`: as for rmap_find.
+
+    A gap longer than the table is not walked over: then the table is, once for the gap. So it never takes longer than
+    twice what finding each page of the range would."""
+    cdef uint64_t probed_no = page_no[0] + table.top, next_no = end_no
+    cdef uint32_t item, found = 0
+    while page_no[0] < end_no and page_no[0] <= probed_no:
+        item = rmap_find(table, page_no[0], hint)
+        if item != 0:
+            return item
+        page_no[0] += 1
+    if page_no[0] < end_no:
+        for item in range(1, table.top):
+            if page_no[0] <= table.tags[item].page_no < next_no:
+                found = item
+                next_no = table.tags[item].page_no
+    page_no[0] = next_no
+    return found
+
+
 cdef bint _grow_array(void** array, size_t n_before, size_t n_after, size_t item_bytes, sys_error* err) noexcept nogil:
     cdef void* grown = sys_grow(array[0], n_before * item_bytes, n_after * item_bytes, err)
     if grown != NULL:

@@ -46,7 +46,7 @@ def survey(uintptr_t addr, size_t n_pages, bint watched):
         raise OSError(ENOTTY, "this kernel has no PAGEMAP_SCAN")
     ranges = []
     while cursor < end and rc == 0:
-        rc = pagemap_survey(&pm, cursor, end, watched, True, &found, &err)
+        rc = pagemap_survey(&pm, cursor, end, end, watched, True, &found, &err)
         for k in range(found.n_ranges if rc == 0 else 0):
             first = (found.ranges[k].addr - addr) // page_bytes
             ranges.append((first, found.ranges[k].n_pages, found.ranges[k].flags))
