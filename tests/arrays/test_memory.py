@@ -253,13 +253,23 @@ def test_absurd_sizes_are_refused_as_before():
     """)
 
 
-@pytest.mark.parametrize("threshold", [4096, 64 << 10])
-@pytest.mark.parametrize("guard", ["userfaultfd", "mprotect"])
-def test_threads_that_allocate_grow_and_give_back_in_turns(tmp_path, native_path, threshold, guard):
+@pytest.mark.parametrize(
+    ("threshold", "guard", "n_turns", "n_turns_long"),
+    [
+        (16 << 10, None, 20_000, 17_000_000),  # no scanner
+        (4 << 10, "userfaultfd", 10_000, 700_000),
+        (64 << 10, "userfaultfd", 10_000, 700_000),
+        (4 << 10, "mprotect", 10_000, 700_000),
+        (64 << 10, "mprotect", 10_000, 700_000),
+    ],
+)
+def test_threads_that_allocate_grow_and_give_back_in_turns(
+    tmp_path, native_path, threshold, guard, n_turns, n_turns_long
+):
     """While the scanner merges what they hold, processes are forked, libraries come and go, and it
     is undone and done again."""
     other_path = shutil.copy(native_path, tmp_path / "other.so")
-    if ksmcore.features()[guard] is not None:
+    if guard is not None and ksmcore.features()[guard] is not None:
         pytest.skip("not to be had here")
     passes(
         """
@@ -280,10 +290,13 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(tmp_path, native_path
             libc.dlclose(ctypes.c_void_p(other._handle))
 
         ksmcore.install_allocator(threshold, memory="all")
-        ksmcore.start(sleep_millisecs=0)
+        most_bytes = 1 << 16
+        if sys.argv[5] != "None":
+            ksmcore.start(sleep_millisecs=0)
+            most_bytes = 1 << 20
         wrong = []
         def work(seed):
-            wrong.append(native.stress(3, n_turns, seed, 1 << 20))
+            wrong.append(native.stress(3, n_turns, seed, most_bytes))
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
         for thread in threads:
             thread.start()
@@ -307,9 +320,10 @@ def test_threads_that_allocate_grow_and_give_back_in_turns(tmp_path, native_path
         """,
         native_path,
         threshold,
-        4_500_000 if STRESS else 20_000,  # in 6 threads
+        n_turns_long if STRESS else n_turns,  # in 6 threads
         other_path,
-        KSMCORE_GUARD=guard,
+        guard,
+        KSMCORE_GUARD=guard or "auto",
         PYTHONWARNINGS="ignore",
     )
 
