@@ -90,10 +90,11 @@ cdef extern from *:
         redirect_find_ours();
         for (uint32_t i = 0; i < table->n_rows; i++) {
             redirect_row *row = &table->rows[i];
-            *row->below = redirect_symbol(libc, row->name);
-            if (table->of_the_process) *row->below = redirect_in_use(*row->below, row->name);
+            void *of_libc = redirect_symbol(libc, row->name);
+            *row->below = table->of_the_process ? redirect_in_use(of_libc, row->name) : of_libc;
             row->beside = redirect_symbol(threads, row->name);
-            if (row->beside == *row->below) row->beside = (void *)0;
+            /* What that library has from the C library, which another's function below may call, is not beside it. */
+            if (row->beside == of_libc || row->beside == *row->below) row->beside = (void *)0;
             if (*row->below && !table->of_the_process) redirect_n_others += (uint32_t)redirect_is_others(row);
         }
         /* The names are ours to have looked up, not to keep open. */

@@ -44,6 +44,32 @@ def native_path(tmp_path_factory):
     return compiled(tmp_path_factory.mktemp("malloc"), [Path(__file__).parent / "malloc.c"])
 
 
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="something is preloaded already")
+def test_a_malloc_that_was_preloaded_stays_the_one_below(tmp_path):
+    library = compiled(tmp_path, [Path(__file__).parent / "preloaded.c"])
+    passes(
+        """
+        n_calls = ctypes.c_ulong.in_dll(ctypes.CDLL(sys.argv[1]), "preloaded_n_calls")
+        before = n_calls.value
+        small = [bytearray(1000) for _ in range(5000)]
+        assert n_calls.value - before >= 5000
+        assert taken() == 0
+        blocks = [bytearray(b"x" * MIB) for _ in range(4)]
+        assert taken() >= 4 * MIB
+        for block in blocks:
+            block += bytes(MIB)
+        assert ksmcore.dedup().bytes_saved > 6 * MIB
+        # Blocks that begin on a page, of either.
+        for _ in range(2000):
+            del bytearray(4096 - 32)[:]
+        del blocks, block
+        assert taken() < MIB
+        """,
+        library,
+        LD_PRELOAD=str(library),
+    )
+
+
 def test_what_is_no_numpy_array_is_merged_as_well():
     passes("""
         page = bytes(range(1, 251)) * 16 + b"x" * 96
