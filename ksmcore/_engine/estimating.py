@@ -37,6 +37,7 @@ def tally(
                 counts.add(addr, n)
                 tell(counts.n_pages)
                 addr = counts.pass_hole(addr + n * page_bytes, end)
+            tell(counts.n_pages)
     return Estimate(
         page_bytes=page_bytes,
         pages=counts.n_pages,
