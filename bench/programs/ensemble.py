@@ -13,7 +13,7 @@ for i in range(12):
     variants.append(variant)
 x = rng.standard_normal(1024)
 total = 0.0
-for _ in range(60):
+for _ in range(300):
     for variant in variants:
         total += float(sum(np.abs(layer @ x).sum() for layer in variant))
 print(f"{total:.3f}")

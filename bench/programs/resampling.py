@@ -10,6 +10,6 @@ for i in range(10):
     chosen[i] = chosen[i][rng.permutation(chosen[i].size)]
     tables.append(chosen)
 total = 0.0
-for _ in range(20):
+for _ in range(300):
     total += sum(float(np.dot(table[0], table[k])) for table in tables for k in range(16))
 print(f"{total:.3f}")
