@@ -26,7 +26,7 @@ from ksmcore._engine.features import features
 from ksmcore._engine.settings import GUARDS, Settings
 from ksmcore._engine.stats import STORE_PATH
 from ksmcore._kernel import procfs, smaps
-from ksmcore.doctor import checks
+from ksmcore.doctor import checks, limits
 from ksmcore.doctor.checks import Check
 from ksmcore.sizes import human_bytes
 
@@ -106,14 +106,14 @@ def examine() -> Diagnosis:
         "calls": lambda: checks.calls(found()["calls"], Settings.made().hold_calls, in_use.guard),
         "tracking": lambda: checks.tracking(found()["tracking"], in_use.dirty),
         "mappings": lambda: checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
-        "addresses": checks.address_space,
-        "file size": checks.file_size,
-        "memory": checks.memory_limit,
-        "locked": lambda: checks.locked(procfs.locked_bytes(), new_memory_is_locked()),
-        "overcommit": checks.overcommit,
+        "addresses": limits.address_space,
+        "file size": limits.file_size,
+        "memory": limits.memory_limit,
+        "locked": lambda: limits.locked(procfs.locked_bytes(), new_memory_is_locked()),
+        "overcommit": limits.overcommit,
         "huge pages": checks.huge_pages,
         "kernel's KSM": checks.kernel_ksm,
-        "core files": checks.core_files,
+        "core files": limits.core_files,
         "signals": lambda: checks.blocked_signals(in_use.guard),
         "python": checks.library,
         "numpy": checks.numpy_allocator,

@@ -17,7 +17,7 @@ PROGRAM = f"""
     import os, sys
     import numpy as np
     import ksmcore
-    from ksmcore.doctor import checks
+    from ksmcore.doctor import limits
     with open("/proc/self/coredump_filter", "w") as kinds:
         kinds.write(sys.argv[1])
     arrays = [ksmcore.empty({LEN_BYTES}, np.uint8) for _ in range(2)]
@@ -25,7 +25,7 @@ PROGRAM = f"""
         array[:] = np.arange({LEN_BYTES}) // ksmcore.Engine.page_bytes % 251 + 1
     ksmcore.dedup(*arrays)
     assert ksmcore.stats().pages_sharing > 0
-    print(checks.core_files().level, arrays[1].ctypes.data, flush=True)
+    print(limits.core_files().level, arrays[1].ctypes.data, flush=True)
     os.abort()
 """
 

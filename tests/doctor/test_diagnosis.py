@@ -12,7 +12,7 @@ from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
 from ksmcore._kernel import procfs, smaps, syscalls
 from ksmcore._testing import faults
-from ksmcore.doctor import Check, Diagnosis, checks
+from ksmcore.doctor import Check, Diagnosis, checks, limits
 from ksmcore.doctor import diagnosis as examining
 
 NAMES = (
@@ -137,7 +137,7 @@ def test_a_write_that_shows_through_is_noticed(monkeypatch):
 
 def test_bytes_that_change_are_nobody_elses_fault(monkeypatch):
     monkeypatch.setattr(ksmcore.Engine, "dedup", lambda self, memory: memory.write(b"x"))
-    monkeypatch.setattr(checks, "file_size", lambda: Check("file size", "weak", "text", "remedy"))
+    monkeypatch.setattr(limits, "file_size", lambda: Check("file size", "weak", "text", "remedy"))
     assert "please report this" in examining.examine()["self-test"].remedy
 
 
@@ -146,7 +146,7 @@ def test_a_self_test_that_fails_names_what_it_may_be(monkeypatch):
     faults.inject("memfd_create", errno.EMFILE, count=1000)
     assert "please report this" in examining.self_test()[0].remedy
     monkeypatch.setattr(checks, "memory_file", lambda reason: Check("memfd", "good", "text"))
-    monkeypatch.setattr(checks, "file_size", lambda: weak)
+    monkeypatch.setattr(limits, "file_size", lambda: weak)
     found = examining.examine()["self-test"]
     faults.clear()
     assert found.level == "broken"
@@ -312,7 +312,7 @@ def test_memory_limit_of_version_2(root, files, level, limit):
             **{f"sys/fs/cgroup/box/{name}": text for name, text in files.items()},
         }
     )
-    check = checks.memory_limit(made)
+    check = limits.memory_limit(made)
     assert (check.level, check.facts["limit_bytes"]) == (level, limit)
     assert_sound(check)
 
@@ -322,14 +322,14 @@ def test_memory_limit_of_version_1_is_the_least(root):
     for group, limit in (("", 2**63 - 4096), ("a", 512 * MIB), ("a/b", 2048 * MIB)):
         files[f"sys/fs/cgroup/memory/{group}/memory.limit_in_bytes"] = f"{limit}\n"
         files[f"sys/fs/cgroup/memory/{group}/memory.usage_in_bytes"] = "1\n"
-    check = checks.memory_limit(root(files))
+    check = limits.memory_limit(root(files))
     assert check.facts["limit_bytes"] == 512 * MIB
     assert check.facts["cgroup"].endswith("/memory/a")
     assert check.level == "good"
 
 
 def test_a_machine_with_little_memory(root):
-    check = checks.memory_limit(root({"proc/meminfo": MEMINFO.format(30_000)}))
+    check = limits.memory_limit(root({"proc/meminfo": MEMINFO.format(30_000)}))
     assert check.level == "weak"
     assert_sound(check)
 
@@ -340,7 +340,7 @@ def test_a_machine_with_little_memory(root):
 )
 def test_overcommit(root, mode, promised, level):
     meminfo = f"CommitLimit: 100 kB\nCommitted_AS: {promised} kB\n"
-    check = checks.overcommit(
+    check = limits.overcommit(
         root({"proc/sys/vm/overcommit_memory": mode, "proc/meminfo": meminfo})
     )
     assert (check.level, check.facts["mode"]) == (level, int(mode))
@@ -385,18 +385,18 @@ def test_kernels_own_ksm(root, run, joined, level):
 def test_a_kernel_that_shows_nothing(tmp_path):
     """A sandbox without /proc and /sys: no check fails, and none warns of what it does not know."""
     for judge in (
-        checks.memory_limit,
-        checks.overcommit,
+        limits.memory_limit,
+        limits.overcommit,
         checks.huge_pages,
         checks.kernel_ksm,
-        checks.core_files,
+        limits.core_files,
         checks.descriptors,
         lambda root: checks.blocked_signals("mprotect", root),
     ):
         check = judge(tmp_path)
         assert check.level == "good"
         assert_sound(check)
-    assert checks.memory_limit(tmp_path).text.startswith("not known")
+    assert limits.memory_limit(tmp_path).text.startswith("not known")
     check = checks.proc_files(tmp_path)
     assert check.level == "weak"
     assert len(check.facts["missing"]) == 4
@@ -417,7 +417,7 @@ def test_address_space(monkeypatch, root):
     files = root({"proc/self/status": "VmSize:\t 1048576 kB\n"})
     for limit, level in ((-1, "good"), (8 << 30, "advice"), (3 << 29, "weak"), (1 << 20, "weak")):
         monkeypatch.setattr(checks.resource, "getrlimit", lambda _, n=limit: (n, -1))
-        check = checks.address_space(files)
+        check = limits.address_space(files)
         assert check.level == level
         assert_sound(check)
 
@@ -428,7 +428,7 @@ def test_address_space(monkeypatch, root):
 )
 def test_file_size(monkeypatch, limit, level):
     monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (limit, -1))
-    check = checks.file_size()
+    check = limits.file_size()
     assert check.level == level
     assert level == "good" or "RLIMIT_FSIZE" in check.remedy
     assert_sound(check)
@@ -445,7 +445,7 @@ def test_file_size(monkeypatch, limit, level):
     ],
 )
 def test_locked(n_bytes, future, level, told):
-    check = checks.locked(n_bytes, future)
+    check = limits.locked(n_bytes, future)
     assert check.level == level
     assert told in check.text
     assert_sound(check)
@@ -464,7 +464,7 @@ def test_locked(n_bytes, future, level, told):
 def test_core_files(monkeypatch, root, kinds, pattern, limit, level):
     monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (limit, -1))
     files = {"proc/self/coredump_filter": kinds, "proc/sys/kernel/core_pattern": f"{pattern}\n"}
-    check = checks.core_files(root(files))
+    check = limits.core_files(root(files))
     assert check.level == level
     assert level == "good" or f"echo {int(kinds, 16) | 4:#x} > /proc/self/core" in check.remedy
     assert_sound(check)
