@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from ksmcore._kernel.per_process import PerProcess
 if TYPE_CHECKING:
     from ksmcore._core.scopes import PassLock
 
-__all__ = ["Bell", "HiddenThread", "hide"]
+__all__ = ["Bell", "HiddenThread", "NowAndThen", "hide"]
 
 log = logging.getLogger("ksmcore")
 
@@ -100,3 +101,41 @@ class HiddenThread:
 
     def is_current(self) -> bool:
         return self._ident == threading.get_ident()
+
+
+class NowAndThen:
+    """A hidden thread that calls a function after each rest: of `rest_seconds` at least, and of
+    `rest_per_act` times as long as the last call took. Whatever that raises ends it."""
+
+    def __init__(self, act: Callable[[], object], rest_seconds: float, rest_per_act: float) -> None:
+        """Begins with a rest. Raises RuntimeError where the system has no further thread."""
+        self._act = act
+        self._rest_seconds = rest_seconds
+        self._rest_per_act = rest_per_act
+        self._next_at = time.monotonic() + rest_seconds
+        self._is_over = False
+        self._bell = Bell()
+        self._thread = HiddenThread(self._run, self._bell.ring)
+        self._thread.start()
+
+    def end(self, timeout: float = -1.0) -> None:
+        """Wait for the end of the present call, so many seconds at most."""
+        self._is_over = True
+        self._bell.ring()
+        self._thread.join(timeout)
+
+    def _run(self) -> bool:
+        """Returns True where it makes way for a fork."""
+        with contextlib.suppress(Exception):
+            while not self._is_over:
+                if self._thread.is_asked():
+                    return True
+                began = time.monotonic()
+                if began < self._next_at:
+                    self._bell.wait(self._next_at - began)
+                    continue
+                self._act()
+                ended = time.monotonic()
+                rest = max((ended - began) * self._rest_per_act, self._rest_seconds)
+                self._next_at = ended + rest
+        return False

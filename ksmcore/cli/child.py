@@ -11,13 +11,12 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Literal
 
 import ksmcore
-from ksmcore._engine.hidden_thread import Bell, HiddenThread
+from ksmcore._engine.hidden_thread import NowAndThen
 from ksmcore.cli.figures import Source
+from ksmcore.cli.whose_memory import Whose
 
 __all__ = ["Order", "begin"]
 
@@ -32,7 +31,7 @@ class Order:
 
     directory: str
     threshold_bytes: int
-    memory: Literal["numpy", "all"]
+    memory: Whose
     scans: bool
     interval_ms: int | None
 
@@ -42,43 +41,26 @@ class _Reporter:
 
     def __init__(self, order: Order) -> None:
         self.pid = os.getpid()
-        engine = ksmcore.default_engine()
-        command = [sys.executable, *sys.orig_argv[1:]]
-        self._source = Source(engine, command, order.threshold_bytes, wants_scans=order.scans)
+        self._source = Source(
+            ksmcore.default_engine(),
+            [sys.executable, *sys.orig_argv[1:]],
+            order.threshold_bytes,
+            whose_memory=order.memory,
+            wants_scans=order.scans,
+        )
         # A number may come again when its process is gone.
         self._path = Path(order.directory, f"{self.pid}-{os.urandom(4).hex()}.json")
-        self._pause = WRITE_SECONDS
         self._is_over = False
-        self._bell = Bell()
-        self._thread = HiddenThread(self._run, self._bell.ring)
-        self._thread.start()
+        # Where who asked is gone, and so the directory, it ends.
+        self._writing = NowAndThen(self._write, WRITE_SECONDS, 1 / WRITE_SHARE)
 
     def finish(self) -> None:
         """Write for the last time. Nothing in a process that was forked since."""
         if self.pid == os.getpid() and not self._is_over:
             self._is_over = True
-            self._bell.ring()
-            self._thread.join(WRITE_SECONDS)
+            self._writing.end(WRITE_SECONDS)
             with contextlib.suppress(Exception):
                 self._write()
-
-    def _run(self) -> bool:
-        """Returns True where it makes way for a fork."""
-        next_at = time.monotonic() + self._pause
-        with contextlib.suppress(Exception):  # who asked is gone: so is the directory
-            while not self._is_over:
-                if self._thread.is_asked():
-                    return True
-                left = next_at - time.monotonic()
-                if left > 0:
-                    self._bell.wait(left)
-                    continue
-                began = time.monotonic()
-                self._write()
-                next_at = time.monotonic()
-                self._pause = max(WRITE_SECONDS, (next_at - began) / WRITE_SHARE)
-                next_at += self._pause
-        return False
 
     def _write(self) -> None:
         figures = self._source.snapshot()

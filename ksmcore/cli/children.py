@@ -15,12 +15,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ksmcore.cli import startup
 from ksmcore.cli.child import Order
 from ksmcore.cli.figures import SCHEMA
 from ksmcore.cli.startup.sitecustomize import VARIABLE, Watcher, begin_after_forks
+from ksmcore.cli.whose_memory import Whose
 
 __all__ = ["Children"]
 
@@ -31,7 +32,7 @@ class Children:
     def __init__(
         self,
         threshold_bytes: int,
-        memory: Literal["numpy", "all"],
+        memory: Whose,
         scans: bool,
         interval_ms: int | None,
     ) -> None:

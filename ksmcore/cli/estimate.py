@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 import ksmcore
-from ksmcore._engine.hidden_thread import Bell, HiddenThread
+from ksmcore._engine.hidden_thread import NowAndThen
 from ksmcore._engine.inventory import Inventory, take_inventory
 from ksmcore._engine.stats import Estimate
 from ksmcore.cli.companion import Companion
@@ -53,39 +53,16 @@ class Looks(Generic[Found]):
         self._look_now: Callable[[], Found] = look
         self._saved: Callable[[Found], int] = saved
         self._began = time.monotonic()
-        self._next = self._began + LEAST_REST_SECONDS
-        self._bell = Bell()
-        self._is_over = False
         self.n_looks = 0
         self.best: Look[Found] | None = None
         self.last: Look[Found] | None = None
-        self._thread = HiddenThread(self._run, self._bell.ring)
-        self._thread.start()
+        # Where the program has closed the engine it ends: the last look will tell.
+        self._looking = NowAndThen(self._look, LEAST_REST_SECONDS, REST_PER_LOOK)
 
     def finish(self) -> None:
         """Look for the last time."""
-        self._is_over = True
-        self._bell.ring()
-        self._thread.join()
+        self._looking.end()
         self._look()
-
-    def _run(self) -> bool:
-        """Returns True where it makes way for a fork."""
-        try:
-            while not self._is_over:
-                if self._thread.is_asked():
-                    return True
-                left = self._next - time.monotonic()
-                if left > 0:
-                    self._bell.wait(left)
-                    continue
-                before = time.monotonic()
-                self._look()
-                now = time.monotonic()
-                self._next = now + max((now - before) * REST_PER_LOOK, LEAST_REST_SECONDS)
-        except Exception:
-            pass  # the program has closed the engine, perhaps: the last look will tell
-        return False
 
     def _look(self) -> None:
         at = time.monotonic() - self._began

@@ -221,7 +221,7 @@ def _why_nothing(figures: Mapping[str, Any]) -> str:
         )
     if stats["pages_scanned"] == 0:
         return "no page was in memory while the scanner looked."
-    if stats["skipped"]["young"] > 0 and stats["pages_hashed"] == 0:
+    if stats["skipped"].get("young", 0) > 0 and stats["pages_hashed"] == 0:
         return (
             "its arrays lived for less than a second, and are left alone for so long (see "
             "--interval)."
