@@ -17,19 +17,18 @@ given back when they are freed, and nothing is handed out from them.
 """
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from ksmcore._arrays.chunks cimport (
     CLEAN, DIRTY, NO_PAGE, chunk_t, chunk_table, chunks_addr, chunks_at, chunks_drop, chunks_extend, chunks_find,
-    chunks_give, chunks_tag, chunks_take, chunks_taken, chunks_time, taken_range,
+    chunks_give, chunks_page, chunks_ranges, chunks_tag, chunks_take, chunks_time,
 )
 from ksmcore._arrays.huge_pages cimport HUGE_BYTES
 from ksmcore._arrays.mapped cimport (
-    mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking,
-    mapped_is_inside, mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove,
-    mapped_swap_limits, mapped_table, mapped_tell_unsettled, mapped_tend, mapped_trim,
-    mapped_trim_idle, mapped_unlock, mapped_unpin, pinned_t,
+    mapped_add, mapped_begin, mapped_core, mapped_discard, mapped_is_chunk, mapped_is_forking, mapped_is_inside,
+    mapped_lock, mapped_n_pins, mapped_pin, mapped_register, mapped_register_late, mapped_remove, mapped_swap_limits,
+    mapped_table, mapped_tell_unsettled, mapped_tend, mapped_trim, mapped_trim_idle, mapped_unlock, mapped_unpin,
+    pinned_t,
 )
 from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_move
@@ -38,6 +37,7 @@ from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon_at,
     sys_now_ns, sys_unmap,
 )
+from ksmcore._records.ranges cimport range_list, ranges_destroy
 
 cdef enum:
     POPULATE_BYTES = 256 << 10
@@ -176,7 +176,7 @@ cdef bint arena_give(void* memory) noexcept nogil:
     if chunk.tags == NULL:
         mapped_remove(entry)
     else:
-        first = entry * mapped_table.chunk_pages + <uint32_t>((addr - chunk.addr) // mapped_table.page_bytes)
+        first = chunks_page(&mapped_table, entry, addr)
         if chunk.generation != forks_generation():
             _give_inherited(entry, addr, chunks_tag(&mapped_table, first).n_pages)
         else:
@@ -204,7 +204,7 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
             # It goes on to have these pages, and may grow into them again.
             mapped_discard(chunk, chunk.addr + n_pages * mapped_table.page_bytes, chunk.n_pages - n_pages)
     elif chunk.generation == forks_generation():
-        first = entry * mapped_table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes)
+        first = chunks_page(&mapped_table, entry, <uintptr_t>memory)
         before = chunks_tag(&mapped_table, first).n_pages
         if n_pages < before:
             chunks_give(&mapped_table, first + <uint32_t>n_pages, before - n_pages)
@@ -228,8 +228,7 @@ cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
         grown = n_pages <= chunk.n_pages
     elif chunk.generation == forks_generation():
         grown = chunks_extend(
-            &mapped_table, entry * mapped_table.chunk_pages + <uint32_t>((<uintptr_t>memory - chunk.addr) // mapped_table.page_bytes),
-            n_pages, chunks_time(sys_now_ns())
+            &mapped_table, chunks_page(&mapped_table, entry, <uintptr_t>memory), n_pages, chunks_time(sys_now_ns())
         )
     mapped_unlock()
     return grown
@@ -245,6 +244,10 @@ cdef bint _move(uintptr_t source, uintptr_t target, size_t len_bytes) noexcept n
         # Unchecked: refused for a whole second already, and here again, there is nothing left to try.
         sys_map_anon_at(target, len_bytes, &ignored)
     return False
+
+
+cdef bint _let_move(const chunk_t* chunk) noexcept nogil:
+    return mapped_core == NULL or (<Registry>mapped_core).let_move(chunk.region_id, chunk.addr)
 
 
 cdef bint arena_move(void* memory, void* target) noexcept nogil:
@@ -263,8 +266,7 @@ cdef bint arena_move(void* memory, void* target) noexcept nogil:
         entry != <uint32_t>NO_PAGE and mapped_n_pins == 0
         and mapped_table.all[source].tags == NULL and mapped_table.all[entry].tags == NULL
         and mapped_table.all[source].n_pages <= mapped_table.all[entry].n_pages
-        and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[source].region_id, <uintptr_t>memory))
-        and (mapped_core == NULL or (<Registry>mapped_core).let_move(mapped_table.all[entry].region_id, <uintptr_t>target))
+        and _let_move(&mapped_table.all[source]) and _let_move(&mapped_table.all[entry])
     ):
         moved = _move(<uintptr_t>memory, <uintptr_t>target, len_bytes)
         mapped_register(&mapped_table.all[entry], False)
@@ -297,20 +299,26 @@ cdef int arena_begin(Registry core, bint wants_huge) except -1:
 
 def pin():
     """Keep all chunks mapped until `unpin` was called as often; returns (address, end) of what is handed out of those
-    of this process."""
-    cdef size_t i, n = 0
-    cdef taken_range* ranges
+    of this process. MemoryError; then they are not kept."""
+    cdef range_list ranges
+    cdef bint has_all
+    cdef size_t i
+    memset(&ranges, 0, sizeof(ranges))
     # Copied first: to make objects may collect garbage, and so give memory back.
     with nogil:
         mapped_lock()
         mapped_pin()
-        ranges = <taken_range*>malloc(chunks_taken(&mapped_table, forks_generation(), NULL) * sizeof(taken_range))
-        if ranges != NULL:
-            n = chunks_taken(&mapped_table, forks_generation(), ranges)
+        has_all = chunks_ranges(&mapped_table, forks_generation(), True, 0, 0, &ranges)
         mapped_unlock()
-    found = [(ranges[i].addr, ranges[i].addr + ranges[i].n_pages * mapped_table.page_bytes) for i in range(n)]
-    free(ranges)
-    return found
+    try:
+        if not has_all:
+            raise MemoryError("no memory to list what is handed out")
+        return [(ranges.all[i].start, ranges.all[i].end) for i in range(ranges.n)]
+    except BaseException:
+        unpin()
+        raise
+    finally:
+        ranges_destroy(&ranges)
 
 
 def unpin():

@@ -49,10 +49,6 @@ ctypedef struct chunk_t:
     int flags                  # of its region: enum region_flag bits
     extent_tag* tags           # NULL: one array has all of it
 
-ctypedef struct taken_range:
-    uintptr_t addr
-    size_t n_pages
-
 # The free extents of one state, in chunks of one kind.
 ctypedef struct bin_list:
     uint32_t heads[N_BINS]
@@ -84,6 +80,7 @@ cdef uint32_t chunks_enter(chunk_table* t, const chunk_t* chunk) noexcept nogil
 cdef void chunks_drop(chunk_table* t, uint32_t entry) noexcept nogil
 cdef uint32_t chunks_at(const chunk_table* t, uintptr_t addr) noexcept nogil
 cdef uintptr_t chunks_addr(const chunk_table* t, uint32_t page) noexcept nogil
+cdef uint32_t chunks_page(const chunk_table* t, uint32_t entry, uintptr_t addr) noexcept nogil
 cdef extent_tag* chunks_tag(const chunk_table* t, uint32_t page) noexcept nogil
 cdef uint32_t chunks_find(const chunk_table* t, bint wants_huge, extent_state state, size_t n_pages) noexcept nogil
 cdef void chunks_take(chunk_table* t, uint32_t first, size_t n_pages, uint32_t at) noexcept nogil
@@ -93,9 +90,8 @@ cdef void chunks_clean(chunk_table* t, uint32_t first, size_t n_pages) noexcept 
 cdef size_t chunks_before(const chunk_table* t, uint32_t first, extent_state state) noexcept nogil
 cdef size_t chunks_behind(const chunk_table* t, uint32_t end, extent_state state) noexcept nogil
 cdef uint32_t chunks_time(uint64_t now_ns) noexcept nogil
-cdef bint chunks_unsettled(
-    const chunk_table* t, uint32_t generation, uint32_t now, uint32_t age, range_list* ranges
+cdef bint chunks_ranges(
+    const chunk_table* t, uint32_t generation, bint settled, uint32_t now, uint32_t age, range_list* ranges
 ) noexcept nogil
-cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil
 cdef void chunks_each_edge(const chunk_table* t, size_t unit_pages, chunk_act act) noexcept nogil
 cdef void chunks_unhang_all(chunk_table* t, uint32_t entry) noexcept nogil

@@ -257,6 +257,11 @@ cdef uintptr_t chunks_addr(const chunk_table* t, uint32_t page) noexcept nogil:
     return t.all[page // t.chunk_pages].addr + page % t.chunk_pages * t.page_bytes
 
 
+cdef uint32_t chunks_page(const chunk_table* t, uint32_t entry, uintptr_t addr) noexcept nogil:
+    """The number of a page of the chunk with this entry."""
+    return entry * t.chunk_pages + <uint32_t>((addr - t.all[entry].addr) // t.page_bytes)
+
+
 cdef int _reserve(chunk_table* t) noexcept nogil:
     """Room for one chunk more in both arrays."""
     cdef void* grown
@@ -316,60 +321,31 @@ cdef uint32_t chunks_time(uint64_t now_ns) noexcept nogil:
     return <uint32_t>(now_ns >> 20)
 
 
-cdef bint chunks_unsettled(
-    const chunk_table* t, uint32_t generation, uint32_t now, uint32_t age, range_list* ranges
+cdef bint chunks_ranges(
+    const chunk_table* t, uint32_t generation, bint settled, uint32_t now, uint32_t age, range_list* ranges
 ) noexcept nogil:
-    """Add what is free, or was taken less than `age` ago, of the chunks of this process, by address, neighbours within
-    a chunk as one; False without memory."""
+    """Add what is settled, or what is not, of the chunks of this process, by address, neighbours within a chunk as one;
+    False without memory for all. Settled is what was taken `age` ago or more; free memory is not."""
     cdef const chunk_t* chunk
-    cdef uintptr_t start, addr
-    cdef size_t page, length
+    cdef uintptr_t start, addr, end
     cdef uint32_t rank, taken_at
-    cdef bint settled
+    cdef const extent_tag* tag
+    cdef bint is_settled
     for rank in range(t.n):
         chunk = &t.all[t.by_addr[rank]]
         if chunk.generation != generation:
             continue
-        page = 0
-        start = chunk.addr
-        while page < chunk.n_pages:
-            length = chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
-            taken_at = chunk.taken_at if chunk.tags == NULL else chunk.tags[page].next
-            settled = (chunk.tags == NULL or chunk.tags[page].state == TAKEN) and now - taken_at >= age
-            addr = chunk.addr + page * t.page_bytes
-            page += length
-            if settled:
+        start = addr = chunk.addr
+        end = addr + chunk.n_pages * t.page_bytes
+        while addr < end:
+            tag = NULL if chunk.tags == NULL else &chunk.tags[(addr - chunk.addr) // t.page_bytes]
+            taken_at = chunk.taken_at if tag == NULL else tag.next
+            is_settled = (tag == NULL or tag.state == TAKEN) and now - taken_at >= age
+            if is_settled != settled:
                 if start < addr and not ranges_add(ranges, start, addr, 1):
                     return False
-                start = chunk.addr + page * t.page_bytes
-        addr = chunk.addr + page * t.page_bytes
-        if start < addr and not ranges_add(ranges, start, addr, 1):
+                start = addr + (chunk.n_pages if tag == NULL else tag.n_pages) * t.page_bytes
+            addr += (chunk.n_pages if tag == NULL else tag.n_pages) * t.page_bytes
+        if start < end and not ranges_add(ranges, start, end, 1):
             return False
     return True
-
-
-cdef size_t chunks_taken(const chunk_table* t, uint32_t generation, taken_range* ranges) noexcept nogil:
-    """What is taken of the chunks of this process, by address, neighbours within a chunk as one; returns how many
-    ranges that are. NULL: they are only counted."""
-    cdef const chunk_t* chunk
-    cdef size_t n = 0, page, length
-    cdef uint32_t rank, state, before
-    for rank in range(t.n):
-        chunk = &t.all[t.by_addr[rank]]
-        if chunk.generation != generation:
-            continue
-        page = 0
-        before = CLEAN
-        while page < chunk.n_pages:
-            state = TAKEN if chunk.tags == NULL else chunk.tags[page].state
-            length = chunk.n_pages if chunk.tags == NULL else chunk.tags[page].n_pages
-            if state == TAKEN:
-                n += before != TAKEN
-                if ranges != NULL and before != TAKEN:
-                    ranges[n - 1].addr = chunk.addr + page * t.page_bytes
-                    ranges[n - 1].n_pages = 0
-                if ranges != NULL:
-                    ranges[n - 1].n_pages += length
-            before = state
-            page += length
-    return n

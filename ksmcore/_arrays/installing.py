@@ -53,14 +53,15 @@ def _checked(value: SupportsIndex, name: str = "threshold_bytes", least: int = 1
     return n_bytes
 
 
-def _begin(engine: Home) -> None:
-    """Tie the arena to the default engine, once."""
+def _begin(engine: Home) -> bool:
+    """Tie the arena to the default engine, once. Was it now?"""
     global _begun
     with _beginning:
-        if not _begun:
-            allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())
-            _set_limits(None)
-            _begun = True
+        if _begun:
+            return False
+        allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())
+        _begun = True
+        return True
 
 
 def _tidy(idle_only: bool, young_seconds: float) -> None:
@@ -100,7 +101,8 @@ class Allocator:
         self._engine = engine
 
     def __enter__(self) -> None:
-        _begin(self._engine)
+        if _begin(self._engine):
+            _set_limits(None)
         before = allocator.use_here(self._threshold_bytes)
         _blocks.set((*_blocks.get(), (self, before)))
 

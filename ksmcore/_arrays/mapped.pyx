@@ -10,9 +10,9 @@ from libc.stdlib cimport atoll
 from libc.string cimport memset, strlen, strstr
 
 from ksmcore._arrays.chunks cimport (
-    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunks_addr, chunks_before, chunks_behind, chunks_clean,
-    chunks_clear_bins, chunks_drop, chunks_each_edge, chunks_enter, chunks_init, chunks_tag, chunks_time, chunks_unhang_all,
-    chunks_unsettled, extent_tag,
+    CLEAN, DIRTY, NO_PAGE, N_BINS, chunk_t, chunks_addr, chunks_before, chunks_behind, chunks_clean, chunks_clear_bins,
+    chunks_drop, chunks_each_edge, chunks_enter, chunks_init, chunks_ranges, chunks_tag, chunks_time, chunks_unhang_all,
+    extent_tag,
 )
 from ksmcore._arrays.huge_pages cimport huge_pages_refuse
 from ksmcore._core.registry cimport Registry
@@ -22,7 +22,7 @@ from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTNEED, ADVISE_HUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_map_anon, sys_map_anon_aligned,
     sys_now_ns, sys_page_bytes, sys_read_text, sys_unmap,
 )
-from ksmcore._records.ranges cimport range_list, ranges_destroy
+from ksmcore._records.ranges cimport range_list
 from ksmcore._records.regions cimport REGION_HUGEPAGE
 
 cdef extern from "_arrays/arena_lock.h":
@@ -51,6 +51,7 @@ cdef size_t _most_free_bytes = LEAST_FREE_BYTES    # that are kept at hand, dirt
 cdef uint64_t _decay_ns = 1_000_000_000    # what was free for so long is discarded
 cdef uint64_t _decayed_ns = 0          # when that was looked at the last time
 cdef size_t _trim_above = 0            # dirty bytes, after which some are discarded at once
+cdef range_list _unsettled             # room for the next list; the core has the last one
 cdef pinned_t* _pinned = NULL
 # Engines count theirs from 1.
 cdef uint64_t FIRST_REGION_ID = <uint64_t>1 << 63
@@ -167,7 +168,8 @@ cdef bint _is_last_empty(uint32_t entry) noexcept nogil:
     for other in range(mapped_table.n_entries):
         if (
             other != entry and mapped_table.all[other].addr != 0 and mapped_table.all[other].tags != NULL
-            and mapped_table.all[other].n_taken == 0 and mapped_table.all[other].wants_huge == mapped_table.all[entry].wants_huge
+            and mapped_table.all[other].n_taken == 0
+            and mapped_table.all[other].wants_huge == mapped_table.all[entry].wants_huge
             and mapped_table.all[other].generation == mapped_table.all[entry].generation
         ):
             return False
@@ -327,13 +329,14 @@ cdef int mapped_register_late() except -1:
 
 cdef void mapped_tell_unsettled(uint64_t age_ns) noexcept nogil:
     """Have the background scanner leave alone what is free, or was handed out less than so long ago."""
-    cdef range_list ranges
-    memset(&ranges, 0, sizeof(ranges))
+    if mapped_core == NULL:
+        return
+    _unsettled.n = 0
     # Without memory for all, the rest is looked at as ever.
-    chunks_unsettled(&mapped_table, forks_generation(), chunks_time(sys_now_ns()), chunks_time(age_ns), &ranges)
-    if mapped_core != NULL:
-        (<Registry>mapped_core).leave_unsettled(&ranges)
-    ranges_destroy(&ranges)
+    chunks_ranges(
+        &mapped_table, forks_generation(), False, chunks_time(sys_now_ns()), chunks_time(age_ns), &_unsettled
+    )
+    (<Registry>mapped_core).leave_unsettled(&_unsettled)
 
 
 cdef void mapped_pin() noexcept nogil:

@@ -34,7 +34,8 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
 from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_next, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
+    rmap_walk, rmap_walk_over,
 )
 from ksmcore._records.store cimport store_lose, store_slot_at
 from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
@@ -202,13 +203,11 @@ cdef void _look(const vma_t* vma, void* context) noexcept nogil:
 
 
 cdef uint64_t _remembered(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
-    cdef uint64_t placed = 0, end_no = page_no + n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
-    while item != 0:
-        if rmap_slot(&c.rmap, item) != 0:
-            placed += rmap_identity(page_no, rmap_slot(&c.rmap, item), 1)
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
+    cdef uint64_t placed = 0
+    cdef rmap_walk walk = rmap_walk_over(page_no, n_pages)
+    while rmap_step(&c.rmap, &walk):
+        if rmap_slot(&c.rmap, walk.item) != 0:
+            placed += rmap_identity(walk.page_no, rmap_slot(&c.rmap, walk.item), 1)
     return placed
 
 

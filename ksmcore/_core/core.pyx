@@ -140,8 +140,8 @@ cdef class Core(Registry):
         bint patient=False
     ):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
-        are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled), and it ends early
-        where a fork is about to come.
+        are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled), and it ends
+        early where a fork is about to come.
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is

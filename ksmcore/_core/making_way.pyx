@@ -7,8 +7,8 @@ waited for.
 
 The hooks of Python's are C here, and take no lock: no handler of a signal runs in them, so none cuts them off. Nor does
 one that comes meanwhile cut off the hooks of others, which run after ours and may be Python code: the thread that forks
-gets signals again when all is over. What forks in the midst of them (a finaliser, a hook of another's, another thread) finds nothing taken. Whether a
-thread has gone is one state, changed by whoever finds it as expected:
+gets signals again when all is over. What forks in the midst of them (a finaliser, a hook of another's, another thread)
+finds nothing taken. Whether a thread has gone is one state, changed by whoever finds it as expected:
 
     HERE -> ASKED    before a fork
     ASKED -> AWAY    the thread, as the last that it does; it holds nothing any more

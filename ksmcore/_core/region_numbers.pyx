@@ -9,25 +9,24 @@ from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAG
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t
-from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_next, rmap_slot
+from ksmcore._records.rmap cimport (
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_slot, rmap_step, rmap_walk, rmap_walk_over,
+)
 from ksmcore._records.store cimport store_sharers
 
 
 cdef void region_numbers_read(engine_core* c, const region_t* region, region_counts* tally) noexcept nogil:
     """Add up a region into *tally, which is zero before. Visits every page's record."""
-    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
     tally.n_pages = region.n_pages
     tally.cow_breaks = region.cow_breaks
-    while item != 0:
-        tally.n_by_state[<int>c.rmap.tags[item].state] += 1
-        tally.n_quiet += c.rmap.tags[item].quiet
-        if c.rmap.tags[item].state == PAGE_SHARED:
-            tally.pages_saved += 1 - 1.0 / store_sharers(&c.store, rmap_slot(&c.rmap, item))
-        elif c.rmap.tags[item].state == PAGE_ZERO:
+    while rmap_step(&c.rmap, &walk):
+        tally.n_by_state[<int>c.rmap.tags[walk.item].state] += 1
+        tally.n_quiet += c.rmap.tags[walk.item].quiet
+        if c.rmap.tags[walk.item].state == PAGE_SHARED:
+            tally.pages_saved += 1 - 1.0 / store_sharers(&c.store, rmap_slot(&c.rmap, walk.item))
+        elif c.rmap.tags[walk.item].state == PAGE_ZERO:
             tally.pages_saved += 1
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
 
 
 cdef uint8_t _state_of(const engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:

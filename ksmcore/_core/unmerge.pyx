@@ -20,7 +20,7 @@ from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
 from ksmcore._records.regions cimport region_t, regions_end_of
-from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_next, rmap_slot
+from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_slot, rmap_step, rmap_walk, rmap_walk_over
 from ksmcore._records.store cimport store_lose
 
 
@@ -39,13 +39,10 @@ cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noe
 
 cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil:
     """Does any page of a region lie over the store?"""
-    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
-    while item != 0:
-        if c.rmap.tags[item].over_store:
+    cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
+    while rmap_step(&c.rmap, &walk):
+        if c.rmap.tags[walk.item].over_store:
             return True
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
     return False
 
 
@@ -58,9 +55,9 @@ cdef int unmerge_region(
     Atomic for concurrent writers, window by window. -1 with *err when there is not enough memory or
     too few mappings: then some pages may be plain again, the others are still merged, all are right.
     """
-    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages, start_no
+    cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
     cdef size_t n_restored
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
+    cdef uint32_t item
     cdef uintptr_t end
     cdef bint has_looked = False
     cdef int rc = 0
@@ -69,34 +66,30 @@ cdef int unmerge_region(
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.tracker = &c.tracker
-    while item != 0 and rc == 0:
-        if c.rmap.tags[item].over_store:
-            if not has_looked:
-                look_before_restoring(c)
-                has_looked = True
-            start_no = page_no
-            run.addr = start_no * c.page_bytes
-            run.flags = look_flags(c, region, run.addr, &end)
-            end = min(end, regions_end_of(&c.regions, region))
-            while item != 0 and c.rmap.tags[item].over_store and page_no * c.page_bytes < end:
-                page_no += 1
-                item = rmap_find(&c.rmap, page_no, item)
-            run.n_pages = page_no - start_no
-            rc = merge_restore_range(&run, True, &n_restored, err)
-            _settle_restored(c, start_no, n_restored)
-        else:
-            page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
+    while rc == 0 and rmap_step(&c.rmap, &walk):
+        item = walk.item
+        if not c.rmap.tags[item].over_store:
+            continue
+        if not has_looked:
+            look_before_restoring(c)
+            has_looked = True
+        run.addr = walk.page_no * c.page_bytes
+        run.flags = look_flags(c, region, run.addr, &end)
+        end = min(end, regions_end_of(&c.regions, region))
+        walk.next_no = walk.page_no
+        while item != 0 and c.rmap.tags[item].over_store and walk.next_no * c.page_bytes < end:
+            walk.next_no += 1
+            item = rmap_find(&c.rmap, walk.next_no, item)
+        run.n_pages = walk.next_no - walk.page_no
+        rc = merge_restore_range(&run, True, &n_restored, err)
+        _settle_restored(c, walk.page_no, n_restored)
     return rc
 
 
 cdef void _forget_pages(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
-    cdef uint64_t end_no = page_no + n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
-    while item != 0:
-        match_forget_item(c, item)
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
+    cdef rmap_walk walk = rmap_walk_over(page_no, n_pages)
+    while rmap_step(&c.rmap, &walk):
+        match_forget_item(c, walk.item)
 
 
 cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
@@ -112,13 +105,10 @@ cdef void unmerge_forget(engine_core* c, const region_t* region) noexcept nogil:
 cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
     """Of a region whose memory went elsewhere, or may have: whatever maps its slots, somewhere, goes on seeing the same
     bytes. Nothing else changes."""
-    cdef uint64_t page_no = region.addr // c.page_bytes, end_no = page_no + region.n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
-    while item != 0:
-        if rmap_slot(&c.rmap, item) != 0:
-            store_lose(&c.store, rmap_slot(&c.rmap, item))
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
+    cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
+    while rmap_step(&c.rmap, &walk):
+        if rmap_slot(&c.rmap, walk.item) != 0:
+            store_lose(&c.store, rmap_slot(&c.rmap, walk.item))
 
 
 cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:

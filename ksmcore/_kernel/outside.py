@@ -133,14 +133,12 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
 
         Raises OSError.
         """
-        found = []
-        for line in filter(None, procfs.read(f"{self._here}/maps").split("\n")):
-            addresses, permissions, _, _, inode, *names = line.split(maxsplit=5)
-            name = names[0] if names else ""
-            if permissions.endswith("p") and inode == "0" and not name.startswith(KERNELS):
-                start, end = (int(one, 16) for one in addresses.split("-"))
-                found.append(Place(name, start, end, may_own=True, is_written_file=False))
-        return found
+        text = procfs.read(f"{self._here}/maps")
+        return [
+            Place(vma.path, vma.start, vma.end, may_own=True, is_written_file=False)
+            for vma in smaps.parse_smaps(text.removesuffix("\n").split("\n") if text else [])
+            if not vma.shared and vma.inode == 0 and not vma.path.startswith(KERNELS)
+        ]
 
     def own_pages(self, place: Place) -> Iterator[Pages]:
         """The pages of a mapping that are the process's own, read; what it yields holds until the

@@ -33,18 +33,26 @@ enum {
 /* Pages of files, beside others: not told from them (that costs more), told, left out. */
 typedef enum { KSM_FILES_UNTOLD, KSM_FILES_TOLD, KSM_FILES_LEFT_OUT } ksm_files;
 
-/* Ranges of pages, up to `max_pages` pages; returns how many ranges. `only_written`: those that were written,
-   or are not there. */
+/* Ask: for ranges of up to `max_pages` pages; returns how many ranges. The rest of *a says which, 0: not so. */
+static int ksm_scan_call(int fd, uintptr_t start, uintptr_t end, ksm_page_range *ranges, size_t max_pages,
+                         struct ksm_scan_args *a) {
+    a->size = sizeof *a;
+    a->start = start;
+    a->end = end;
+    a->vec = (uintptr_t)ranges;
+    a->vec_len = max_pages;
+    a->max_pages = max_pages;
+    a->walk_end = (uint64_t)-1;
+    int n = ioctl(fd, KSM_PAGEMAP_SCAN, a);
+    if (n < 0 || a->walk_end != (uint64_t)-1) return n;
+    errno = ENOSYS; /* answered by somebody who has not looked */
+    return -1;
+}
+
+/* `only_written`: those that were written, or are not there. */
 static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, ksm_files files,
                     ksm_page_range *ranges, size_t max_pages) {
-    struct ksm_scan_args a;
-    memset(&a, 0, sizeof a);
-    a.size = sizeof a;
-    a.start = start;
-    a.end = end;
-    a.vec = (uintptr_t)ranges;
-    a.vec_len = max_pages;
-    a.max_pages = max_pages;
+    struct ksm_scan_args a = {0};
     if (only_written) {
         a.any_of = KSM_PAGE_WRITTEN | KSM_PAGE_PRESENT;
         a.inverted = KSM_PAGE_PRESENT;
@@ -55,36 +63,22 @@ static int ksm_scan(int fd, uintptr_t start, uintptr_t end, int only_written, ks
     }
     a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED | KSM_PAGE_ZERO_PFN | KSM_PAGE_HUGE
                | (files == KSM_FILES_UNTOLD ? 0 : KSM_PAGE_FILE);
-    a.walk_end = (uint64_t)-1;
-    int n = ioctl(fd, KSM_PAGEMAP_SCAN, &a);
-    if (n < 0 || a.walk_end != (uint64_t)-1) return n;
-    errno = ENOSYS; /* answered by somebody who has not looked */
-    return -1;
+    return ksm_scan_call(fd, start, end, ranges, max_pages, &a);
 }
 
 /* The first page that is there, or was swapped out: 1 and *there; 0: there is none. */
 static int ksm_scan_hole(int fd, uintptr_t start, uintptr_t end, ksm_page_range *there) {
-    struct ksm_scan_args a;
-    memset(&a, 0, sizeof a);
-    a.size = sizeof a;
-    a.start = start;
-    a.end = end;
-    a.vec = (uintptr_t)there;
-    a.vec_len = a.max_pages = 1;
+    struct ksm_scan_args a = {0};
     a.any_of = a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED;
-    return ioctl(fd, KSM_PAGEMAP_SCAN, &a);
+    return ksm_scan_call(fd, start, end, there, 1, &a);
 }
 
 /* From here on a write to these pages is seen. EPERM: they are not all watched by asynchronous userfaultfd. */
 static int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end) {
-    struct ksm_scan_args a;
-    memset(&a, 0, sizeof a);
-    a.size = sizeof a;
+    struct ksm_scan_args a = {0};
     a.flags = KSM_SCAN_PROTECT | KSM_SCAN_ONLY_ASYNC;
-    a.start = start;
-    a.end = end;
     a.all_of = KSM_PAGE_PRESENT | KSM_PAGE_WRITTEN;
-    return ioctl(fd, KSM_PAGEMAP_SCAN, &a);
+    return ksm_scan_call(fd, start, end, (ksm_page_range *)0, 0, &a);
 }
 
 #endif

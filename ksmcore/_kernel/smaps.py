@@ -101,7 +101,8 @@ class Vma:
 
 
 def parse_smaps(lines: Iterable[str]) -> Iterator[Vma]:
-    """Turn the text of an smaps file into mappings, in the order of the text.
+    """Turn the text of an smaps file into mappings, in the order of the text; or that of a maps
+    file, which has the first line of each.
 
     Unknown lines are passed over, and missing ones leave the neutral value, so that older and
     newer kernels are both understood.

@@ -153,11 +153,6 @@ static int ksm_move(void *source, void *target, size_t len) {
     return p == MAP_FAILED ? -1 : 0;
 }
 
-static void ksm_pause(void) {
-    struct timespec t = {0, 1000000L};
-    nanosleep(&t, 0);
-}
-
 /* Shorter where a signal comes. */
 static void ksm_sleep_ns(uint64_t ns) {
     struct timespec t = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};

@@ -35,7 +35,6 @@ cdef extern from "_kernel/syscalls.h":
     void* ksm_map(void* addr, size_t len, int prot, int flags, int fd, off_t offset) nogil
     void* ksm_grow(void* old, size_t old_len, size_t new_len) nogil
     int ksm_move(void* source, void* target, size_t len) nogil
-    void ksm_pause() nogil
     void ksm_sleep_ns(uint64_t ns) nogil
     int ksm_own_thread() nogil
     bint ksm_has_thread(int number) nogil
@@ -157,7 +156,7 @@ cdef uint64_t sys_spent_ns() noexcept nogil:
 
 
 cdef void sys_pause() noexcept nogil:
-    ksm_pause()
+    ksm_sleep_ns(1_000_000)
 
 
 cdef void sys_sleep_ns(uint64_t ns) noexcept nogil:

@@ -52,7 +52,8 @@ from ksmcore._records.regions cimport (
     BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
 )
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_next, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot, rmap_step,
+    rmap_walk, rmap_walk_over,
 )
 from ksmcore._records.store cimport store_is_shared_block, store_page
 
@@ -101,7 +102,9 @@ cdef bint _adopt(engine_core* c, uint32_t item) noexcept nogil:
     return False
 
 
-cdef bint _is_left_alone(engine_core* c, uint32_t item, const uint8_t* page, uintptr_t* until, int* answer) noexcept nogil:
+cdef bint _is_left_alone(
+    engine_core* c, uint32_t item, const uint8_t* page, uintptr_t* until, int* answer
+) noexcept nogil:
     """Is this page unsettled, and not known as merged? *answer holds before *until; pages come by address."""
     if <uintptr_t>page >= until[0]:
         answer[0] = ranges_at(&c.unsettled, <uintptr_t>page, until)
@@ -116,13 +119,16 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
     cdef int is_unsettled = 0
     cdef const page_range* there
     cdef const uint8_t* page
-    cdef size_t k, i, n_look = 0
+    cdef size_t k, i, n_gone, n_look = 0
     for k in range(c.survey.n_ranges):
         there = &c.survey.ranges[k]
         if not there.flags & PAGE_PRESENT:
-            c.counters.pages_scanned -= there.n_pages
-            c.counters.skipped.away += there.n_pages if there.flags == PAGE_SWAPPED else 0
-            _absent_range(c, there)
+            n_gone = _absent_range(c, there)
+            c.counters.pages_scanned -= n_gone
+            c.counters.skipped.away += n_gone if there.flags == PAGE_SWAPPED else 0
+            if n_gone < there.n_pages:
+                c.survey.next = there.addr + n_gone * c.page_bytes
+                return n_look
             continue
         for i in range(there.n_pages):
             page = <const uint8_t*>(there.addr + i * c.page_bytes)
@@ -147,13 +153,15 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
     return n_look
 
 
-cdef void _absent_range(engine_core* c, const page_range* gone) noexcept nogil:
-    cdef uint64_t page_no = gone.addr // c.page_bytes, end_no = page_no + gone.n_pages
-    cdef uint32_t item = rmap_next(&c.rmap, &page_no, end_no, 0)
-    while item != 0:
-        _absent(c, item, gone.flags)
-        page_no += 1
-        item = rmap_next(&c.rmap, &page_no, end_no, item)
+cdef size_t _absent_range(engine_core* c, const page_range* gone) noexcept nogil:
+    """How many of these pages, from the first on, it has seen to: a hole may reach far, but so may what is merged there
+    and was not read since."""
+    cdef rmap_walk walk = rmap_walk_over(gone.addr // c.page_bytes, gone.n_pages)
+    cdef size_t n_tracked = 0
+    while n_tracked < <size_t>STEP_PAGES and rmap_step(&c.rmap, &walk):
+        _absent(c, walk.item, gone.flags)
+        n_tracked += 1
+    return walk.next_no - gone.addr // c.page_bytes
 
 
 cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
@@ -187,8 +195,8 @@ cdef int _scan_span(
     size_t* n_looked, sys_error* err
 ) noexcept nogil:
     """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
-    c.survey.next tells where to go on, at `limit` at most, where there is a hole. -1 with *err when the kernel did not answer, or when a guard could not
-    be closed."""
+    c.survey.next tells where to go on, at `limit` at most, where there is a hole. -1 with *err when the kernel did
+    not answer, or when a guard could not be closed."""
     cdef size_t i, n_look, n_known
     cdef int rc
     cdef uint64_t begun = sys_now_ns()

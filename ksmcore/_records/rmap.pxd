@@ -62,6 +62,14 @@ ctypedef struct rmap_table:
     uint64_t placed        # identity of all that lies over the store
 
 
+# The pages of a range that have items, one after the other, by address.
+ctypedef struct rmap_walk:
+    uint64_t next_no       # where it goes on; the caller may set it, behind the present page
+    uint64_t end_no
+    uint64_t page_no       # of this item
+    uint32_t item          # 0 before the first, and at the end
+
+
 cdef inline uint32_t rmap_slot(const rmap_table* table, uint32_t item) noexcept nogil:
     """The slot of the store that the page's mapping points at, whatever the state; 0 where there is none."""
     return table.slots[item]
@@ -88,6 +96,8 @@ cdef int rmap_init(rmap_table* table, uint32_t n_buckets, sys_error* err) noexce
 cdef void rmap_destroy(rmap_table* table) noexcept nogil
 cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noexcept nogil
 cdef uint32_t rmap_next(rmap_table* table, uint64_t* page_no, uint64_t end_no, uint32_t hint) noexcept nogil
+cdef rmap_walk rmap_walk_over(uint64_t page_no, size_t n_pages) noexcept nogil
+cdef bint rmap_step(rmap_table* table, rmap_walk* walk) noexcept nogil
 cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil

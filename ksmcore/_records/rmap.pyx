@@ -92,8 +92,8 @@ cdef uint32_t rmap_find(rmap_table* table, uint64_t page_no, uint32_t hint) noex
 
 
 cdef uint32_t rmap_next(rmap_table* table, uint64_t* page_no, uint64_t end_no, uint32_t hint) noexcept nogil:
-    """The item of the first page from *page_no on that has one, which *page_no is then; 0, and *page_no is end_no, where
-    there is none before that. `hint`: as for rmap_find.
+    """The item of the first page from *page_no on that has one, which *page_no is then; 0, and *page_no is end_no,
+    where there is none before that. `hint`: as for rmap_find.
 
     A gap longer than the table is not walked over: then the table is, once for the gap. So it never takes longer than
     twice what finding each page of the range would."""
@@ -111,6 +111,22 @@ cdef uint32_t rmap_next(rmap_table* table, uint64_t* page_no, uint64_t end_no, u
                 next_no = table.tags[item].page_no
     page_no[0] = next_no
     return found
+
+
+cdef rmap_walk rmap_walk_over(uint64_t page_no, size_t n_pages) noexcept nogil:
+    cdef rmap_walk walk
+    walk.next_no = walk.page_no = page_no
+    walk.end_no = page_no + n_pages
+    walk.item = 0
+    return walk
+
+
+cdef bint rmap_step(rmap_table* table, rmap_walk* walk) noexcept nogil:
+    """On to the next page that has an item; False at the end. The present item may be gone."""
+    walk.page_no = walk.next_no
+    walk.item = rmap_next(table, &walk.page_no, walk.end_no, walk.item)
+    walk.next_no = walk.page_no + (walk.item != 0)
+    return walk.item != 0
 
 
 cdef bint _grow_array(void** array, size_t n_before, size_t n_after, size_t item_bytes, sys_error* err) noexcept nogil:

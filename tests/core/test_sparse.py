@@ -71,3 +71,24 @@ def test_what_is_given_up_in_a_hole_is_forgotten(sparse, rng):
     stats = engine.stats()
     assert stats.pages_unshared + stats.pages_volatile == 2
     engine._core.check()
+
+
+def test_a_step_over_what_is_merged_and_not_read_since_is_bounded(rng):
+    """A hole to the kernel's eyes, of which each page has a record: the lock is held meanwhile."""
+    n_pages = 40_000
+    with ksmcore.Engine() as engine:
+        first = engine.array(random_pages(rng, n_pages))
+        second = engine.array(first)
+        assert engine.dedup(first, second).pages_merged >= n_pages
+        start = address(second)
+        engine._core.begin_pass()
+        cursor, steps = start, 0
+        while cursor < start + n_pages * PAGE:
+            before = cursor
+            cursor = engine._core.walk(cursor, start + n_pages * PAGE, 1, False)
+            assert before < cursor <= before + 20_000 * PAGE
+            steps += 1
+        assert steps >= 2
+        assert engine.stats().pages_sharing == n_pages
+        engine._core.check()
+        assert np.array_equal(first, second)
