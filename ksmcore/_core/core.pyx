@@ -1,6 +1,6 @@
 """The engine's core as Python sees it: passes without the GIL, settings and numbers, over its regions.
 
-The lock, and what holds of it, is the registry's (see registry).
+The lock, and what holds of it, is that of LockedCore (see locked).
 """
 
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t

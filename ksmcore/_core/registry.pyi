@@ -1,26 +1,13 @@
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
-class Registry:
+from ksmcore._core.locked import LockedCore
+
+class Registry(LockedCore):
     @property
     def n_enlisted(self) -> int: ...
-    def __new__(
-        cls,
-        *,
-        order: Literal["digest", "content"],
-        checksum: Literal["jhash", "mmh3"],
-        guard: str,
-        any_guard: bool,
-        with_pagemap: bool,
-        with_tracker: bool,
-        n_buckets: int,
-        hold_calls: bool,
-        hold_always: bool,
-    ) -> Self: ...
-    def let_calls_go(self) -> None: ...
     def add(
         self, region_id: int, addr: int, n_pages: int, flags: int, fresh: bool = False
     ) -> None: ...
