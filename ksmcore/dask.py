@@ -114,7 +114,7 @@ def _metric(worker: Worker) -> dict[str, float]:
     stats = engine.stats()
     return {
         "bytes_saved": stats.bytes_saved,
-        "peak_bytes_saved": max(engine.peak_bytes_saved, stats.bytes_saved),
+        "peak_bytes_saved": engine.peak_bytes_saved,
         "pages_shared": stats.pages_shared,
         "pages_sharing": stats.pages_sharing,
         "regions": stats.regions,
