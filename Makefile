@@ -49,7 +49,7 @@ demo: build ## Run the demonstration
 	$(PY) -m ksmcore demo
 
 test: build ## Run the tests, the stress tests in short form
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) tests/side_by_side.py $(ARGS)
 
 stress: build ## Run the long stress tests
 	KSMCORE_STRESS=1 $(PY) -m pytest tests/stress tests/property tests/arrays/test_memory.py $(ARGS)

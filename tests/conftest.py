@@ -90,8 +90,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    # What was collected stays until the end: no need for the garbage collector to go over it in each
-    # of the thousands of times that tests call it.
+    # What was collected stays until the end: the garbage collector need not go over it in each of
+    # the thousands of times that tests call it.
     gc.collect()
     gc.freeze()
 

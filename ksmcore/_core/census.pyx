@@ -167,8 +167,10 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
         budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
         return -1
     c.n_maps = <size_t>all.n_maps
+    c.budget.n_pages = 0
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
+        c.budget.n_pages += c.regions.all[i].n_pages
     budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False

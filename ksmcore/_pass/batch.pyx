@@ -109,6 +109,7 @@ cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     rmap_set_state(
         b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
     )
+    b.rmap.tags[left.item].left_out = reason == &b.counters.skipped.map_budget
 
 
 cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil:

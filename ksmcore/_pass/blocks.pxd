@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from ksmcore._pass.batch cimport batch
+from ksmcore._pass.batch cimport batch, intent, pending_block
 
 
 cdef uint32_t blocks_new(
@@ -15,3 +15,4 @@ cdef void blocks_settle(batch* b) noexcept nogil
 cdef void blocks_release_unmapped(batch* b) noexcept nogil
 cdef void blocks_offer(batch* b) noexcept nogil
 cdef void blocks_offer_all(batch* b) noexcept nogil
+cdef pending_block* blocks_pending(batch* b, const intent* wanted) noexcept nogil

@@ -46,6 +46,7 @@ cdef uint32_t blocks_new(
     b.pendings[b.n_pendings].n_copies = n_copies
     b.pendings[b.n_pendings].source = source
     b.pendings[b.n_pendings].n_accepted = 0
+    b.pendings[b.n_pendings].n_in_run = b.pendings[b.n_pendings].founders = 0
     b.pendings[b.n_pendings].alone = False
     b.pendings[b.n_pendings].goes_on = goes_on
     b.pendings[b.n_pendings].fate = OPEN
@@ -53,7 +54,7 @@ cdef uint32_t blocks_new(
     return slot
 
 
-cdef pending_block* _pending_of(batch* b, const intent* wanted) noexcept nogil:
+cdef pending_block* blocks_pending(batch* b, const intent* wanted) noexcept nogil:
     """The pending block that an intent leads to, or NULL for a shared page that existed before."""
     if wanted.slot == 0 or not store_is_pending(b.store, wanted.slot):
         return NULL
@@ -65,7 +66,7 @@ cdef void _leave_all_of(batch* b, uint64_t* reason) noexcept nogil:
     cdef uint32_t i
     cdef pending_block* block
     for i in range(b.n_intents):
-        block = _pending_of(b, &b.intents[i])
+        block = blocks_pending(b, &b.intents[i])
         if block != NULL and block.fate == LEFT and b.intents[i].fate == OPEN:
             batch_leave(b, &b.intents[i], reason)
 
@@ -78,7 +79,7 @@ cdef void blocks_give_up_unwanted(batch* b, uint64_t* reason) noexcept nogil:
     for i in range(b.n_pendings):
         b.pendings[i].n_accepted = 0
     for i in range(b.n_intents):
-        block = _pending_of(b, &b.intents[i])
+        block = blocks_pending(b, &b.intents[i])
         if block != NULL and b.intents[i].fate == OPEN:
             block.n_accepted += 1
     for i in range(b.n_pendings):

@@ -17,9 +17,9 @@ from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
 from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, IS_NEW, WAS_BROKEN, engine_core, state_page_of
 from ksmcore._pass.stretch cimport stretch_follow
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_next, forest_put
-from ksmcore._records.regions cimport region_t, regions_at
+from ksmcore._records.regions cimport NOT_BARRED, region_t, regions_at
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_remove, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_align, store_block, store_is_shared_block, store_page
 from ksmcore._trees cimport rb_place
@@ -82,6 +82,18 @@ cdef uint32_t _new_block(
     return slot
 
 
+cdef uint32_t _next_in_store(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """The shared page behind that of the last match, if this page equals it and may map it; or 0."""
+    cdef uint32_t slot = c.stretch.next_slot
+    if (
+        store_is_shared_block(&c.store, slot, digest)
+        and page_compare(page, store_page(&c.store, slot), c.page_bytes) == 0
+        and batch_sharers(&c.b, slot) < c.max_page_sharing
+    ):
+        return slot
+    return 0
+
+
 cdef uint32_t _match_stable(
     engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted,
     uint32_t* first, rb_place* place
@@ -91,20 +103,13 @@ cdef uint32_t _match_stable(
     *first: the first shared page that is equal, full or not, if it is known; then it is not searched for. Set
     to 0 when there is none, and then *place is where one belongs.
 
-    Where a stretch of different pages comes again, its shared pages follow each other in the store, so the one
-    after the last match is tried first. Within a block the page number chooses the copy, so that neighbours in a
+    Within a block the page number chooses the copy, so that neighbours in a
     stretch of equal pages map neighbouring slots. A stretch that has outgrown its block, or filled it, gets a
     further one, which is found first from then on.
     """
     cdef uint32_t n_copies, larger, slot
     cdef uint64_t left
     cdef bint is_full
-    if (
-        first[0] == 0 and store_is_shared_block(&c.store, c.stretch.next_slot, digest)
-        and page_compare(page, store_page(&c.store, c.stretch.next_slot), c.page_bytes) == 0
-        and batch_sharers(&c.b, c.stretch.next_slot) < c.max_page_sharing
-    ):
-        first[0] = c.stretch.next_slot
     if first[0] == 0:
         first[0] = forest_find(&c.stable, digest, page, place)
     if first[0] == 0:
@@ -159,11 +164,40 @@ cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) n
     return 0
 
 
+cdef uint32_t _beside(engine_core* c, uint64_t page_no, uint32_t digest) noexcept nogil:
+    """The item as far from this page as the last partner was from its own, where a stretch of pages may come again:
+    if it waits for a partner, and has the same checksum. Else 0."""
+    cdef uint32_t item
+    if c.stretch.n_further == 0:
+        return 0
+    item = rmap_find(&c.rmap, page_no + c.stretch.n_further, c.stretch.beside)
+    c.stretch.beside = item
+    if item == 0 or c.rmap.tags[item].state != PAGE_UNSHARED or c.rmap.nodes[item].digest != digest:
+        return 0
+    return item
+
+
+cdef uint32_t _left_out_beside(engine_core* c, uint64_t page_no, uint32_t digest, const uint8_t* page) noexcept nogil:
+    """An equal page that goes on the run which this page is in, and which the map budget left out; or 0.
+
+    Both together are no new mapping, where to join the shared page that is there would be two for either. So a long
+    stretch that comes again stays one run, whatever of it is found elsewhere, too."""
+    cdef uint32_t item = _beside(c, page_no, digest)
+    cdef const region_t* home
+    if item == 0 or not c.rmap.tags[item].left_out:
+        return 0
+    home = regions_at(&c.regions, <uintptr_t>state_page_of(c, item))
+    if home.altered or home.bar != NOT_BARRED or home.being_made or home.n_holds != 0:
+        return 0
+    return item if page_compare(page, state_page_of(c, item), c.page_bytes) == 0 else 0
+
+
 cdef uint32_t _partner(
     engine_core* c, uint32_t item, const uint8_t* page, uint32_t digest, bint may_be_quiet, bint immediate
 ) noexcept nogil:
     """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
-    stretch of pages comes again, the next partner is the item after the last one."""
+    stretch of pages comes again, the next partner is beside the last one."""
+    cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef rb_place place, quiet_place
     cdef uint32_t partner, written = 0
     if c.quiet.n_nodes != 0 or may_be_quiet:
@@ -172,15 +206,15 @@ cdef uint32_t _partner(
             return partner
         # One that was written has its turn still to come. It may have been written with the same bytes.
         written = partner
-    partner = c.stretch.next_partner
-    if not (
-        0 < partner < c.rmap.top and c.rmap.nodes[partner].digest == digest
-        and c.rmap.tags[partner].state == PAGE_UNSHARED and c.rmap.tags[partner].epoch == c.epoch
-        and page_compare(page, state_page_of(c, partner), c.page_bytes) == 0
+    partner = _beside(c, page_no, digest)
+    if (
+        partner == 0 or c.rmap.tags[partner].epoch != c.epoch
+        or page_compare(page, state_page_of(c, partner), c.page_bytes) != 0
     ):
         partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
-        c.stretch.next_partner = partner + 1
+        c.stretch.beside = partner
+        c.stretch.n_further = c.rmap.tags[partner].page_no - page_no
         return partner
     rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
     if c.rmap.tags[item].age < <uint32_t>OLDEST:
@@ -202,13 +236,24 @@ cdef void _match_unshared(
 
     The new one goes to stable_place, or before its equals in the tree where `full` is one that takes no more
     sharers."""
-    cdef uint32_t item = c.items[i], digest = c.digests[i], partner, slot
+    cdef uint32_t partner = _partner(
+        c, c.items[i], c.pages[i], c.digests[i], c.marks[i] & IS_ARMED != 0, immediate
+    )
+    if partner != 0:
+        _found(c, region, i, partner, n_wanted, full != 0, stable_place)
+    else:
+        c.counters.skipped.max_page_sharing += full != 0
+
+
+cdef void _found(
+    engine_core* c, const region_t* region, size_t i, uint32_t partner, uint32_t n_wanted, bint has_equals,
+    rb_place stable_place
+) noexcept nogil:
+    """Have page i and an equal one become a new shared page. `has_equals`: there are such already, else it belongs to
+    that place of the stable tree."""
+    cdef uint32_t item = c.items[i], digest = c.digests[i], slot
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
     cdef const region_t* home
-    partner = _partner(c, item, c.pages[i], digest, c.marks[i] & IS_ARMED != 0, immediate)
-    if partner == 0:
-        c.counters.skipped.max_page_sharing += full != 0
-        return
     # The partner is the source: the pages in scan order were found first, so their copies are written
     # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
@@ -226,7 +271,7 @@ cdef void _match_unshared(
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
-    if full != 0:
+    if has_equals:
         forest_put(&c.stable, slot, c.pages[i])
     else:
         forest_insert(&c.stable, slot, stable_place)
@@ -265,6 +310,7 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
             match_leave_tree(c, item)
         if c.items[i] != 0:
             c.rmap.tags[c.items[i]].huge = c.marks[i] & IS_HUGE != 0
+            c.rmap.tags[c.items[i]].left_out = 0
 
 
 cdef void match_page(
@@ -276,7 +322,7 @@ cdef void match_page(
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef uint32_t n_wanted = stretch_follow(c, i, n_look)
-    cdef uint32_t item = c.items[i], slot, first = c.stretch.slot if goes_on else 0
+    cdef uint32_t item = c.items[i], slot, partner, first = c.stretch.slot if goes_on else 0
     cdef rb_place place
     cdef bint unchanged
     if item == 0:
@@ -286,6 +332,14 @@ cdef void match_page(
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
+    if first == 0:
+        # Where a stretch of different pages comes again, its shared pages follow each other in the store.
+        first = _next_in_store(c, digest, page)
+    if first == 0 and n_wanted == 1 and (unchanged or immediate) and c.counters.skipped.map_budget != 0:
+        partner = _left_out_beside(c, page_no, digest, page)
+        if partner != 0:
+            _found(c, region, i, partner, n_wanted, True, place)
+            return
     slot = _match_stable(c, page, digest, page_no, n_wanted, &first, &place)
     if slot != 0:
         # A broken share that became equal to the slot still under it needs no new mapping.

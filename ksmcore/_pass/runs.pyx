@@ -18,15 +18,19 @@ from ksmcore._guard.window cimport BARRED, CHANGED, DONE, IN_CALL, PINNED, REFUS
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
-    batch_end_stage, batch_leave, batch_lie_over, intent,
+    batch_end_stage, batch_leave, batch_lie_over, batch_sharers, intent, pending_block,
 )
 from ksmcore._pass.blocks cimport (
-    blocks_check, blocks_give_up_unwanted, blocks_offer, blocks_release_unmapped, blocks_settle, blocks_write,
+    blocks_check, blocks_give_up_unwanted, blocks_offer, blocks_pending, blocks_release_unmapped, blocks_settle,
+    blocks_write,
 )
 from ksmcore._records.budget cimport budget_affords, map_budget
 from ksmcore._records.costs cimport costs_slot_under, costs_splits
 from ksmcore._records.rmap cimport PAGE_SHARED, PAGE_ZERO, rmap_set_state
 from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
+
+cdef enum:
+    LONG_RUN = 4               # pages whose mappings cost little for each
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -65,11 +69,15 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
 
 # ---- what a run costs -----------------------------------------------------------------------
 
-cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+cdef int64_t _cost(batch* b, uint32_t start, uint32_t end, bint after_last) noexcept nogil:
     """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
-    carried out."""
+    carried out. `after_last`: the one before them goes first, if it is still wanted."""
     cdef intent* first = &b.intents[start]
-    cdef uint32_t left = costs_slot_under(b.rmap, first.page_no - 1, 0)
+    cdef intent* last = first - 1 if after_last else first
+    cdef uint32_t left = (
+        last.slot if last.page_no + 1 == first.page_no and last.fate == OPEN
+        else costs_slot_under(b.rmap, first.page_no - 1, 0)
+    )
     cdef uint32_t right = costs_slot_under(b.rmap, b.intents[end - 1].page_no + 1, 0)
     cdef uint32_t before = left, after = left, under, i
     cdef int64_t cost = 0
@@ -88,6 +96,43 @@ cdef bint _makes_mappings(const intent* first) noexcept nogil:
     return first.kind != INTENT_ZERO or first.over_store
 
 
+cdef void _note_runs(batch* b) noexcept nogil:
+    """Have each new block know its founders, and how long the runs are that they are in."""
+    cdef uint32_t start = 0, end, i
+    cdef pending_block* block
+    while start < b.n_intents:
+        end = _run_end(b, start)
+        for i in range(start, end):
+            if b.intents[i].founder:
+                block = blocks_pending(b, &b.intents[i])
+                block.n_in_run = max(block.n_in_run, end - start)
+                block.founders += i
+        start = end
+
+
+cdef uint32_t _halves_saved(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """How many halves of a page a run saves. Two founders save one page: half of it each, but all of it where the other
+    one costs little, being in a long run."""
+    cdef uint32_t i, n_halves = 0
+    for i in range(start, end):
+        n_halves += 1 if b.intents[i].founder and blocks_pending(b, &b.intents[i]).n_in_run < <uint32_t>LONG_RUN else 2
+    return n_halves
+
+
+cdef void _leave_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """The map budget does not allow it. Where one founder is left and nobody else wants the new shared page, the other
+    one is left as well: what remains of its run is worth less."""
+    cdef uint32_t i, other
+    for i in range(start, end):
+        if b.intents[i].fate != OPEN:
+            continue
+        batch_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
+        if b.intents[i].founder and batch_sharers(b, b.intents[i].slot) == 2:
+            other = blocks_pending(b, &b.intents[i]).founders - i
+            if b.intents[other].fate == OPEN:
+                batch_leave(b, &b.intents[other], &b.counters.skipped.map_budget)
+
+
 cdef void _choose(batch* b) noexcept nogil:
     """Take each run that the budget allows, leave the others; all, where no window may be opened.
 
@@ -96,7 +141,9 @@ cdef void _choose(batch* b) noexcept nogil:
     """
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
+    cdef bint was_taken = False
     cdef map_budget budget = b.budget[0]
+    _note_runs(b)
     if b.n_intents != 0 and guard_is_barred(b.guard[0]):
         for i in range(b.n_intents):
             if b.intents[i].fate == OPEN:
@@ -104,15 +151,18 @@ cdef void _choose(batch* b) noexcept nogil:
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
+            was_taken = False
             continue
         end = _run_end(b, start)
         if _makes_mappings(&b.intents[start]):
-            cost = _cost(b, start, end)
-            if budget_affords(&budget, cost, end - start):
+            cost = _cost(b, start, end, was_taken)
+            was_taken = budget_affords(&budget, cost, _halves_saved(b, start, end))
+            if was_taken:
                 budget.used += cost
             else:
-                for i in range(start, end):
-                    batch_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
+                _leave_run(b, start, end)
+        else:
+            was_taken = False
         start = end
 
 
@@ -203,7 +253,7 @@ cdef int _carry_out(batch* b) noexcept nogil:
         while end < b.n_intents and _go_together(&b.intents[start], &b.intents[end]):
             end += 1
         if _makes_mappings(&b.intents[start]):
-            b.budget.used += _cost(b, start, end)
+            b.budget.used += _cost(b, start, end, False)
         rc = _carry_out_run(b, start, end)
         start = end
     return rc

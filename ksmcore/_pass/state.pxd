@@ -38,7 +38,8 @@ ctypedef struct stretch_t:
     bint more_follows            # the region goes on after this span
     # guesses: where a stretch of different pages comes again, what matches the next one
     uint32_t next_slot
-    uint32_t next_partner
+    uint32_t beside              # the item so many pages further that was asked about last
+    uint64_t n_further           # modulo 2**64; 0: no partner was met yet
     # the block that the last page was matched with, in this span; 0: none
     uint32_t block_slot
     uint32_t block_copies

@@ -8,20 +8,25 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._pages cimport page_compare
 from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
+from ksmcore._records.budget cimport budget_pages_per_map, map_budget
 from ksmcore._records.store cimport store_is_shared_block, store_page
 
 cdef enum:
     # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
     # mapping is worth about 1/16 of a page, which makes sqrt(n / 16) the best k.
     PAGES_PER_COPY = 16
+    # It is worth more where there are few for the pages that are registered: k is what it takes for all of them to
+    # be served, but no more than this part of the stretch.
+    MOST_KEPT = 20
     MAX_COPIES = 512
     COPIES_PAY = 32            # pages for each copy: so many, and a block as long as a huge page costs little
     GOES_ON = 2                # times as long as it has been, if its end has not been seen
 
 
-cdef uint32_t _copies_for(uint64_t n_pages, uint32_t least) noexcept nogil:
-    """Copies that make a stretch of n_pages equal pages cheapest: the square root of n / 16."""
+cdef uint32_t _copies_for(const map_budget* budget, uint64_t n_pages, uint32_t least) noexcept nogil:
+    """Copies that make a stretch of n_pages equal pages cheapest."""
     cdef uint32_t k = least
+    k = max(k, <uint32_t>min(<uint64_t>budget_pages_per_map(budget), n_pages // MOST_KEPT, <uint64_t>MAX_COPIES))
     while k < <uint32_t>MAX_COPIES and <uint64_t>(k + 1) * (k + 1) * PAGES_PER_COPY <= n_pages:
         k += 1
     return k
@@ -51,7 +56,7 @@ cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept n
     stretch.end_unseen = end == n_look and stretch.more_follows
     # At least as many as max_page_sharing asks for, of the pages in this span.
     stretch.n_copies = _copies_for(
-        stretch.n_pages * (GOES_ON if stretch.end_unseen else 1),
+        &c.budget, stretch.n_pages * (GOES_ON if stretch.end_unseen else 1),
         <uint32_t>((end - i + c.max_page_sharing - 1) // c.max_page_sharing)
     )
     if c.marks[i] & IS_HUGE and stretch.n_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:

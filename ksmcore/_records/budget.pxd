@@ -10,9 +10,11 @@ ctypedef struct map_budget:
     int64_t allowed              # mappings that the engine may use in all
     int64_t used                 # counted at the last refresh, plus what runs have cost since
     int reserve_shift            # of the share that is held back for longer runs; grows by passes
+    int64_t n_pages              # that are registered; set by the census
 
 
 cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
 ) noexcept nogil
-cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil
+cdef int64_t budget_pages_per_map(const map_budget* budget) noexcept nogil
+cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil

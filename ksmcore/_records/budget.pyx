@@ -33,16 +33,23 @@ cdef void budget_refresh(
         budget.allowed = min(asked, max(free_maps * 3 // 4, <int64_t>0))
 
 
-cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_pages) noexcept nogil:
-    """Long runs go first: a share of the budget is held back from short ones. The share shrinks with
-    every pass that left pages behind, so that what long runs did not need is not wasted."""
+cdef int64_t budget_pages_per_map(const map_budget* budget) noexcept nogil:
+    """How many pages each mapping would have to serve for half of the budget to do for all that are registered."""
+    return 2 * budget.n_pages // max(budget.allowed, <int64_t>1)
+
+
+cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil:
+    """Is what saves so many halves of a page worth so many mappings? A share of the budget is held back for what saves
+    more for each. The share shrinks with every pass that left pages behind, so that nothing of it is wasted."""
     cdef int64_t reserve = 0
     if cost <= 0:
         return True
-    if n_pages < 2:
-        reserve = budget.allowed // 2
-    elif n_pages < 4:
+    if n_halves < cost:
+        reserve = budget.allowed * 5 // 6
+    elif n_halves < 2 * cost:
+        reserve = budget.allowed * 2 // 3
+    elif n_halves < 4 * cost:
         reserve = budget.allowed // 4
-    elif n_pages < 16:
+    elif n_halves < 16 * cost:
         reserve = budget.allowed // 8
     return budget.used + cost <= budget.allowed - (reserve >> budget.reserve_shift)

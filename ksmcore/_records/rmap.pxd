@@ -19,7 +19,8 @@ cdef extern from *:
         uint64_t quiet : 1;
         uint64_t huge : 1;
         uint64_t age : 3;
-        uint64_t spare : 4;
+        uint64_t left_out : 1;
+        uint64_t spare : 3;
     } rmap_tag;
     #endif
     """
@@ -31,6 +32,7 @@ cdef extern from *:
         uint64_t quiet         # in the quiet tree: the kernel tells when it is written; UNSHARED only
         uint64_t huge          # was in a huge page when it was looked at last
         uint64_t age           # looks in vain since it changed or was merged, 7 at most
+        uint64_t left_out      # by the map budget, when it was looked at last
         uint64_t epoch         # in the unstable tree when it equals the tree's epoch; UNSHARED only
 
 

@@ -13,6 +13,7 @@ from helpers.forks import THREADS_RUN, in_child
 from helpers.kernels_view import store_bytes
 from helpers.memory import PAGE, extent, random_pages
 from helpers.waiting import wait_until
+from ksmcore._engine import scanner
 from ksmcore._testing import faults
 
 pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
@@ -33,7 +34,8 @@ def no_descriptors():
 
 
 @pytest.fixture
-def guard(each_guard):
+def guard(each_guard, monkeypatch):
+    monkeypatch.setattr(scanner, "PUT_OFF_SECONDS", 0.05)
     return each_guard
 
 

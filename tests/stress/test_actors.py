@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -37,22 +38,25 @@ pytestmark = pytest.mark.filterwarnings(THREADS_RUN)
 
 
 @contextlib.contextmanager
-def scanning(engine: ksmcore.Engine) -> Iterator[None]:
-    """A thread that scans and merges at once, in turn, and fails the test if it fails."""
-    stop, failed = threading.Event(), []
+def scanning(engine: ksmcore.Engine) -> Iterator[threading.Lock]:
+    """A thread that scans and merges at once, in turn, and fails the test if it fails. It has the
+    lock during each pass."""
+    stop, failed, in_pass = threading.Event(), [], threading.Lock()
 
     def scan() -> None:
         try:
             while not stop.is_set():
-                engine.dedup()
-                engine.scan()
+                for merge in (engine.dedup, engine.scan):
+                    with in_pass:
+                        merge()
+                    time.sleep(0.0001)  # so that whoever waits for the lock has it
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=scan)
     thread.start()
     try:
-        yield
+        yield in_pass
     finally:
         stop.set()
         thread.join()
@@ -120,11 +124,13 @@ def test_advice_comes_late(writers, guard, rng, record_property):
         threads = Writers(writers, pages)
         counts = collections.Counter[str]()
         names = list(LATE)
-        with threads.running(), scanning(engine):
+        with threads.running(), scanning(engine) as in_pass:
             for n in rounds(SECONDS, lambda: counts["given"] > 3):
                 give, take, _ = LATE[names[n % len(names)]]
                 first = int(rng.integers(N_PAGES - 8))
-                is_given = libc.madvise(aside.at(first), 8 * PAGE, give) == 0
+                # A pass may miss what is given in its midst.
+                with in_pass:
+                    is_given = libc.madvise(aside.at(first), 8 * PAGE, give) == 0
                 # What is merged already is of a file, and the kernel wipes no such thing.
                 assert is_given or names[n % len(names)] == "WIPEONFORK"
                 counts["given"] += is_given
@@ -134,7 +140,8 @@ def test_advice_comes_late(writers, guard, rng, record_property):
                         os._exit(int(aside.pages[first : first + 8].any()))
                     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
                 assert np.array_equal(aside.pages, expected)
-                call("madvise", aside.at(first), 8 * PAGE, take)
+                with in_pass:
+                    call("madvise", aside.at(first), 8 * PAGE, take)
                 aside.pages[first] = expected[first] = n % 5 + 1
         threads.check()
         record_property("advice", f"{counts['given']:,}; words: {threads.n_writes:,}")
