@@ -144,14 +144,14 @@ def merge_all(engine, *, scan=False):
     """Pass after pass, until nothing merges any more or a pair could not be paid for; its report.
 
     The first pass of `scan` merges nothing, and after a pass that could not spend its reserve the
-    next may do so: hence two passes in a row.
+    next may do so: hence two passes in a row, or three.
     """
     n_idle = 0
     for _ in range(60):
         report = (engine.scan if scan else engine.dedup)()
         stats = engine.stats()
         n_idle = 0 if report.pages_merged else n_idle + 1
-        if n_idle == 2 or (n_idle == 0 and stats.maps_allowed - stats.maps_used < COST_OF_PAIR):
+        if n_idle == 2 + scan or (n_idle == 0 and stats.maps_allowed - stats.maps_used < COST_OF_PAIR):
             return report
     raise AssertionError(f"it still merges: {report}")
 
