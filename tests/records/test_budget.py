@@ -151,7 +151,8 @@ def merge_all(engine, *, scan=False):
         report = (engine.scan if scan else engine.dedup)()
         stats = engine.stats()
         n_idle = 0 if report.pages_merged else n_idle + 1
-        if n_idle == 2 + scan or (n_idle == 0 and stats.maps_allowed - stats.maps_used < COST_OF_PAIR):
+        n_left = stats.maps_allowed - stats.maps_used
+        if n_idle == 2 + scan or (n_idle == 0 and n_left < COST_OF_PAIR):
             return report
     raise AssertionError(f"it still merges: {report}")
 
