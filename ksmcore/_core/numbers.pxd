@@ -15,6 +15,7 @@ ctypedef struct core_numbers:
     uint32_t pages_unshared
     uint32_t pages_quiet         # in the quiet tree
     uint32_t pages_volatile
+    uint32_t pages_left_out
     uint32_t ksm_zero_pages
     uint32_t store_pages         # slots in use
     uint32_t store_pages_frozen  # of those: another process may map them

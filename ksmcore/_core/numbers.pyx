@@ -21,6 +21,7 @@ cdef void numbers_read(engine_core* c, core_numbers* numbers) noexcept nogil:
     numbers.pages_unshared = n_by_state[<int>PAGE_UNSHARED]
     numbers.pages_quiet = c.quiet.n_nodes
     numbers.pages_volatile = n_by_state[<int>PAGE_VOLATILE]
+    numbers.pages_left_out = c.rmap.n_left_out
     numbers.ksm_zero_pages = n_by_state[<int>PAGE_ZERO]
     numbers.store_pages = c.store.n_used - c.store.n_hollow
     numbers.store_pages_frozen = store_frozen(&c.store)

@@ -79,6 +79,12 @@ class Stats(Snapshot):
         "pages",
         "Pages that changed since the last pass, or were not seen often enough to tell.",
     )
+    pages_left_out: int = means(
+        NOW,
+        "pages",
+        "Pages that equal another and were not merged, for want of memory mappings, when they were "
+        "looked at last.",
+    )
     ksm_zero_pages: int = means(
         NOW, "pages", "Pages that held only zeros and were given back: saved too."
     )
@@ -156,6 +162,12 @@ class Stats(Snapshot):
     def general_profit(self) -> int:
         """bytes_saved less metadata_bytes."""
         return self.bytes_saved - self.metadata_bytes
+
+    @property
+    @derived(COST, "bytes")
+    def bytes_saved_per_map(self) -> int:
+        """bytes_saved by maps_used, rounded down."""
+        return self.bytes_saved // max(self.maps_used, 1)
 
     @property
     @derived(NOW, "pages")

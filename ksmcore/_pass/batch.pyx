@@ -9,7 +9,7 @@ from ksmcore._kernel.syscalls cimport sys_error_clear
 from ksmcore._records.claims cimport claims_add, claims_drop
 from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_slot, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, rmap_set_left_out, rmap_set_slot, rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport (
     store_block, store_idle, store_is_live, store_is_orphan, store_is_pending, store_page, store_pending, store_share,
@@ -109,7 +109,7 @@ cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     rmap_set_state(
         b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
     )
-    b.rmap.tags[left.item].left_out = reason == &b.counters.skipped.map_budget
+    rmap_set_left_out(b.rmap, left.item, reason == &b.counters.skipped.map_budget)
 
 
 cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil:

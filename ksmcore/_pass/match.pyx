@@ -19,7 +19,8 @@ from ksmcore._pass.stretch cimport stretch_follow
 from ksmcore._records.forest cimport forest_erase, forest_find, forest_insert, forest_next, forest_put
 from ksmcore._records.regions cimport NOT_BARRED, region_t, regions_at
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove, rmap_set_state, rmap_slot,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_add, rmap_find, rmap_remove, rmap_set_left_out,
+    rmap_set_state, rmap_slot,
 )
 from ksmcore._records.store cimport store_align, store_block, store_is_shared_block, store_page
 from ksmcore._trees cimport rb_place
@@ -310,7 +311,7 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
             match_leave_tree(c, item)
         if c.items[i] != 0:
             c.rmap.tags[c.items[i]].huge = c.marks[i] & IS_HUGE != 0
-            c.rmap.tags[c.items[i]].left_out = 0
+            rmap_set_left_out(&c.rmap, c.items[i], False)
 
 
 cdef void match_page(

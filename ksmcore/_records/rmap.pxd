@@ -61,6 +61,7 @@ ctypedef struct rmap_table:
     uint32_t bucket_capacity
     uint32_t n_by_state[<int>N_STATES]
     uint32_t n_over_store  # items with over_store
+    uint32_t n_left_out    # items with left_out
     uint64_t placed        # identity of all that lies over the store
 
 
@@ -102,6 +103,7 @@ cdef rmap_walk rmap_walk_over(uint64_t page_no, size_t n_pages) noexcept nogil
 cdef bint rmap_step(rmap_table* table, rmap_walk* walk) noexcept nogil
 cdef uint32_t rmap_add(rmap_table* table, uint64_t page_no, sys_error* err) noexcept nogil
 cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil
+cdef void rmap_set_left_out(rmap_table* table, uint32_t item, bint is_left_out) noexcept nogil
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil
 cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil
 cdef void rmap_forget_epochs(rmap_table* table) noexcept nogil

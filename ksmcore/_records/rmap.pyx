@@ -12,7 +12,7 @@ order, the next page's item usually is the next item: `rmap_find` takes that gue
 Invariants, checked by `rmap_check`:
   1. every item in use is in exactly one bucket, the one of its page number;
   2. no two items have the same page number;
-  3. n_items, n_by_state and n_over_store count the items in use, and `placed` is the sum of what lies over the store;
+  3. n_items, n_by_state, n_over_store and n_left_out count the items in use, and `placed` is the sum of what lies over the store;
   4. the free list holds exactly the items below `top` that are not in use.
 """
 
@@ -230,6 +230,7 @@ cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil:
     while link[0] != item:
         link = &table.nexts[link[0]]
     link[0] = table.nexts[item]
+    rmap_set_left_out(table, item, False)
     table.n_by_state[<int>table.tags[item].state] -= 1
     table.n_items -= 1
     table.tags[item].page_no = 0
@@ -251,7 +252,14 @@ cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcep
         table.slots[item] = slot
 
 
+cdef void rmap_set_left_out(rmap_table* table, uint32_t item, bint is_left_out) noexcept nogil:
+    table.n_left_out += <int>is_left_out - <int>table.tags[item].left_out
+    table.tags[item].left_out = is_left_out
+
+
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil:
+    """What is said of a look before is void."""
+    rmap_set_left_out(table, item, False)
     table.n_by_state[<int>table.tags[item].state] -= 1
     table.n_by_state[<int>state] += 1
     table.tags[item].state = state
@@ -275,7 +283,7 @@ cdef size_t rmap_bytes(rmap_table* table) noexcept nogil:
 cdef int rmap_check(rmap_table* table) noexcept nogil:
     """0, or the number of the first broken invariant."""
     cdef uint32_t bucket, item, other
-    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0, placed = 0
+    cdef uint64_t n_chained = 0, n_free = 0, n_over_store = 0, n_left_out = 0, placed = 0
     cdef uint64_t by_state[<int>N_STATES]
     cdef int state
     memset(by_state, 0, sizeof(by_state))
@@ -291,6 +299,7 @@ cdef int rmap_check(rmap_table* table) noexcept nogil:
                 other = table.nexts[other]
             by_state[table.tags[item].state] += 1
             n_over_store += table.tags[item].over_store
+            n_left_out += table.tags[item].left_out
             if table.tags[item].over_store != (table.slots[item] != 0):
                 return 3
             if table.slots[item] != 0:
@@ -300,6 +309,8 @@ cdef int rmap_check(rmap_table* table) noexcept nogil:
                 return 3
             item = table.nexts[item]
     if n_chained != table.n_items or n_over_store != table.n_over_store or placed != table.placed:
+        return 3
+    if n_left_out != table.n_left_out:
         return 3
     for state in range(<int>N_STATES):
         if by_state[state] != table.n_by_state[state]:

@@ -125,6 +125,7 @@ def summary(figures: Mapping[str, Any]) -> list[str]:
             f"Refused  {counted(n_refused, 'time')} memory for arrays, which were left to "
             f"{_others(figures)}; `ksmcore doctor` tells the limits"
         )
+    lines += _of_mappings(stats)
     lines += [f"Skipped  {text}" for text in _skipped(stats)]
     if stats["scanner_error"] is not None and peak > 0:
         lines.append(f"Scanner  ended early: {stats['scanner_error']}")
@@ -185,14 +186,28 @@ def _of_children(children: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _of_mappings(stats: Mapping[str, Any]) -> list[str]:
+    """What more of them would bring, where there are too few."""
+    n_left = stats.get("pages_left_out", 0)
+    if n_left == 0:
+        return []
+    return [
+        f"Mappings {stats['maps_used']:,} of {stats['maps_allowed']:,} in use, for "
+        f"{human_bytes(stats['bytes_saved_per_map'])} saved each; up to "
+        f"{human_bytes(n_left * stats['page_bytes'])} more with a higher vm.max_map_count, or with "
+        "equal data in the same order"
+    ]
+
+
 def _skipped(stats: Mapping[str, Any]) -> list[str]:
     """The reasons, the most frequent first. Each pass counts a page anew: so no sum is made. To be
-    young passes, and is no loss."""
+    young passes, and is no loss; and what `_of_mappings` tells is not told twice."""
+    passing = {"young", "map_budget"} if stats.get("pages_left_out", 0) else {"young"}
     counts = sorted(stats["skipped"].items(), key=lambda item: -item[1])
     return [
         f"{counted(count, 'time')} a page that {SKIPPED[reason].page}"
         for reason, count in counts
-        if count > 0 and reason != "young"
+        if count > 0 and reason not in passing
     ]
 
 
@@ -228,7 +243,7 @@ def _why_nothing(figures: Mapping[str, Any]) -> str:
         )
     if stats["pages_volatile"] > stats["pages_unshared"]:
         return "most pages changed from pass to pass, and such pages are left alone."
-    if _skipped(stats):
+    if _of_mappings(stats) or _skipped(stats):
         return "what could have been merged had to be left, for the reasons below."
     return (
         f"no two pages of its arrays held the same bytes ({stats['pages_unshared']:,} different "

@@ -345,6 +345,7 @@ def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
         ({"skipped": {"young": 9, "map_budget": 0}, "pages_hashed": 0}, "lived for less than a"),
         ({"pages_volatile": 10, "pages_unshared": 3}, "most pages changed from pass to pass"),
         ({"pages_volatile": 3, "pages_unshared": 10}, "held the same bytes (10 different ones"),
+        ({"pages_left_out": 7}, "had to be left, for the reasons below"),
         ({"pages_merged": 7}, "written or freed again before a pass had ended"),
         ({"pages_scanned": 0}, "no page was in memory while the scanner looked"),
         ({"full_scans": 1}, "the program ended after 1 pass of the scanner."),
@@ -363,6 +364,27 @@ def test_why_nothing_was_saved_by_the_numbers(changes, reason):
     assert reason in first
     figures["peak_bytes_saved"] = 1 << 20
     assert summary(figures)[0] == "ksmcore: 1.0 MiB saved at most, 0 B at the end"
+
+
+def test_what_more_mappings_would_bring_is_told_once():
+    with library.Engine() as engine:
+        figures = Source(engine, ["python"], 65536).snapshot()
+    figures["regions_ever"] = 1
+    figures["stats"].update(full_scans=5, pages_scanned=100)
+    figures["stats"].update(
+        {"pages_left_out": 512, "page_bytes": 4096, "maps_used": 90, "maps_allowed": 100}
+    )
+    figures["stats"].update(
+        {"bytes_saved_per_map": 2048, "skipped": {"map_budget": 9_000, "changed": 3}}
+    )
+    figures["peak_bytes_saved"] = 1 << 20
+    lines = summary(figures)
+    told = [line.strip() for line in lines if "apping" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "Mappings 90 of 100 in use, for 2.0 KiB saved each; up to 2.0 MiB more with a higher"
+    )
+    assert any("Skipped  3 times" in line for line in lines)
 
 
 def test_memory_that_the_allocator_does_not_get_is_told(tmp_path):

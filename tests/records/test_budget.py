@@ -127,6 +127,7 @@ class Pages:
         left, away = report.skipped["map_budget"], report.skipped["away"]
         # A page that the kernel is moving at that moment is not seen, and its twin finds none.
         assert abs(self.n_mergeable - self.n_merged - left) <= 2 * away
+        assert self.engine.stats().pages_left_out == left
         assert report.pages_skipped == left + away
 
     def assert_plain(self):
