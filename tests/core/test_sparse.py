@@ -1,5 +1,6 @@
 """A page here and there in memory that is nowhere else: holes are passed over as a whole."""
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -21,6 +22,9 @@ def sparse(each_guard):
         memory = mmap.mmap(-1, N_PAGES * PAGE, flags=flags)
     except (OSError, ValueError) as error:
         pytest.skip(f"no addresses for it: {error}")
+    # Whatever the machine's setting: a huge page would bring 511 pages of zeros with each.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     with ksmcore.Engine(guard=each_guard) as engine:
         yield engine, np.frombuffer(memory, np.uint8)
 
