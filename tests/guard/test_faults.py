@@ -9,7 +9,7 @@ import pytest
 
 import ksmcore
 from helpers.kernels_view import descriptors
-from helpers.memory import PAGE, address, octets, random_pages
+from helpers.memory import PAGE, address, octets, private_memory, random_pages
 from ksmcore._testing import faults, hooks
 
 SPAN_PAGES = 512
@@ -141,9 +141,11 @@ def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engi
 
 def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
     with ksmcore.Engine(guard="mprotect") as engine:
-        zero = engine.empty(4 * PAGE, np.uint8)
+        # Without advice that a new mapping would need: the memory that it is given it in comes first.
+        zero = np.frombuffer(private_memory(4), np.uint8)
         zero[:] = 1
         zero[:] = 0
+        engine.register(zero)
         # Where nothing can be mapped over the pages their permission is asked for: in vain.
         faults.inject("mmap", errno.ENOMEM, after=MMAPS_TO_ENTER["mprotect"], count=10**6)
         faults.inject("mprotect", errno.ENOMEM, after=1, count=10**6)

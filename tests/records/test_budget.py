@@ -144,8 +144,8 @@ def shuffled(n_contents, times=2, first=1):
 def merge_all(engine, *, scan=False):
     """Pass after pass, until nothing merges any more or a pair could not be paid for; its report.
 
-    The first pass of `scan` merges nothing, and after a pass that could not spend its reserve the
-    next may do so: hence two passes in a row, or three.
+    The first pass of `scan` merges nothing, and a pass that could not spend its reserve lets the
+    next ones have more and more of it.
     """
     n_idle = 0
     for _ in range(60):
@@ -153,7 +153,8 @@ def merge_all(engine, *, scan=False):
         stats = engine.stats()
         n_idle = 0 if report.pages_merged else n_idle + 1
         n_left = stats.maps_allowed - stats.maps_used
-        if n_idle == 2 + scan or (n_idle == 0 and n_left < COST_OF_PAIR):
+        n_enough = 5 if report.skipped["map_budget"] else 2
+        if n_idle == n_enough or (n_idle == 0 and n_left < COST_OF_PAIR):
             return report
     raise AssertionError(f"it still merges: {report}")
 
