@@ -21,6 +21,11 @@ page that is away, would wait for the thread that it has interrupted.
 A page that is shared with a child since a fork is refused like a pinned one. A write fault tells the two
 apart: it gives the page back to this process alone, and such a page cannot have been pinned for writing.
 
+What is left of a huge page is refused likewise, as long as its first page is not this process's alone (Linux asks
+about that one, whichever is to be moved): since a fork, say, in which a child or this process wrote to it. To advise
+that memory is not needed soon (MADV_COLD) has such a remainder split into pages of the usual size. One that is
+pinned is not split.
+
 Writers are woken explicitly: their place in memory may belong to another mapping by then, of which
 userfaultfd does not know. A writer that came to wait before the remapping is found by the wake, since
 both need the lock of the memory map; one that comes later sees the new mapping.
@@ -38,8 +43,8 @@ from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, 
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_OPEN, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop, sys_error,
-    sys_error_clear, sys_file, sys_is_kept, sys_is_passing, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
+    ADVISE_COLD, ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_OPEN, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop,
+    sys_error, sys_error_clear, sys_file, sys_is_kept, sys_is_passing, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.uffd cimport (
     UFFD_MISSING, UFFD_PROTECTED, uffd_copy, uffd_count, uffd_move, uffd_open, uffd_protect, uffd_register,
@@ -65,6 +70,7 @@ cdef extern from *:
 cdef enum:
     CLOSE_TRIES = 1000     # a millisecond apart: giving pages back must not fail
     MOVE_TRIES = 100       # of a page that the kernel holds for a moment
+    MOVE_ATTEMPTS = 3      # at first, after a write fault, and after huge pages were split
     COPY_AFTER = 10        # tries of moving a page back before it is copied instead
 
 # One for each kind of guard. `n_users`, the descriptor and the scratch change under the install lock; what
@@ -375,13 +381,13 @@ cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexce
             scratch = &state.huge_scratch
     w.scratch = scratch.addr
     w.bytes = <const uint8_t*>scratch.addr
-    for attempt in range(2):
+    for attempt in range(<uint32_t>MOVE_ATTEMPTS):
         if scratch_ready(scratch, state.file.fd, err) != 0:
             return -1
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)
         n_busy = _move_out(state, w)
-        if n_busy == 0 or attempt == 1:
+        if n_busy == 0 or attempt == <uint32_t>MOVE_ATTEMPTS - 1:
             return 0
         for i in range(w.n_pages):
             busy[i] = w.outcomes[i] == PINNED
@@ -391,7 +397,10 @@ cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexce
         for i in range(w.n_pages):
             sys_error_clear(&ignored)
             if busy[i]:
-                sys_advise(w.addr + i * w.page_bytes, w.page_bytes, ADVISE_POPULATE_WRITE, &ignored)
+                sys_advise(
+                    w.addr + i * w.page_bytes, w.page_bytes,
+                    ADVISE_POPULATE_WRITE if attempt == 0 else ADVISE_COLD, &ignored
+                )
     return 0
 
 

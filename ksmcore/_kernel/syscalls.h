@@ -23,6 +23,9 @@
 #include <unistd.h>
 
 /* Newer than some C libraries; the values are part of the kernel's interface. */
+#ifndef MADV_COLD
+#define MADV_COLD 20
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif

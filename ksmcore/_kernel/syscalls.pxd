@@ -61,6 +61,7 @@ cdef enum advice:
     ADVISE_RANDOM
     ADVISE_MERGEABLE
     ADVISE_POPULATE_WRITE
+    ADVISE_COLD
 
 
 # Every function returns 0 (or the value asked for) on success and -1 (or NULL) on failure, with *err filled.

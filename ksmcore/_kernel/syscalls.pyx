@@ -47,7 +47,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_FIXED
     int MADV_DONTNEED, MADV_DONTFORK, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_NOHUGEPAGE
     int MADV_SEQUENTIAL, MADV_RANDOM, MADV_MERGEABLE
-    int MADV_POPULATE_WRITE
+    int MADV_POPULATE_WRITE, MADV_COLD
     int munmap(void* addr, size_t len)
     int mprotect(void* addr, size_t len, int prot)
     int madvise(void* addr, size_t len, int advice)
@@ -303,6 +303,8 @@ cdef int sys_advise(uintptr_t addr, size_t len_bytes, advice what, sys_error* er
         value = MADV_MERGEABLE
     elif what == ADVISE_POPULATE_WRITE:
         value = MADV_POPULATE_WRITE
+    elif what == ADVISE_COLD:
+        value = MADV_COLD
     if sys_injected(CALL_MADVISE, addr, len_bytes, err):
         return -1
     return sys_check(madvise(<void*>addr, len_bytes, value) != 0, CALL_MADVISE, addr, len_bytes, err)

@@ -141,7 +141,7 @@ def test_permission_is_given_back_however_often_the_kernel_refuses_at_first(engi
 
 def test_a_permission_that_never_comes_back_is_an_internal_error(rng):
     with ksmcore.Engine(guard="mprotect") as engine:
-        # Without advice that a new mapping would need: the memory that it is given it in comes first.
+        # Without advice, which a new mapping has to be given before the pages are protected.
         zero = np.frombuffer(private_memory(4), np.uint8)
         zero[:] = 1
         zero[:] = 0

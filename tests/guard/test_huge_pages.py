@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.forks import THREADS_RUN, Child
 from helpers.memory import PAGE, private_memory
 from ksmcore._engine.settings import GUARDS
 from ksmcore._kernel.smaps import Snapshot
@@ -73,6 +74,39 @@ def test_one_page_of_a_huge_page_differs(engine, rng):
     assert np.array_equal(a, content)
     content[100, 3] += 1
     content[N + 5, 4] += 1
+    assert np.array_equal(b, content)
+    engine._core.check()
+
+
+@pytest.mark.filterwarnings(THREADS_RUN)
+@pytest.mark.parametrize("who", ["parent", "child"])
+def test_what_a_fork_left_of_huge_pages_is_merged(engine, rng, who):
+    """Whoever writes to the first page has it anew, and the huge page is in pieces."""
+    a, b = huge_memory(2), huge_memory(2)
+    content = rng.integers(0, 2**62, a.shape, dtype=np.int64)
+    a[:] = b[:] = content
+
+    def write(parts):
+        for rows in (a, b):
+            for block in range(2):
+                rows[block * N : (block + 1) * N][parts, 1] = content[0, 0]
+
+    def work(pause) -> None:
+        if who == "child":
+            write(slice(1))
+        pause()
+
+    # Whoever writes does so while the other one has the pages, too.
+    with Child(work) as child:
+        child.paused()
+        if who == "parent":
+            write(slice(1))
+        child.end()
+    write(slice(None))
+    content[:, 1] = content[0, 0]
+    assert engine.dedup(a, b).skipped["pinned"] == 0
+    assert engine.stats().pages_sharing == 2 * N
+    assert np.array_equal(a, content)
     assert np.array_equal(b, content)
     engine._core.check()
 
