@@ -9,7 +9,10 @@ are looked at.
 
 Lock order: a table is changed under the redirect lock, and the loader's lock of its list, which the loader never
 holds while it calls anybody but who walks through that list. So neither is what another thread may hold in
-a fork, or in the constructor of an object. The lock is held around a fork: no child finds a table half changed.
+the constructor of an object. The lock is held around a fork: no child finds a table half changed.
+
+A thread that loads or unloads an object may hold the loader's lock when another one forks, and then the child never
+gets it. Such a child leaves all tables as its parent had them.
 """
 
 from libc.stdint cimport uint32_t
@@ -102,8 +105,19 @@ cdef extern from *:
         if (threads) dlclose(threads);
     }
 
+    /* A child in which nothing is redirected any more, nor put back: what was the loader's business in another thread
+       when it was forked is never done there, and may have the lock of the loader's list. */
+    static int redirect_stuck;
+    static int redirect_touch(struct dl_phdr_info *info, size_t size, void *data) {
+        return (void)info, (void)size, (void)data, 1;
+    }
+    /* Whoever goes through the list, and does not change it, has ended with that. */
+    static void redirect_wait_for_list(void) { dl_iterate_phdr(redirect_touch, 0); }
+    static void redirect_see_whether_stuck(void) { redirect_stuck |= _r_debug.r_state != RT_CONSISTENT; }
+
     static void redirect_walk(redirect_table *table, int back, int insist) {
         objects_walk walk;
+        if (redirect_stuck) return;
         objects_map_clear(&redirect_map);
         objects_map_clear(&redirect_homes);
         for (uint32_t i = 0; i < table->n_rows; i++) {
@@ -137,6 +151,9 @@ cdef extern from *:
     static void redirect_walk(redirect_table *table, int back, int insist) { (void)table, (void)back, (void)insist; }
     static uint64_t objects_n_loads(void) { return 0; }
     static int redirect_is_in_program(const void *address) { return (void)address, 0; }
+    static int redirect_stuck;
+    static void redirect_wait_for_list(void) {}
+    static void redirect_see_whether_stuck(void) {}
     #endif
 
     /* No handler runs on a thread that changes tables: it could fork. */
@@ -154,6 +171,7 @@ cdef extern from *:
         sigset_t before;
         redirect_lock(&before);
         redirect_signals_before = before;
+        redirect_wait_for_list();
     }
     static void redirect_after_fork(void) {
         sigset_t before = redirect_signals_before;
@@ -161,6 +179,7 @@ cdef extern from *:
     }
     static void redirect_in_child(void) {
         pthread_mutex_init(&redirect_mutex, 0);
+        redirect_see_whether_stuck();
         ksm_restore_signals(&redirect_signals_before);
     }
     static int redirect_at_fork(void) {
@@ -179,6 +198,7 @@ cdef extern from *:
     static void redirect_look_again(redirect_table *table) {
         sigset_t before;
         uint32_t n_unready = __atomic_load_n(&table->n_unready, __ATOMIC_RELAXED);
+        if (redirect_stuck) return;
         if (objects_n_loads() == __atomic_load_n(&table->n_loads, __ATOMIC_RELAXED) && !n_unready) return;
         redirect_lock(&before);
         /* What was being loaded the last time is loaded by now, or is made so that it looks like that. */
@@ -189,6 +209,7 @@ cdef extern from *:
     ctypedef struct sigset_t:
         pass
     bint REDIRECT_CAN
+    bint redirect_stuck
     uint32_t redirect_n_others
     int redirect_is_in_program(const void* address)
     void redirect_find_all(redirect_table* table)
@@ -198,6 +219,8 @@ cdef extern from *:
 
 
 cdef object redirect_missing():
+    if redirect_stuck:
+        return "this process was forked while another thread loaded a library"
     if REDIRECT_CAN:
         return None
     return "functions can be redirected with the GNU C library only, on x86-64 and aarch64"

@@ -252,6 +252,9 @@ def test_rollup_follows_what_is_touched():
         for offset in range(0, n * PAGE, PAGE):
             area[offset] = 1
         after = smaps.smaps_rollup()
+    # Without files: the share of a library grows when another process that has it mapped ends.
+    for totals in (before, after):
+        totals["Pss"] -= totals.get("Pss_File", 0)
     for key in ("Rss", "Pss", "Anonymous"):
         assert after[key] - before[key] == pytest.approx(n * PAGE, rel=0.1)
 
