@@ -315,7 +315,7 @@ def test_small_number_is_kept():
     for name, tails in corpora().items():
         for budget in (0, 1, 2, 7, 40, 150):
             case = f"{name}, {budget}"
-            gc.collect()  # what a closed engine still has mapped is taken from the budget of the next
+            gc.collect()  # a closed engine that waits for it still has mappings of its store
             with ksmcore.Engine(map_budget=budget) as engine:
                 pages = Pages(engine, tails)
                 before = n_maps()
