@@ -12,7 +12,8 @@ holds while it calls anybody but who walks through that list. So neither is what
 the constructor of an object. The lock is held around a fork: no child finds a table half changed.
 
 A thread that loads or unloads an object may hold the loader's lock when another one forks, and then the child never
-gets it. Such a child leaves all tables as its parent had them.
+gets it. Such a child leaves all tables as its parent had them. To wait for that lock before a fork would be to wait for
+whoever goes through the list, with locks that forks take earlier.
 """
 
 from libc.stdint cimport uint32_t
@@ -108,11 +109,6 @@ cdef extern from *:
     /* A child in which nothing is redirected any more, nor put back: what was the loader's business in another thread
        when it was forked is never done there, and may have the lock of the loader's list. */
     static int redirect_stuck;
-    static int redirect_touch(struct dl_phdr_info *info, size_t size, void *data) {
-        return (void)info, (void)size, (void)data, 1;
-    }
-    /* Whoever goes through the list, and does not change it, has ended with that. */
-    static void redirect_wait_for_list(void) { dl_iterate_phdr(redirect_touch, 0); }
     static void redirect_see_whether_stuck(void) { redirect_stuck |= _r_debug.r_state != RT_CONSISTENT; }
 
     static void redirect_walk(redirect_table *table, int back, int insist) {
@@ -152,7 +148,6 @@ cdef extern from *:
     static uint64_t objects_n_loads(void) { return 0; }
     static int redirect_is_in_program(const void *address) { return (void)address, 0; }
     static int redirect_stuck;
-    static void redirect_wait_for_list(void) {}
     static void redirect_see_whether_stuck(void) {}
     #endif
 
@@ -171,7 +166,6 @@ cdef extern from *:
         sigset_t before;
         redirect_lock(&before);
         redirect_signals_before = before;
-        redirect_wait_for_list();
     }
     static void redirect_after_fork(void) {
         sigset_t before = redirect_signals_before;
@@ -197,12 +191,12 @@ cdef extern from *:
 
     static void redirect_look_again(redirect_table *table) {
         sigset_t before;
-        uint32_t n_unready = __atomic_load_n(&table->n_unready, __ATOMIC_RELAXED);
         if (redirect_stuck) return;
-        if (objects_n_loads() == __atomic_load_n(&table->n_loads, __ATOMIC_RELAXED) && !n_unready) return;
+        /* To ask takes the loader's lock, and so this one, too: no child is without it because of us. */
         redirect_lock(&before);
         /* What was being loaded the last time is loaded by now, or is made so that it looks like that. */
-        if (table->n_users) redirect_walk(table, 0, n_unready != 0);
+        if (table->n_users && (table->n_unready || objects_n_loads() != table->n_loads))
+            redirect_walk(table, 0, table->n_unready != 0);
         redirect_unlock(&before);
     }
     """

@@ -12,7 +12,8 @@ order, the next page's item usually is the next item: `rmap_find` takes that gue
 Invariants, checked by `rmap_check`:
   1. every item in use is in exactly one bucket, the one of its page number;
   2. no two items have the same page number;
-  3. n_items, n_by_state, n_over_store and n_left_out count the items in use, and `placed` is the sum of what lies over the store;
+  3. n_items, n_by_state, n_over_store and n_left_out count the items in use, and `placed` is the sum of what lies over
+     the store;
   4. the free list holds exactly the items below `top` that are not in use.
 """
 
