@@ -21,7 +21,6 @@ from helpers.forks import (
     live_anew,
 )
 from helpers.memory import PAGE, private_memory, random_pages
-from helpers.waiting import wait_until
 from ksmcore._engine.passes import BATCH_PAGES
 from ksmcore._kernel import forks
 from ksmcore._testing import hooks
@@ -186,13 +185,7 @@ def test_a_fork_in_the_middle_of_a_pass(engine, memory, end):
         if os.getpid() != original:
             finish(child)
     assert exit_code(pids[0]) == 0
-
-    def is_merged() -> bool:
-        # While a child has a part of a huge page, the kernel may refuse to move what is left of it.
-        engine.dedup()
-        return engine.stats().pages_sharing == N_PAGES + BATCH_PAGES
-
-    wait_until(is_merged)
+    assert engine.stats().pages_sharing == N_PAGES + BATCH_PAGES
     large.check()
     live(memory, 100)
 

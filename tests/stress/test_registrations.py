@@ -17,7 +17,7 @@ from ksmcore._kernel import smaps
 
 N_THREADS = 8
 # A quick form is always run.
-N_REGIONS = 10_000 if LONG else 800
+N_REGIONS = 10_000 if LONG else 1_600
 N_PAGES = 4
 AT_ONCE = 50
 PATIENCE_SECONDS = 300
