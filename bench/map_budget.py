@@ -13,20 +13,18 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 import ksmcore
-from bench.corpora import PAGE, SEED
+from bench.corpora import PAGE, SEED, Pages, fill_random
 
-Bytes = NDArray[np.uint8]
 MIB = 1 << 20
 
 
-def frames(n_frames: int) -> Bytes:
+def frames(n_frames: int) -> Pages:
     """So many different frames, of one page each."""
-    return np.random.Generator(np.random.SFC64(SEED)).integers(
-        0, 256, (n_frames, PAGE), dtype=np.uint8
-    )
+    made = np.empty((n_frames, PAGE), np.uint8)
+    fill_random(made)
+    return made
 
 
 def constant(engine: ksmcore.Engine) -> list[object]:

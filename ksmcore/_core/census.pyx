@@ -163,15 +163,15 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     """
     cdef counting all
     cdef size_t i
+    cdef int64_t n_pages = 0
     if _read_all(c, &all, err) != 0:
-        budget_refresh(&c.budget, -1, -1, asked_maps, max_map_count)
+        budget_refresh(&c.budget, -1, -1, -1, asked_maps, max_map_count)
         return -1
     c.n_maps = <size_t>all.n_maps
-    c.budget.n_pages = 0
     for i in range(c.regions.n):
         all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
-        c.budget.n_pages += c.regions.all[i].n_pages
-    budget_refresh(&c.budget, all.n_maps, all.n_ours, asked_maps, max_map_count)
+        n_pages += c.regions.all[i].n_pages
+    budget_refresh(&c.budget, all.n_maps, all.n_ours, n_pages, asked_maps, max_map_count)
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages

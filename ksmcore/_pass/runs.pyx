@@ -69,11 +69,11 @@ cdef uint32_t _run_end(batch* b, uint32_t start) noexcept nogil:
 
 # ---- what a run costs -----------------------------------------------------------------------
 
-cdef int64_t _cost(batch* b, uint32_t start, uint32_t end, bint after_last) noexcept nogil:
+cdef int64_t _cost(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """Mappings more (or, negative, fewer) once the intents [start, end), all neighbours of one kind, are
-    carried out. `after_last`: the one before them goes first, if it is still wanted."""
+    carried out. What is still open before them goes first."""
     cdef intent* first = &b.intents[start]
-    cdef intent* last = first - 1 if after_last else first
+    cdef intent* last = first - 1 if start > 0 else first
     cdef uint32_t left = (
         last.slot if last.page_no + 1 == first.page_no and last.fate == OPEN
         else costs_slot_under(b.rmap, first.page_no - 1, 0)
@@ -141,7 +141,6 @@ cdef void _choose(batch* b) noexcept nogil:
     """
     cdef uint32_t start = 0, end, i
     cdef int64_t cost
-    cdef bint was_taken = False
     cdef map_budget budget = b.budget[0]
     _note_runs(b)
     if b.n_intents != 0 and guard_is_barred(b.guard[0]):
@@ -151,18 +150,14 @@ cdef void _choose(batch* b) noexcept nogil:
     while start < b.n_intents:
         if b.intents[start].fate != OPEN:
             start += 1
-            was_taken = False
             continue
         end = _run_end(b, start)
         if _makes_mappings(&b.intents[start]):
-            cost = _cost(b, start, end, was_taken)
-            was_taken = budget_affords(&budget, cost, _halves_saved(b, start, end))
-            if was_taken:
+            cost = _cost(b, start, end)
+            if budget_affords(&budget, cost, _halves_saved(b, start, end)):
                 budget.used += cost
             else:
                 _leave_run(b, start, end)
-        else:
-            was_taken = False
         start = end
 
 
@@ -253,7 +248,7 @@ cdef int _carry_out(batch* b) noexcept nogil:
         while end < b.n_intents and _go_together(&b.intents[start], &b.intents[end]):
             end += 1
         if _makes_mappings(&b.intents[start]):
-            b.budget.used += _cost(b, start, end, False)
+            b.budget.used += _cost(b, start, end)
         rc = _carry_out_run(b, start, end)
         start = end
     return rc

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._pages cimport page_compare
 from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
-from ksmcore._records.budget cimport budget_pages_per_map, map_budget
+from ksmcore._records.budget cimport map_budget
 from ksmcore._records.store cimport store_is_shared_block, store_page
 
 cdef enum:
@@ -26,7 +26,7 @@ cdef enum:
 cdef uint32_t _copies_for(const map_budget* budget, uint64_t n_pages, uint32_t least) noexcept nogil:
     """Copies that make a stretch of n_pages equal pages cheapest."""
     cdef uint32_t k = least
-    k = max(k, <uint32_t>min(<uint64_t>budget_pages_per_map(budget), n_pages // MOST_KEPT, <uint64_t>MAX_COPIES))
+    k = max(k, <uint32_t>min(<uint64_t>budget.pages_per_map, n_pages // MOST_KEPT, <uint64_t>MAX_COPIES))
     while k < <uint32_t>MAX_COPIES and <uint64_t>(k + 1) * (k + 1) * PAGES_PER_COPY <= n_pages:
         k += 1
     return k

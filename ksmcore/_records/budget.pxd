@@ -10,11 +10,10 @@ ctypedef struct map_budget:
     int64_t allowed              # mappings that the engine may use in all
     int64_t used                 # counted at the last refresh, plus what runs have cost since
     int reserve_shift            # of the share that is held back for longer runs; grows by passes
-    int64_t n_pages              # that are registered; set by the census
+    int64_t pages_per_map        # that each mapping has to serve for half of the budget to do for all registered pages
 
 
 cdef void budget_refresh(
-    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
+    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
 ) noexcept nogil
-cdef int64_t budget_pages_per_map(const map_budget* budget) noexcept nogil
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil

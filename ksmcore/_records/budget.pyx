@@ -11,9 +11,10 @@ cdef enum:
     MAPS_BACK = 16             # the way back needs some six, and the store some of its own
 
 cdef void budget_refresh(
-    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t asked, int64_t max_map_count
+    map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
 ) noexcept nogil:
-    """Set what the engine may use, of the process's `n_maps` mappings, `n_ours` of them for stores.
+    """Set what the engine may use, of the process's `n_maps` mappings, `n_ours` of them for stores; n_pages
+    are registered.
 
     n_maps: -1 when they could not be counted. asked: a number of mappings, or -1 for half of what would
     be free without the engine.
@@ -31,11 +32,7 @@ cdef void budget_refresh(
         # Never more than three quarters of what is free: without room for a few mappings a process
         # cannot start a thread, load a library or allocate an array.
         budget.allowed = min(asked, max(free_maps * 3 // 4, <int64_t>0))
-
-
-cdef int64_t budget_pages_per_map(const map_budget* budget) noexcept nogil:
-    """How many pages each mapping would have to serve for half of the budget to do for all that are registered."""
-    return 2 * budget.n_pages // max(budget.allowed, <int64_t>1)
+    budget.pages_per_map = 2 * n_pages // max(budget.allowed, <int64_t>1)
 
 
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil:
