@@ -284,7 +284,9 @@ def test_whoever_would_have_shared_with_it_goes_on_alone(engine, loose):
     call("madvise", loose.addr, N * PAGE, WIPEONFORK)
     report = engine.dedup()
     assert report.pages_merged == 0
-    assert (report.skipped["altered"], report.skipped["partner"]) == (N, N)
+    assert report.skipped["altered"] == N
+    # What comes after the span in which the advice is seen is not even compared.
+    assert 0 < report.skipped["partner"] <= N
     third = engine.array(source)
     assert engine.dedup().pages_merged == 2 * N
     assert not is_over_store(loose)
