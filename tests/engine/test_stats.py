@@ -406,11 +406,12 @@ class TestMemoryInfo:
 
     def test_two_engines(self, engine, saved):
         with ksmcore.Engine() as other:
-            arrays = [made.full(40 * PAGE, 7, np.uint8) for made in (engine, other)]
+            # Too few for a second copy, should a span of memory end in their midst.
+            arrays = [made.full(30 * PAGE, 7, np.uint8) for made in (engine, other)]
             engine.dedup()
             other.dedup()
-            assert saved() == engine.stats().bytes_saved + other.stats().bytes_saved == 78 * PAGE
-        assert saved() == 39 * PAGE
+            assert saved() == engine.stats().bytes_saved + other.stats().bytes_saved == 58 * PAGE
+        assert saved() == 29 * PAGE
         del arrays
 
     def test_an_engine_that_goes_meanwhile(self, monkeypatch):
