@@ -181,6 +181,10 @@ class Engine(Closing):
         until the region is closed. Of a model, a frame, a dict, or any other object, all memory is
         taken that is not registered yet; the area that is returned names the `unreached` rest.
 
+        One call for many buffers (a list of them) looks at the process's mappings once. Where
+        thousands come one by one, what costs much to find out (a lock, another's userfaultfd) is
+        found out later: such memory is then never merged, and counted in `Stats.skipped`.
+
         `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
         memory in place, with the same bytes; other processes no longer see what is written.
 

@@ -65,11 +65,19 @@ class MappingTraits:
     """MADV_HUGEPAGE is set on some of the pages."""
     nohugepage: bool = False
     """MADV_NOHUGEPAGE is set on some of the pages."""
+    unseen: bool = False
+    """Only their place was asked for: smaps has to be read before the first merge."""
 
     @property
     def region_flags(self) -> int:
         """As the enum region_flag has them."""
-        return self.dontfork | self.dontdump << 1 | self.hugepage << 2 | self.nohugepage << 3
+        return (
+            self.dontfork
+            | self.dontdump << 1
+            | self.hugepage << 2
+            | self.nohugepage << 3
+            | self.unseen << 9
+        )
 
 
 @dataclass(frozen=True, slots=True)

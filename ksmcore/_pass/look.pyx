@@ -11,7 +11,8 @@ Only smaps tells, and reading it takes a walk over all page tables. So it is rea
 then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what it took; none is older
 than the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in the time
 that its look is good for, to pages that are remapped in just that time. A region that was registered after the look
-was no part of it: of that, what was seen when it was registered counts.
+was no part of it: of that, what was seen when it was registered counts; where nothing was (REGION_UNSEEN), a look
+comes first.
 
 The caller holds the engine's lock.
 """
@@ -28,7 +29,7 @@ from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.ranges cimport ranges_add, ranges_at
 from ksmcore._records.regions cimport (
-    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_WATCHED, region_bar, region_t, regions_at,
+    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_UNSEEN, REGION_WATCHED, region_bar, region_t, regions_at,
     regions_end_of, regions_next,
 )
 
@@ -101,10 +102,11 @@ cdef int _take(engine_core* c, sys_error* err) noexcept nogil:
     end = regions_end_of(&c.regions, &c.regions.all[c.regions.n - 1])
     if maps_traits_each(end, _see, &all, err) != 0 or all.is_full:
         return -1
-    c.advice.n_barred = 0
+    c.advice.n_barred = c.regions.n_unseen = 0
     for i in range(c.regions.n):
         region = &c.regions.all[i]
         region.looked = True
+        region.flags &= ~REGION_UNSEEN
         region.bar = region.seen_bar
         c.advice.n_barred += region.bar != NOT_BARRED
     c.advice.seen_ns = begun_ns
@@ -127,13 +129,16 @@ cdef void look_begin_pass(engine_core* c, bint patient) noexcept nogil:
 cdef bint _is_due(const engine_core* c) noexcept nogil:
     """Is a look wanted before these intents are carried out? Sooner where one is in a region that no look has seen."""
     cdef uint64_t age_ns = sys_now_ns() - c.advice.seen_ns
+    cdef bint is_fresh = age_ns < LOOK_SHARE * c.advice.cost_ns
+    cdef const region_t* region
     cdef uint32_t i
     if c.advice.seen_ns < c.advice.pass_ns or age_ns >= LOOK_NS + LOOK_SHARE * c.advice.cost_ns:
         return True
-    if age_ns < LOOK_SHARE * c.advice.cost_ns:
+    if is_fresh and c.regions.n_unseen == 0:
         return False
     for i in range(c.b.n_intents):
-        if not regions_at(&c.regions, <uintptr_t>(c.b.intents[i].page_no * c.page_bytes)).looked:
+        region = regions_at(&c.regions, <uintptr_t>(c.b.intents[i].page_no * c.page_bytes))
+        if region.flags & REGION_UNSEEN or not (is_fresh or region.looked):
             return True
     return False
 

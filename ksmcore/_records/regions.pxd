@@ -14,6 +14,7 @@ cdef enum region_flag:
     REGION_RANDOM = 64       # madvise
     REGION_MERGEABLE = 128   # madvise
     REGION_LOCKED = 256      # mlock; for what is restored
+    REGION_UNSEEN = 512      # nothing but its place is known: a look comes before the first merge
     REGION_KEY_SHIFT = 12    # memory protection key, in four bits; for what is restored
     REGION_KEY = 15 << 12
     REGION_BOUND = 1 << 16   # a NUMA policy; for what is restored
@@ -47,6 +48,7 @@ ctypedef struct region_list:
     region_t* all
     size_t n
     size_t capacity
+    size_t n_unseen          # with REGION_UNSEEN
     size_t page_bytes
 
 

@@ -60,10 +60,12 @@ cdef region_t* regions_insert(
     regions.all[index].id = region_id
     regions.all[index].flags = flags
     regions.n += 1
+    regions.n_unseen += flags & REGION_UNSEEN != 0
     return &regions.all[index]
 
 
 cdef void regions_drop(region_list* regions, region_t* region) noexcept nogil:
     cdef size_t index = region - regions.all
     regions.n -= 1
+    regions.n_unseen -= region.flags & REGION_UNSEEN != 0
     memmove(region, region + 1, (regions.n - index) * sizeof(region_t))

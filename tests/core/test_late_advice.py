@@ -12,6 +12,7 @@ from helpers.libc import libc, why_failed
 from helpers.loose import Loose, call
 from helpers.memory import PAGE
 from helpers.watching import MISSING, PROTECTED, Watcher, bind_to_node, give_key, protection_key
+from ksmcore._gate import buffers
 from ksmcore._kernel import smaps
 from ksmcore._kernel.numa import own_numa_policy
 from ksmcore._testing import faults
@@ -416,3 +417,105 @@ def test_advice_for_what_lay_there_before_is_not_given_to_what_is_registered_aft
     assert traits(anew) == given(slice(0, 0), flag)
     assert np.array_equal(anew.pages, partners[0])
     region.close()
+
+
+# --- registered by the thousand: what only smaps tells is found out before the first merge --------
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Registrations have read smaps for as long as they may."""
+
+    class UsedUp:
+        def is_used_up(self):
+            return True
+
+        def use(self):
+            raise AssertionError("smaps was read")
+
+    monkeypatch.setattr(buffers, "_allowance", UsedUp())
+
+
+@pytest.mark.parametrize("how", ["dedup", "scan"])
+def test_what_would_be_lost_is_found_out_before_the_first_merge(
+    engine, loose, lost, pages, how, unseen
+):
+    addr, len_bytes = loose.at(pages.start), (pages.stop - pages.start) * PAGE
+    lost.give(addr, len_bytes)
+    if isinstance(lost, Bound):
+        with pytest.raises(AssertionError, match="smaps was read"):
+            engine.register(loose.pages)  # that can be asked for at once
+        lost.take_back(addr, len_bytes)
+        return
+    region = engine.register(loose.pages)
+    partner = engine.array(loose.pages)
+    try:
+        for _ in range(3):
+            report = getattr(engine, how)()
+        assert count(report, lost) == N
+        assert not is_over_store(loose)
+    finally:
+        lost.take_back(addr, len_bytes)
+    for _ in range(3):
+        getattr(engine, how)()
+    assert is_over_store(loose)
+    assert np.array_equal(loose.pages, partner)
+    region.close()
+
+
+def test_what_came_after_the_look_waits_for_the_next(engine, loose, lost, unseen):
+    if isinstance(lost, Bound):
+        pytest.skip("is told at once")
+    partners = [engine.array(loose.pages) for _ in range(3)]
+    engine._core.take_census(-1, 65530)
+    engine._core.begin_pass()
+    walk(engine)
+    assert engine.stats().pages_sharing == 2 * N
+    lost.give(loose.addr, N * PAGE)
+    try:
+        region = engine.register(loose.pages)
+        walk(engine)
+        assert engine.stats().pages_sharing == 2 * N
+        assert not is_over_store(loose)
+    finally:
+        lost.take_back(loose.addr, N * PAGE)
+    assert np.array_equal(loose.pages, partners[0])
+    region.close()
+
+
+def test_advice_to_unseen_memory_is_kept(engine, loose, kept, pages, unseen):
+    number, flag = kept
+    advise(loose, pages, number)
+    region = engine.register(loose.pages)
+    partner = engine.array(loose.pages)
+    assert engine.dedup().pages_merged == 2 * N
+    assert traits(loose) == given(pages, flag)
+    assert np.array_equal(loose.pages, partner)
+    region.close()
+    assert traits(loose) == given(pages, flag)
+
+
+def test_unseen_memory_that_cannot_be_merged_is_an_error_all_the_same(engine, unseen):
+    with mmap.mmap(-1, 4 * PAGE) as shared, pytest.raises(AssertionError, match="smaps was read"):
+        engine.register(shared)
+    assert engine.regions == ()
+
+
+def test_an_allowance_comes_back_with_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(buffers.time, "monotonic", lambda: now)
+    allowance = buffers._Allowance()
+    for _ in range(3):
+        assert not allowance.is_used_up()
+        now += 0.4
+        allowance.use()
+    assert allowance.is_used_up()
+    now += 0.1
+    assert allowance.is_used_up()
+    now += 0.2
+    assert not allowance.is_used_up()
+    now += 50
+    assert not allowance.is_used_up()
+    now += 1.5
+    allowance.use()
+    assert allowance.is_used_up()

@@ -6,7 +6,7 @@ import mmap
 import numpy as np
 import pytest
 
-from ksmcore._kernel import shown
+from ksmcore._kernel import mappings
 from ksmcore._kernel.shown import NOTHING, UNKNOWN, Shown
 
 PAGE = mmap.PAGESIZE
@@ -19,7 +19,7 @@ def numbers(request, monkeypatch):
         def refuse(*_):
             raise OSError(25, "not there before Linux 6.11")
 
-        monkeypatch.setattr(shown.fcntl, "ioctl", refuse)
+        monkeypatch.setattr(mappings.fcntl, "ioctl", refuse)
     made = Shown()
     return lambda memory: made.of(
         ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory) // PAGE
