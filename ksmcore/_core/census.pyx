@@ -31,8 +31,8 @@ from ksmcore._kernel.syscalls cimport (
 from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
 from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_refresh
-from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next
+from ksmcore._records.budget cimport budget_refresh
+from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_next
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,
@@ -169,7 +169,9 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
         return -1
     c.n_maps = <size_t>all.n_maps
     for i in range(c.regions.n):
-        all.n_ours += MAPS_WATCHED if c.regions.all[i].flags & REGION_WATCHED else 0
+        if c.regions.all[i].flags & REGION_WATCHED:
+            # Ends of what is watched: of this region's two those at which no other goes on.
+            all.n_ours += regions_maps_to_watch(&c.regions, &c.regions.all[i]) // 2 + 1
         n_pages += c.regions.all[i].n_pages
     budget_refresh(&c.budget, all.n_maps, all.n_ours, n_pages, asked_maps, max_map_count)
     for i in range(c.regions.n):

@@ -108,7 +108,7 @@ class Mappings:
             # Somebody has answered in the kernel's place, and nothing.
             raise OSError(errno.ENOTTY, "PROCMAP_QUERY is not answered")
         permissions = "".join(
-            ("-", "r", "-", "w", "-", "x", "p", "s")[2 * n + (flags >> n & 1)] for n in range(4)
+            either[flags >> n & 1] for n, either in enumerate(("-r", "-w", "-x", "ps"))
         )
         path = os.fsdecode(self._name.value) if n_name else ""
         return Mapping(start, end, permissions, offset, (major, minor), inode, path, size)

@@ -252,6 +252,19 @@ cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil:
     )
 
 
+cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end) noexcept nogil:
+    """The first page in [addr, end), all of it watched, that was written since it was protected; `end` where there is
+    none, `addr` where it cannot be told."""
+    cdef ksm_page_range found
+    cdef sys_error ignored
+    cdef int n
+    sys_error_clear(&ignored)
+    if not pm.scans or not sys_is_kept(&pm.file):
+        return addr
+    n = _scan(pm, addr, end, True, FILES_UNTOLD, &found, 1, &ignored)
+    return end if n == 0 else found.start if n > 0 else addr
+
+
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil:
     """From here on a survey of a watched range shows these pages only once they are written. -1 with *err
     when they cannot be protected, all or in part; EPERM: they are not watched by a tracker."""

@@ -19,11 +19,13 @@ from ksmcore._kernel.tracker cimport (
     tracker_close, tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch,
 )
 from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, state_page_of
-from ksmcore._records.budget cimport MAPS_WATCHED, budget_affords
-from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of
+from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.regions cimport (
+    REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_pages_around,
+)
 from ksmcore._records.rmap cimport PAGE_UNSHARED
 
-# Two mappings and a system call for each region that is watched should be worth it.
+# Two mappings and a system call for what is watched together should be worth it.
 cdef size_t quiet_min_pages = 256
 
 
@@ -112,11 +114,17 @@ cdef bint quiet_is_still(engine_core* c, uint32_t item) noexcept nogil:
 cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     """Have the tracker watch a region, if that is worth it and allowed; once a pass it is tried."""
     cdef sys_error ignored
+    cdef size_t n_pages
+    cdef int n_maps
     if region.flags & REGION_WATCHED:
         return True
-    if region.watch_tried == c.epoch or not c.may_watch or region.n_pages < quiet_min_pages:
+    if region.watch_tried == c.epoch or not c.may_watch:
         return False
     region.watch_tried = c.epoch
+    n_maps = regions_maps_to_watch(&c.regions, region)
+    n_pages = regions_pages_around(&c.regions, region, quiet_min_pages)
+    if n_maps > 0 and n_pages < quiet_min_pages:
+        return False
     if c.pm.file.fd < 0:
         return False             # a pass may have its descriptor again
     sys_error_clear(&ignored)
@@ -124,11 +132,11 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
         c.may_watch = sys_is_passing(ignored.code)
         return False
     if (
-        not budget_affords(&c.budget, MAPS_WATCHED, <uint32_t>min(region.n_pages, <size_t>UINT32_MAX))
+        not budget_affords(&c.budget, n_maps, <uint32_t>min(n_pages, <size_t>UINT32_MAX))
         or tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0
     ):
         return False
-    c.budget.used += MAPS_WATCHED
+    c.budget.used += n_maps
     region.flags |= REGION_WATCHED
     return True
 
@@ -164,4 +172,4 @@ cdef void quiet_unwatch(engine_core* c, region_t* region) noexcept nogil:
         if tracker_is_there(&c.tracker):
             tracker_unwatch(&c.tracker, region.addr, regions_end_of(&c.regions, region))
         region.flags &= ~REGION_WATCHED
-        c.budget.used -= MAPS_WATCHED
+        c.budget.used -= regions_maps_to_watch(&c.regions, region)

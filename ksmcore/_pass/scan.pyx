@@ -35,7 +35,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._kernel.pagemap cimport (
     PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, page_range,
-    pagemap_survey,
+    pagemap_first_written, pagemap_survey,
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
@@ -49,7 +49,7 @@ from ksmcore._pass.stretch cimport stretch_go_on
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._records.ranges cimport ranges_at
 from ksmcore._records.regions cimport (
-    BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
+    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next,
 )
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot, rmap_step,
@@ -61,6 +61,7 @@ cdef enum:
     PREFETCH = 16              # pages that searches are prepared for ahead
     STEP_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
     WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
+    NEIGHBOURS = 256           # regions that are passed over at once
     YOUNG = 3                  # pages of a lower age are looked at in every pass
 
 
@@ -254,19 +255,58 @@ cdef bint _has_swapped(const engine_core* c) noexcept nogil:
     return False
 
 
+cdef uintptr_t _end_of_unwritten(engine_core* c, const region_t* region, uintptr_t end) noexcept nogil:
+    """Where the first written page lies in this watched region and those that it touches, are watched too, and end
+    before `end`; or where they end. One question for all of them, STEP_PAGES and NEIGHBOURS at most."""
+    cdef const region_t* last = region
+    cdef const region_t* following = regions_next(&c.regions, region)
+    cdef size_t n_pages = region.n_pages, n = 1
+    while (
+        following != NULL and following.addr == regions_end_of(&c.regions, last) and _may_be_passed_over(following)
+        and regions_end_of(&c.regions, following) <= end and n < <size_t>NEIGHBOURS
+        and n_pages + following.n_pages <= <size_t>STEP_PAGES
+    ):
+        n += 1
+        n_pages += following.n_pages
+        last = following
+        following = regions_next(&c.regions, following)
+    if n == 1:
+        return region.addr       # a survey tells as much
+    return pagemap_first_written(&c.pm, region.addr, regions_end_of(&c.regions, last))
+
+
+cdef bint _may_be_passed_over(const region_t* region) noexcept nogil:
+    """Does it need no look, and no word why it got none, if nothing was written?"""
+    return (
+        region.flags & REGION_WATCHED and region.n_holds == 0 and not region.being_made and not region.altered
+        and region.bar == NOT_BARRED
+    )
+
+
 cdef int scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, bint patient, size_t* n_pages, sys_error* err
 ) noexcept nogil:
     """One step of a walk: the next pages from *cursor on that need a look, SPAN_PAGES at most, or all of
-    a region that is passed over. Moves *cursor on, to `end` when there is nothing left, and adds to
+    a region that is passed over, or several. Moves *cursor on, to `end` when there is nothing left, and adds to
     *n_pages what it cost, in pages that are looked at. Fails as _scan_span does."""
     cdef region_t* region = regions_at(&c.regions, cursor[0])
-    cdef uintptr_t from_here, to_here
+    cdef uintptr_t from_here, to_here, unwritten
     cdef size_t n, n_looked = 0
     cdef int rc = 0
     if region == NULL or region.addr >= end:
         cursor[0] = end
         return 0
+    if cursor[0] <= region.addr and _may_be_passed_over(region):
+        unwritten = _end_of_unwritten(c, region, end)
+        n = 0
+        while region != NULL and region.addr < unwritten and regions_end_of(&c.regions, region) <= unwritten:
+            n += region.n_pages
+            cursor[0] = regions_end_of(&c.regions, region)
+            region = regions_next(&c.regions, region)
+        if n != 0:
+            c.counters.pages_scanned += n
+            n_pages[0] += n // WALKED_PER_LOOK
+            return 0
     from_here = max(cursor[0], region.addr)
     to_here = min(regions_end_of(&c.regions, region), end)
     n = (to_here - from_here) // c.page_bytes

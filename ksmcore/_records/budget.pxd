@@ -2,10 +2,6 @@
 
 from libc.stdint cimport int64_t, uint32_t
 
-cdef enum:
-    MAPS_WATCHED = 2             # that a region is watched cuts it off from its neighbours
-
-
 ctypedef struct map_budget:
     int64_t allowed              # mappings that the engine may use in all
     int64_t used                 # counted at the last refresh, plus what runs have cost since

@@ -57,6 +57,8 @@ cdef void regions_destroy(region_list* regions) noexcept nogil
 cdef region_t* regions_at(const region_list* regions, uintptr_t addr) noexcept nogil
 cdef region_t* regions_next(const region_list* regions, const region_t* region) noexcept nogil
 cdef uintptr_t regions_end_of(const region_list* regions, const region_t* region) noexcept nogil
+cdef size_t regions_pages_around(const region_list* regions, const region_t* region, size_t wanted) noexcept nogil
+cdef int regions_maps_to_watch(const region_list* regions, const region_t* region) noexcept nogil
 cdef region_t* regions_insert(
     region_list* regions, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags
 ) noexcept nogil

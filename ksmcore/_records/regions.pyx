@@ -40,6 +40,43 @@ cdef region_t* regions_next(const region_list* regions, const region_t* region) 
     return &regions.all[index] if index < regions.n else NULL
 
 
+cdef region_t* _beside(const region_list* regions, const region_t* region, bint above) noexcept nogil:
+    """The region that begins where this one ends, or ends where it begins; NULL where other memory lies between."""
+    cdef size_t index = region - regions.all
+    cdef region_t* other
+    if index + 1 == regions.n if above else index == 0:
+        return NULL
+    other = &regions.all[index + 1 if above else index - 1]
+    if above:
+        return other if other.addr == regions_end_of(regions, region) else NULL
+    return other if regions_end_of(regions, other) == region.addr else NULL
+
+
+cdef size_t regions_pages_around(const region_list* regions, const region_t* region, size_t wanted) noexcept nogil:
+    """Pages of this region and of those that it touches, and they touch, on either side; of `wanted` or more the rest
+    may be left uncounted."""
+    cdef size_t n_pages = region.n_pages
+    cdef const region_t* other
+    cdef int side
+    for side in range(2):
+        other = _beside(regions, region, side)
+        while other != NULL and n_pages < wanted:
+            n_pages += other.n_pages
+            other = _beside(regions, other, side)
+    return n_pages
+
+
+cdef int regions_maps_to_watch(const region_list* regions, const region_t* region) noexcept nogil:
+    """How many more mappings there are while this region is watched than while it is not. Watched neighbours are one
+    mapping: each end of what is watched together costs one."""
+    cdef const region_t* other
+    cdef int side, n_maps = 0
+    for side in range(2):
+        other = _beside(regions, region, side)
+        n_maps += -1 if other != NULL and other.flags & REGION_WATCHED else 1
+    return n_maps
+
+
 cdef region_t* regions_insert(
     region_list* regions, uint64_t region_id, uintptr_t addr, size_t n_pages, int flags
 ) noexcept nogil:
