@@ -16,3 +16,6 @@ cdef bint calls_shut(uintptr_t addr, size_t len_bytes) noexcept nogil
 cdef void calls_let_in() noexcept nogil
 # The lowest part of the range from *lo to *hi that a call in flight may write into, if there is one.
 cdef bint calls_first(uintptr_t* lo, uintptr_t* hi) noexcept nogil
+
+# Have threads look for a place for their records so often; returns what it was. For tests.
+cdef uint32_t calls_probe(uint32_t n_places) noexcept nogil

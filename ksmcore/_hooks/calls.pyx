@@ -25,7 +25,7 @@ cdef extern from "_hooks/hooks.h":
         uint32_t n_waiting
     slots_window_t slots_window
     int slots_has_key
-    uint32_t slots_n_untold
+    uint32_t slots_n_untold, slots_probes
     uint32_t slots_need_fence
     void slots_init()
     void slots_prepare() nogil
@@ -120,6 +120,13 @@ def hook(str name):
         if hooks_table.rows[i].name == wanted:
             return <uintptr_t>hooks_table.rows[i].hook
     raise KeyError(name)
+
+
+cdef uint32_t calls_probe(uint32_t n_places) noexcept nogil:
+    global slots_probes
+    cdef uint32_t before = slots_probes
+    slots_probes = n_places
+    return before
 
 
 def counts():

@@ -29,9 +29,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SLOTS 2048      /* threads at a time; a power of two */
-#define SLOTS_BITS 11
-#define SLOTS_PROBES 64 /* places that a thread may have its record in */
+#define SLOTS 16384     /* threads at a time; a power of two. Only what is used takes memory */
+#define SLOTS_BITS 14
 #define SLOTS_RANGES 10 /* of a thread at a time; what is more widens the last */
 
 /* Longest wait before the window is looked at again, though nobody was woken. */
@@ -50,6 +49,7 @@ typedef struct {
 static slots_slot slots_all[SLOTS];
 static uint64_t slots_used[SLOTS / 64];  /* those that ever had an owner */
 static uint32_t slots_n_untold;          /* calls in flight that found no place */
+static uint32_t slots_probes = 64;       /* places that a thread may have its record in; tests make them fewer */
 static uint32_t slots_need_fence = 1;    /* there is no membarrier */
 
 static struct {
@@ -110,10 +110,10 @@ static void slots_init(void) {
 /* The record of this thread where it is not at home, or has none yet; NULL: there is no place for one. */
 static __attribute__((noinline)) slots_slot *slots_claim(uintptr_t thread) {
     uint32_t home = slots_home(thread);
-    for (uint32_t i = 0; i < SLOTS_PROBES; i++)
+    for (uint32_t i = 0; i < slots_probes; i++)
         if (__atomic_load_n(&slots_all[(home + i) % SLOTS].owner, __ATOMIC_RELAXED) == thread)
             return &slots_all[(home + i) % SLOTS];
-    for (uint32_t i = 0; i < SLOTS_PROBES; i++) {
+    for (uint32_t i = 0; i < slots_probes; i++) {
         uint32_t at = (home + i) % SLOTS;
         uintptr_t nobody = 0;
         if (__atomic_load_n(&slots_all[at].owner, __ATOMIC_RELAXED) != 0) continue;
@@ -192,6 +192,8 @@ static int slots_slot_meets(const slots_slot *slot, uint32_t from, uintptr_t lo,
 
 /* A window is open. If it is over memory of this call, wait for its end. */
 static __attribute__((noinline)) void slots_wait(const slots_held *held) {
+    /* Where its thread had no range left, the last one is of this call, too. */
+    uint32_t from = held->depth < SLOTS_RANGES ? held->depth : SLOTS_RANGES - 1;
     int saved = errno;
     for (;;) {
         uint32_t seq = __atomic_load_n(&slots_window.seq, __ATOMIC_ACQUIRE);
@@ -202,7 +204,7 @@ static __attribute__((noinline)) void slots_wait(const slots_held *held) {
         __atomic_thread_fence(__ATOMIC_ACQUIRE);
         if (__atomic_load_n(&slots_window.seq, __ATOMIC_RELAXED) != seq) continue;
         /* What found no place keeps every later window from being opened, and waits for this one. */
-        if (held->slot && !slots_slot_meets(held->slot, held->depth, lo, hi)) break;
+        if (held->slot && !slots_slot_meets(held->slot, from, lo, hi)) break;
         if (__atomic_load_n(&slots_window.owner_tid, __ATOMIC_RELAXED) == (uint32_t)syscall(SYS_gettid)) break;
         __atomic_add_fetch(&slots_window.n_waits, 1, __ATOMIC_RELAXED);
         __atomic_add_fetch(&slots_window.n_waiting, 1, __ATOMIC_SEQ_CST);
@@ -304,7 +306,7 @@ static void slots_close(void) {
 static void slots_child(void) {
     uintptr_t here = slots_thread();
     for (uint32_t at = 0; at < SLOTS; at++) {
-        if (slots_all[at].owner == here || !(slots_used[at / 64] >> at % 64 & 1)) continue;
+        if (!(slots_used[at / 64] >> at % 64 & 1) || slots_all[at].owner == here) continue;
         slots_all[at].owner = 0;
         slots_all[at].depth = 0;
     }

@@ -1,8 +1,8 @@
 """What the C library's calls are told, and tell, for tests."""
 
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 
-from ksmcore._hooks.calls cimport calls_begin, calls_end, calls_first, calls_let_in, calls_look, calls_shut
+from ksmcore._hooks.calls cimport calls_begin, calls_end, calls_first, calls_let_in, calls_look, calls_probe, calls_shut
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 
 
@@ -44,3 +44,8 @@ def first(uintptr_t addr, size_t len_bytes):
     """The lowest part of that range that a call in flight may write into, as (address, bytes); None."""
     cdef uintptr_t lo = addr, hi = addr + len_bytes
     return (lo, hi - lo) if calls_first(&lo, &hi) else None
+
+
+def probe(uint32_t n_places):
+    """Have threads look for a place for their records so often; returns what it was."""
+    return calls_probe(n_places)

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -68,6 +69,16 @@ static void handler(int sig) {
     errno = saved;
 }
 
+/* Of how many parts the read that is interrupted is made; of so many bytes each. */
+int native_parts = 1;
+
+static ssize_t read_in_parts(int fd, void *to, size_t n) {
+    struct iovec parts[16];
+    if (native_parts == 1) return read(fd, to, n);
+    for (int i = 0; i < native_parts; i++) parts[i] = (struct iovec){(char *)to + (size_t)i * n, n};
+    return readv(fd, parts, native_parts);
+}
+
 /* Read, in a thread that handles SIGUSR1 in the meantime as said, on a stack of its own with `on_stack`; -2 when the
    handler jumped out. In a child that the handler has made, exits with what was read. */
 ssize_t native_interrupted(int does, int fd, void *to, size_t n, int second_fd, void *second_to, void *on_stack,
@@ -85,7 +96,7 @@ ssize_t native_interrupted(int does, int fd, void *to, size_t n, int second_fd, 
     child = -1;
     if (on_stack) sigaltstack(&stack, &stack_before);
     sigaction(SIGUSR1, &action, &before);
-    if (sigsetjmp(handler_back, 1) == 0) got = read(fd, to, n);
+    if (sigsetjmp(handler_back, 1) == 0) got = read_in_parts(fd, to, n);
     else got = -2;
     if (child == 0) _exit((int)got);
     sigaction(SIGUSR1, &before, NULL);

@@ -124,6 +124,31 @@ def test_a_call_in_a_handler_is_held_too(interrupted, pipes, place, native):
     assert not is_told(place[0])
 
 
+@pytest.mark.parametrize("n_parts", [1, 9, 10, 16])
+def test_a_call_in_a_handler_waits_for_a_window(interrupted, pipes, place, native, n_parts):
+    """Also where the one below has taken all places that a thread has for its ranges."""
+    parts = ctypes.c_int.in_dll(native, "native_parts")
+    parts.value = n_parts
+    try:
+        thread = interrupted(READ_TOO)
+        os.write(pipes[1][1], b"12345678")
+        assert calls.shut(place[1], PAGE)
+        try:
+            thread.interrupt()
+            wait_until(lambda: hooked.counts()["waiting"] > 0)
+            assert native.native_handler_read() == -1
+        finally:
+            calls.let_in()
+        wait_until(lambda: native.native_handler_read() == 8)
+        os.write(pipes[0][1], b"12345678")
+        thread.join()
+        assert thread.got == 8
+        assert not is_told(place[0])
+        assert not is_told(place[1])
+    finally:
+        parts.value = 1
+
+
 def test_a_call_left_by_a_jump_is_forgotten(interrupted, place):
     thread = interrupted(JUMP)
     thread.interrupt()
@@ -198,7 +223,8 @@ def _child_is_free(at, native, pipe):
 
 def test_more_calls_than_there_are_places_for(native, pipes, place):
     """Then no window is opened anywhere, for as long as that lasts."""
-    wanted = 2400
+    wanted = 400
+    probes = calls.probe(0)
     threads = (ctypes.c_ulong * wanted)()
     fd, at = ctypes.c_int(pipes[0][0]), ctypes.c_void_p(place[0])
     n = native.native_crowd(threads, wanted, fd, at)
@@ -209,6 +235,7 @@ def test_more_calls_than_there_are_places_for(native, pipes, place):
     finally:
         os.write(pipes[0][1], b"x" * n)
         assert native.native_crowd_join(threads, n) == 0
+        calls.probe(probes)
     if n < wanted:
         pytest.skip(f"only {n} threads are to be had")
     assert hooked.counts()["untold"] == 0
