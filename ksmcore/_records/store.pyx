@@ -430,6 +430,9 @@ cdef void _thaw(store_t* store, pagemap* pm, store_file* file) noexcept nogil:
             store.n_dead -= n
             file.n_dead -= n
         slot += max(n, <uint32_t>1)
+    if not file.is_frozen and file.n_dead == 0 and file.file.fd >= 0:
+        # Nobody else maps it any more: what is new may come here again.
+        file.made = store.seen_forks
 
 
 cdef void store_begin_pass(store_t* store, pagemap* pm, store_forget forget, void* context) noexcept nogil:

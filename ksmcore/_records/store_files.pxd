@@ -51,7 +51,8 @@ ctypedef struct store_file:
     uint32_t n_dead            # of those: released here, kept for other processes only
     uint32_t n_hollow          # of those
     uint32_t n_shared          # slots with at least one sharer
-    uint32_t made              # forks of the process before there was this file: the children of later ones can map it
+    uint32_t made              # forks of the process before there was this file, or since which all children are gone
+                               # that could map it: those of later ones can
     bint is_frozen             # such a child may live
     bint is_mapped             # somewhere, as the last census found
     bint is_full               # a limit on the size of files leaves nothing more of it to write
@@ -98,7 +99,7 @@ cdef inline store_file* store_file_of(const store_t* store, uint32_t slot) noexc
 
 
 cdef inline bint store_files_can_be_written(const store_t* store, const store_file* file) noexcept nogil:
-    """May slots of this file be handed out? Not of one that existed at a fork."""
+    """May slots of this file be handed out? Not of one that existed at a fork, while a child of it may live."""
     return file.file.fd >= 0 and file.made == store.seen_forks and not file.is_full
 
 

@@ -1,8 +1,8 @@
 """The memory files of a store: they are made, grow by segments, get out of reach, and go.
 
-Most stores have one. After a fork, what is new goes to another: the child still maps what it inherited, and can stretch
-that mapping over all of its file, so nothing that it is not to see comes there any more. A file that no slot is used
-of goes. Where there are too many files, and where the program has closed the descriptor of one, it gets out of reach:
+Most stores have one. After a fork, what is new goes to another for as long as the child lives: it still maps what it
+inherited, and can stretch that mapping over all of its file, so nothing that it is not to see comes there. A file that
+no slot is used of goes. Where there are too many files, and where the program has closed the descriptor of one, it gets out of reach:
 what is mapped of it stays mapped, and right, but nobody else can join, and its memory comes back only when the last
 sharer is gone. A limit on the size of files (RLIMIT_FSIZE) makes several as well.
 
@@ -192,13 +192,13 @@ cdef void _orphan(store_t* store, store_file* file, store_forget forget, void* c
         store.uses[slot].orphan = 1
 
 
-cdef void _empty_array(uintptr_t array, size_t entry_bytes, uint32_t first, uint32_t end) noexcept nogil:
-    """The memory of these entries is zero from here on, and given back as far as it is whole pages."""
+cdef void _empty_array(uintptr_t array, size_t entry_bytes, const store_file* file, uint32_t end) noexcept nogil:
+    """The memory of a file's entries is zero from here on, and given back, up to `end`, as far as it is whole pages."""
     cdef sys_error ignored
     cdef size_t page_bytes = sys_page_bytes()
-    cdef uintptr_t start = array + first * entry_bytes, stop = array + end * entry_bytes
+    cdef uintptr_t start = array + file.first * entry_bytes, stop = array + end * entry_bytes
     cdef uintptr_t inner = (start + page_bytes - 1) // page_bytes * page_bytes
-    memset(<void*>start, 0, stop - start)
+    memset(<void*>start, 0, (file.top - file.first) * entry_bytes)
     sys_error_clear(&ignored)
     # Unchecked: refused, it is kept.
     if inner < stop // page_bytes * page_bytes:
@@ -210,14 +210,16 @@ cdef void _vacate(store_t* store, store_file* file) noexcept nogil:
     since. Whoever has mapped it by other means keeps it."""
     cdef sys_error ignored
     cdef uint32_t segment = file.first // store.slots_per_segment, i
+    cdef uint32_t end = file.first + file.n_segments * store.slots_per_segment
     sys_error_clear(&ignored)
     for i in range(segment, segment + file.n_segments):
         # Unchecked, here and below: a whole mapping of our own.
         sys_unmap(<uintptr_t>store.segments[i].view, SEGMENT_BYTES, &ignored)
         store.segments[i].view = NULL
-    _empty_array(<uintptr_t>store.nodes, sizeof(rb_node), file.first, file.top)
-    _empty_array(<uintptr_t>store.uses, sizeof(store_use), file.first, file.top)
-    _empty_array(<uintptr_t>store.claims, sizeof(uint32_t), file.first, file.top)
+    # To the end of its segments, so that also of a short one it is whole pages.
+    _empty_array(<uintptr_t>store.nodes, sizeof(rb_node), file, end)
+    _empty_array(<uintptr_t>store.uses, sizeof(store_use), file, end)
+    _empty_array(<uintptr_t>store.claims, sizeof(uint32_t), file, end)
     store.n_used -= file.n_used
     store.n_dead -= file.n_dead
     store.n_hollow -= file.n_hollow
@@ -273,7 +275,9 @@ cdef void store_files_look_after(store_t* store, store_forget forget, void* cont
         file = &store.files[i]
         if file.n_segments != 0 and (
             file.n_shared == 0 if file.file.fd < 0
-            else file.n_used == file.n_hollow and not store_files_can_be_written(store, file)
+            else file.n_used == file.n_hollow and not (
+                store_files_can_be_written(store, file) and i == store.growing
+            )
         ):
             _vacate(store, file)
     if store.n_open >= <uint32_t>MAX_FILES:

@@ -140,12 +140,50 @@ def test_all_that_lost_its_sharers(engine, memory):
     engine.scan()
     assert_thawed(engine, 0)
     memory.check()
-    # The files that nothing is used of any more are gone.
-    assert engine._core.store_fds == []
+    # Nobody else maps the file any more: it is used again.
+    (fd,) = engine._core.store_fds
     again = Memory.merged(engine, 3)
     assert_thawed(engine, N_PAGES)
-    assert len(engine._core.store_fds) == 1
+    assert engine._core.store_fds == [fd]
     live(again, 100)
+
+
+def test_forks_that_are_over_leave_nothing_behind(engine):
+    """Data comes and goes, and a pair of pages of each generation stays, while children come and
+    end: one file is enough, and what is given up comes back."""
+    kept = []
+    for generation in range(40):
+        memory = Memory.merged(engine, generation)
+        pair = [engine.array(random_pages(100 + generation, 1)) for _ in range(2)]
+        engine.dedup()
+        kept.append(pair)
+        assert_thawed(engine, N_PAGES + len(kept))
+        assert in_child(lambda: None) == 0
+        memory.arrays.clear()
+        engine.scan()
+        assert_thawed(engine, len(kept))
+        assert len(engine._core.store_fds) == 1
+    for generation, pair in enumerate(kept):
+        for one in pair:
+            assert np.array_equal(one, random_pages(100 + generation, 1))
+
+
+def test_what_is_new_goes_elsewhere_only_for_as_long_as_a_child_lives(engine):
+    for generation in range(40):
+        before = Memory.merged(engine, 2 * generation)
+        (old,) = {os.fstat(fd).st_ino for fd in engine._core.store_fds}
+        with Child(stays(before)) as child:
+            child.paused()
+            after = Memory.merged(engine, 2 * generation + 1)
+            assert len({os.fstat(fd).st_ino for fd in engine._core.store_fds} - {old}) == 1
+            child.end()
+        before.check()
+        after.check()
+        before.arrays.clear()
+        after.arrays.clear()
+        engine.scan()
+        assert_thawed(engine, 0)
+        assert len(engine._core.store_fds) == 1
 
 
 def test_a_child_that_becomes_another_program(engine, memory):
