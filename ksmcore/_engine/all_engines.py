@@ -12,7 +12,7 @@ from ksmcore._engine.stats import MemoryInfo, memory_info
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
 
-__all__ = ["add", "discard", "process_memory_info"]
+__all__ = ["add", "discard", "process_left_out_bytes", "process_memory_info"]
 
 log = logging.getLogger("ksmcore")
 
@@ -32,6 +32,12 @@ def process_memory_info() -> MemoryInfo:
     # Kept meanwhile: the collector closes no descriptor, and no other file gets its number.
     engines = list(_open)
     return memory_info(fd for engine in engines for fd in engine._core.store_fds)
+
+
+def process_left_out_bytes() -> int:
+    """What the engines of this process did not merge in their last passes for want of mappings."""
+    stats = [engine.stats() for engine in list(_open)]
+    return sum(one.pages_left_out * one.page_bytes for one in stats)
 
 
 @atexit.register

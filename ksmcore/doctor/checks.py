@@ -25,6 +25,7 @@ from ksmcore._kernel.procfs import (
     threads_blocking,
     words,
 )
+from ksmcore.sizes import human_bytes
 
 __all__ = ["Check", "Level"]
 
@@ -196,14 +197,19 @@ def tracking(reason: str | None, in_use: str | None = None, root: Path = ROOT) -
     return Check("tracking", "advice", text, remedy, facts)
 
 
-def map_limit(used: int, limit: int) -> Check:
-    """vm.max_map_count, of which merged pages that lie scattered take two each."""
+def map_limit(used: int, limit: int, left_out_bytes: int = 0) -> Check:
+    """vm.max_map_count, of which merged pages that lie scattered take two each. `left_out_bytes`:
+    what was not merged for want of them."""
     free = max(limit - used, 0)
     text = f"{used:,} memory mappings of {limit:,} in use; ksmcore takes half of the rest at most"
-    facts = {"used": used, "limit": limit, "free": free}
+    facts = {"used": used, "limit": limit, "free": free, "left_out_bytes": left_out_bytes}
     remedy = "sudo sysctl vm.max_map_count=1048576 (on the host, for a container)"
     if free < max(FEW_MAPS, limit // 10):
         text = f"{used:,} memory mappings of {limit:,} in use: hardly any are left for merging"
+        return Check("mappings", "weak", text, remedy, facts)
+    if left_out_bytes:
+        text += f", which leaves out up to {human_bytes(left_out_bytes)} that could be saved"
+        remedy += ", or lay equal data out in the same order"
         return Check("mappings", "weak", text, remedy, facts)
     if limit < PLENTY_OF_MAPS:
         remedy = f"if equal pages lie scattered: {remedy}"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ksmcore
+from ksmcore._engine.all_engines import process_left_out_bytes
 from ksmcore._engine.features import features
 from ksmcore._engine.settings import GUARDS, Settings
 from ksmcore._engine.stats import STORE_PATH
@@ -105,7 +106,9 @@ def examine() -> Diagnosis:
         ),
         "calls": lambda: checks.calls(found()["calls"], Settings.made().hold_calls, in_use.guard),
         "tracking": lambda: checks.tracking(found()["tracking"], in_use.dirty),
-        "mappings": lambda: checks.map_limit(smaps.count_maps(), procfs.max_map_count()),
+        "mappings": lambda: checks.map_limit(
+            smaps.count_maps(), procfs.max_map_count(), process_left_out_bytes()
+        ),
         "addresses": limits.address_space,
         "file size": limits.file_size,
         "memory": limits.memory_limit,

@@ -3,11 +3,13 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 
 import ksmcore
 from helpers.files import write_files
 from helpers.kernels_view import descriptors
+from helpers.memory import PAGE
 from ksmcore._engine.settings import GUARDS
 from ksmcore._guard import guard
 from ksmcore._kernel import procfs, smaps, syscalls
@@ -287,8 +289,32 @@ def test_kernel(release, level):
 def test_map_limit(used, limit, level):
     check = checks.map_limit(used, limit)
     assert check.level == level
-    assert check.facts == {"used": used, "limit": limit, "free": max(limit - used, 0)}
+    free = max(limit - used, 0)
+    assert check.facts == {"used": used, "limit": limit, "free": free, "left_out_bytes": 0}
     assert_sound(check)
+
+
+@pytest.mark.parametrize("limit", [65_530, 1_048_576])
+def test_what_is_left_out_for_want_of_mappings_is_told(limit):
+    check = checks.map_limit(500, limit, 300 << 20)
+    assert check.level == "weak"
+    assert "300.0 MiB" in check.text
+    assert check.facts["left_out_bytes"] == 300 << 20
+    assert_sound(check)
+
+
+def test_what_an_engine_left_out_is_told(rng):
+    # Pairs that lie scattered: two mappings for each page, and there are none.
+    pages = rng.integers(1, 256, (64, PAGE), dtype=np.uint8)
+    with ksmcore.Engine(map_budget=0) as engine:
+        first, second = engine.array(pages), engine.array(pages[rng.permutation(64)])
+        engine.dedup(first, second)
+        left = engine.stats().pages_left_out
+        assert left > 0
+        check = examining.examine()["mappings"]
+        assert check.level == "weak"
+        assert check.facts["left_out_bytes"] == left * PAGE
+    assert examining.examine()["mappings"].facts["left_out_bytes"] == 0
 
 
 MEMINFO = "MemTotal: 8000000 kB\nMemAvailable: {} kB\nSwapFree: 0 kB\n"
