@@ -9,8 +9,10 @@ hand out a shared page that is still mapped elsewhere. So:
   - Which slot of the store lies under which page is asked of the kernel, and what is remembered is put right. A page
     that is found over another slot than remembered counts as a sharer of that one until it is seen to be a
     private copy.
-  - A slot that lies under fewer registered pages than remembered, or under more, or anywhere else, is lost: it is never
-    released, since whoever has it mapped now, by whatever means, must go on seeing its bytes.
+  - A slot that lies under fewer registered pages than remembered, or under more, or anywhere else, is lost: it is not
+    released, since whoever has it mapped now, by whatever means, must go on seeing its bytes. A later census that finds
+    all pages where they are remembered to be, and that slot nowhere else, makes it one like all others again; then it
+    is released as they are, by further looks (see release).
 
 Counting would not do: two buffers that change places keep every count. So what is compared is the sum of the
 identities of all (page, slot), which the records keep as they change, and which costs the same for a long run as for
@@ -21,7 +23,7 @@ Then slots are lost that need not be; none is taken for unmapped that is not fou
 lock.
 """
 
-from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
@@ -37,7 +39,7 @@ from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,
 )
-from ksmcore._records.store cimport store_lose, store_slot_at
+from ksmcore._records.store cimport store_find_again, store_lose, store_slot_at
 from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
 
 
@@ -48,6 +50,8 @@ ctypedef struct counting:
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
     uint64_t placed              # identity of what lies over the store in regions
+    uint8_t* is_elsewhere        # of each slot: it is mapped outside of regions; NULL: nobody asks
+    uint32_t n_slots             # that it has room for
 
 # The mappings of whole pages of one region.
 ctypedef struct looking:
@@ -96,11 +100,12 @@ cdef inline uint64_t _identity(
 # ---- all mappings -----------------------------------------------------------------------------------
 
 cdef void _lose_between(
-    engine_core* c, const vma_t* vma, uint32_t slot, uintptr_t addr, uintptr_t end
+    counting* all, const vma_t* vma, uint32_t slot, uintptr_t addr, uintptr_t end
 ) noexcept nogil:
     """Pages of a mapping of the store that are in no region: moved there, or left there, by the program; or our own
     views."""
-    cdef uint32_t i
+    cdef engine_core* c = all.c
+    cdef uint32_t i, found
     cdef uintptr_t view
     while addr < end and slot != 0:
         for i in range(c.store.n_segments):
@@ -109,7 +114,10 @@ cdef void _lose_between(
                 addr = view + SEGMENT_BYTES
                 break
         else:
-            store_lose(&c.store, slot + <uint32_t>((addr - vma.start) // c.page_bytes))
+            found = slot + <uint32_t>((addr - vma.start) // c.page_bytes)
+            store_lose(&c.store, found)
+            if all.is_elsewhere != NULL and found < all.n_slots:
+                all.is_elsewhere[found] = True
             addr += c.page_bytes
 
 
@@ -133,18 +141,20 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
         if is_plain:
             region.n_plain_pages += (end - start) // c.page_bytes
         if is_ours:
-            _lose_between(c, vma, slot, elsewhere, start)
+            _lose_between(all, vma, slot, elsewhere, start)
             all.placed += _identity(c, vma, slot, start, end)
         elsewhere = end
         region = regions_next(&c.regions, region)
     if is_ours:
-        _lose_between(c, vma, slot, elsewhere, vma.end)
+        _lose_between(all, vma, slot, elsewhere, vma.end)
 
 
-cdef int _read_all(engine_core* c, counting* all, sys_error* err) noexcept nogil:
+cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_error* err) noexcept nogil:
     cdef size_t i
     memset(all, 0, sizeof(counting))
     all.c = c
+    all.is_elsewhere = is_elsewhere
+    all.n_slots = c.store.top
     for i in range(c.regions.n):
         c.regions.all[i].n_plain_pages = 0
     store_files_begin_census(&c.store)
@@ -154,17 +164,14 @@ cdef int _read_all(engine_core* c, counting* all, sys_error* err) noexcept nogil
     return 0
 
 
-cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, sys_error* err) noexcept nogil:
-    """At the start of a pass: count the mappings for the map budget, look for altered regions, and put right what is
-    remembered of the store.
-
-    -1 with *err when the mappings cannot be read (err.code 0: no memory for it): then the budget allows no more than
-    is used, and what is known of the regions stays.
-    """
+cdef int _take(
+    engine_core* c, uint8_t* is_elsewhere, int64_t asked_maps, int64_t max_map_count, sys_error* err
+) noexcept nogil:
+    """1: all was where it was remembered to be; else as census_take."""
     cdef counting all
     cdef size_t i
     cdef int64_t n_pages = 0
-    if _read_all(c, &all, err) != 0:
+    if _read_all(c, &all, is_elsewhere, err) != 0:
         budget_refresh(&c.budget, -1, -1, -1, asked_maps, max_map_count)
         return -1
     c.n_maps = <size_t>all.n_maps
@@ -177,14 +184,37 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages
-    return 0 if all.placed == c.rmap.placed else _put_right(c, err)
+    return 1 if all.placed == c.rmap.placed else _put_right(c, err)
+
+
+cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, sys_error* err) noexcept nogil:
+    """At the start of a pass: count the mappings for the map budget, look for altered regions, and put right what is
+    remembered of the store.
+
+    -1 with *err when the mappings cannot be read (err.code 0: no memory for it): then the budget allows no more than
+    is used, and what is known of the regions stays.
+    """
+    cdef uint32_t n_slots = c.store.top
+    cdef sys_error ignored
+    cdef uint8_t* is_elsewhere = NULL
+    cdef int rc
+    sys_error_clear(&ignored)
+    # Mapped memory and no malloc, as in _put_right; without it what is lost stays so.
+    if c.store.has_lost:
+        is_elsewhere = <uint8_t*>sys_map_anon(n_slots, &ignored)
+    rc = _take(c, is_elsewhere, asked_maps, max_map_count, err)
+    if is_elsewhere != NULL:
+        if rc == 1:
+            store_find_again(&c.store, is_elsewhere, n_slots)
+        sys_unmap(<uintptr_t>is_elsewhere, n_slots, &ignored)
+    return min(rc, 0)
 
 
 cdef int census_agrees(engine_core* c, sys_error* err) noexcept nogil:
     """Does what is remembered of the store agree with what is mapped? 1; or 0, and it has been put right; or -1 with
     *err: it is not known."""
     cdef counting all
-    if _read_all(c, &all, err) != 0:
+    if _read_all(c, &all, NULL, err) != 0:
         return -1
     return 1 if all.placed == c.rmap.placed else min(_put_right(c, err), 0)
 

@@ -299,9 +299,39 @@ cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil:
 
 
 cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
-    """Keep a slot and its bytes for ever: the program has mapped it somewhere by its own means."""
+    """Keep a slot and its bytes, until store_find_again: it may be mapped somewhere by the program's own means."""
     if slot < store.top and store.uses[slot].used:
         store.uses[slot].lost = 1
+        store.has_lost = True
+
+
+cdef bint _is_free_of_lost(store_t* store, uint32_t first, uint32_t n_copies) noexcept nogil:
+    cdef uint32_t i
+    for i in range(n_copies):
+        if store.uses[first + i].lost:
+            return False
+    return True
+
+
+cdef void store_find_again(store_t* store, const uint8_t* is_elsewhere, uint32_t n_slots) noexcept nogil:
+    """Lost slots of the first n_slots that are mapped nowhere but where they are known to be are like all others again.
+    Those that nobody shares are idle: they are asked for once more before they are released."""
+    cdef uint32_t slot, n_copies, first
+    store.has_lost = False
+    for slot in range(1, store.top):
+        if not store.uses[slot].lost:
+            continue
+        if slot >= n_slots or is_elsewhere[slot]:
+            store.has_lost = True
+            continue
+        store.uses[slot].lost = 0
+        if store.uses[slot].hollow:
+            if store.claims[slot] == 0:
+                claims_set_hollow(store, slot, False)
+        elif not store.uses[slot].orphan and not store_is_dead(store, slot):
+            first = store_block(store, slot, &n_copies)
+            if store_block_sharers(store, slot) == 0 and _is_free_of_lost(store, first, n_copies):
+                store_idle(store, first)
 
 
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil:

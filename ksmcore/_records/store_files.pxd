@@ -28,7 +28,7 @@ cdef extern from *:
         uint32_t used          # handed out, and not to be had again yet
         uint32_t copy          # same bytes as the slot before it: belongs to that slot's block
         uint32_t orphan        # its file is out of reach: it stands in no tree, and gets no further sharer
-        uint32_t lost          # mapped where nobody keeps account of it: never released
+        uint32_t lost          # may be mapped where nobody keeps account of it: not released
         uint32_t pending       # not written yet; its bytes are still the candidate's
         uint32_t idle          # of a block without sharers that waits for its release
         uint32_t hollow        # released, its memory given back; pages still lie over it
@@ -85,6 +85,7 @@ ctypedef struct store_t:
     uint32_t n_idle            # of those
     uint32_t n_hollow          # of those
     uint32_t n_shared          # slots with at least one sharer
+    bint has_lost              # there may be lost slots
     uint32_t seen_forks        # forks that the files were looked at for
     uint32_t n_releases
     uint32_t releases[<int>MAX_RELEASES]

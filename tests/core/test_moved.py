@@ -315,3 +315,47 @@ def test_a_thread_that_swaps_without_pause(engine, rng):
     assert wrong == []
     assert len(swaps) > 60
     give_up(engine, made, regions)
+
+
+def store_pages(engine):
+    """Pages of memory that the kernel counts for the store."""
+    return sum(os.fstat(fd).st_blocks for fd in engine._core.store_fds) * 512 // PAGE
+
+
+def test_what_the_program_has_replaced_comes_back(engine, rng):
+    """New memory in place of merged memory, which counts as new contents of the region."""
+    made, regions = pairs(engine, contents(rng, 1))
+    for _ in range(20):
+        (source,) = contents(rng, 1)
+        for one in made[0]:
+            map_at(one.addr, N)
+            one.pages[:] = source
+        engine.dedup()
+        assert engine.stats().pages_sharing == N
+        engine._core.check()
+    engine.scan()
+    engine.scan()
+    assert store_pages(engine) == engine.stats().store_pages == N
+    give_up(engine, made, regions)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_what_was_moved_away_comes_back_once_it_is_mapped_nowhere(engine, rng, read):
+    (source,) = contents(rng, 1)
+    ((a, moved),), regions = pairs(engine, [source])
+    target = map_at(0, N)
+    move(moved.addr, target, N)
+    map_at(moved.addr, N)
+    there = moved.view(target)
+    a.pages[:] = 1
+    expected = [(there, source)] if read else []
+    want_slots(engine, rng, expected, passes=4)
+    assert np.array_equal(there, source)
+    assert store_pages(engine) >= N
+    call("munmap", target, N * PAGE)
+    a.pages[:] = moved.pages[:] = contents(rng, 1)[0]
+    for _ in range(4):
+        engine.scan()
+    assert store_pages(engine) == engine.stats().store_pages == N
+    engine._core.check()
+    give_up(engine, [(a, moved)], regions)
