@@ -34,7 +34,9 @@ from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
 from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_refresh
-from ksmcore._records.regions cimport REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_next
+from ksmcore._records.regions cimport (
+    REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_next,
+)
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,

@@ -29,8 +29,8 @@ from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.ranges cimport ranges_add, ranges_at
 from ksmcore._records.regions cimport (
-    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_UNSEEN, REGION_WATCHED, region_bar, region_t, regions_at,
-    regions_end_of, regions_next,
+    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_UNSEEN, REGION_WATCHED, region_bar, region_t,
+    regions_at, regions_end_of, regions_next,
 )
 
 cdef enum:

@@ -2,9 +2,9 @@
 
 Most stores have one. After a fork, what is new goes to another for as long as the child lives: it still maps what it
 inherited, and can stretch that mapping over all of its file, so nothing that it is not to see comes there. A file that
-no slot is used of goes. Where there are too many files, and where the program has closed the descriptor of one, it gets out of reach:
-what is mapped of it stays mapped, and right, but nobody else can join, and its memory comes back only when the last
-sharer is gone. A limit on the size of files (RLIMIT_FSIZE) makes several as well.
+no slot is used of goes. Where there are too many files, and where the program has closed the descriptor of one, it gets
+out of reach: what is mapped of it stays mapped, and right, but nobody else can join, and its memory comes back only
+when the last sharer is gone. A limit on the size of files (RLIMIT_FSIZE) makes several as well.
 
 Numbers of slots are never used again, since the items of pages that were written remember them.
 
