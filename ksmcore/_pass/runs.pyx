@@ -133,13 +133,26 @@ cdef void _leave_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
                 batch_leave(b, &b.intents[other], &b.counters.skipped.map_budget)
 
 
+cdef uint32_t _other_of_pair(batch* b, uint32_t start, uint32_t end) noexcept nogil:
+    """Of a run that is one founder, which saves nothing without the other, and that comes later and is alone as well:
+    the other one. Else the first of the run."""
+    cdef pending_block* block
+    cdef uint32_t other
+    if end - start != 1 or not b.intents[start].founder or batch_sharers(b, b.intents[start].slot) != 2:
+        return start
+    block = blocks_pending(b, &b.intents[start])
+    other = block.founders - start
+    return other if block.n_in_run == 1 and other > start and b.intents[other].fate == OPEN else start
+
+
 cdef void _choose(batch* b) noexcept nogil:
-    """Take each run that the budget allows, leave the others; all, where no window may be opened.
+    """Take each run that the budget allows, leave the others; all, where no window may be opened. Pairs of single pages
+    are taken or left as pairs: else the first ones would use up what the others cost.
 
     What the runs that are taken cost together is only put down when they are carried out: some may
     still be given up for want of a partner.
     """
-    cdef uint32_t start = 0, end, i
+    cdef uint32_t start = 0, end, i, other, n_halves
     cdef int64_t cost
     cdef map_budget budget = b.budget[0]
     _note_runs(b)
@@ -152,10 +165,16 @@ cdef void _choose(batch* b) noexcept nogil:
             start += 1
             continue
         end = _run_end(b, start)
-        if _makes_mappings(&b.intents[start]):
+        if _makes_mappings(&b.intents[start]) and not b.intents[start].is_paid:
             cost = _cost(b, start, end)
-            if budget_affords(&budget, cost, _halves_saved(b, start, end)):
+            n_halves = _halves_saved(b, start, end)
+            other = _other_of_pair(b, start, end)
+            if other != start:
+                cost += _cost(b, other, other + 1)
+                n_halves *= 2
+            if budget_affords(&budget, cost, n_halves):
                 budget.used += cost
+                b.intents[other].is_paid = other != start
             else:
                 _leave_run(b, start, end)
         start = end
