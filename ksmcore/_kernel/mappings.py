@@ -82,18 +82,7 @@ class Mappings:
     def _query(self, fd: int, addr: int) -> Mapping | None:
         """The mapping there, or the next one."""
         name = ctypes.addressof(self._name)
-        question = (
-            _QUERY.size,
-            _COVERING_OR_NEXT,
-            addr,
-            *[0] * 6,
-            0,
-            0,
-            len(self._name),
-            0,
-            name,
-            0,
-        )
+        question = (_QUERY.size, _COVERING_OR_NEXT, addr, *[0] * 8, len(self._name), 0, name, 0)
         answer = bytearray(_QUERY.pack(*question))
         try:
             fcntl.ioctl(fd, _PROCMAP_QUERY, answer)

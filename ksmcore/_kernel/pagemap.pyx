@@ -243,13 +243,7 @@ cdef int pagemap_survey(
 
 cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil:
     """Is this page of a watched range there, and unwritten since it was protected? False if that is not known."""
-    cdef ksm_page_range found
-    cdef sys_error ignored
-    sys_error_clear(&ignored)
-    return (
-        pm.scans and sys_is_kept(&pm.file)
-        and _scan(pm, addr, addr + pm.page_bytes, True, FILES_UNTOLD, &found, 1, &ignored) == 0
-    )
+    return pagemap_first_written(pm, addr, addr + pm.page_bytes) != addr
 
 
 cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end) noexcept nogil:

@@ -78,7 +78,6 @@ ctypedef struct intent:
     uint8_t is_huge              # in a huge page when it was looked at
     uint8_t over_store           # what lies under the page now
     uint8_t founder              # one of the two pages that the shared page was made for
-    bint is_paid                 # its mappings are among those that were put down for the other of its pair
     uint8_t fate                 # enum fate
 
 

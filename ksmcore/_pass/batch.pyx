@@ -91,7 +91,6 @@ cdef void batch_add(
     new.is_huge = <uint8_t>b.rmap.tags[item].huge
     new.over_store = <uint8_t>b.rmap.tags[item].over_store
     new.founder = founder
-    new.is_paid = False
     new.fate = OPEN
     b.n_intents += 1
     if slot != 0:

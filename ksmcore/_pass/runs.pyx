@@ -119,6 +119,15 @@ cdef uint32_t _halves_saved(batch* b, uint32_t start, uint32_t end) noexcept nog
     return n_halves
 
 
+cdef uint32_t _other_founder(batch* b, uint32_t i) noexcept nogil:
+    """The other of two founders, where nobody else wants the new shared page and it was not left; else this one."""
+    cdef uint32_t other
+    if not b.intents[i].founder or batch_sharers(b, b.intents[i].slot) != 2:
+        return i
+    other = blocks_pending(b, &b.intents[i]).founders - i
+    return other if b.intents[other].fate == OPEN else i
+
+
 cdef void _leave_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """The map budget does not allow it. Where one founder is left and nobody else wants the new shared page, the other
     one is left as well: what remains of its run is worth less."""
@@ -127,22 +136,16 @@ cdef void _leave_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         if b.intents[i].fate != OPEN:
             continue
         batch_leave(b, &b.intents[i], &b.counters.skipped.map_budget)
-        if b.intents[i].founder and batch_sharers(b, b.intents[i].slot) == 2:
-            other = blocks_pending(b, &b.intents[i]).founders - i
-            if b.intents[other].fate == OPEN:
-                batch_leave(b, &b.intents[other], &b.counters.skipped.map_budget)
+        other = _other_founder(b, i)
+        if other != i:
+            batch_leave(b, &b.intents[other], &b.counters.skipped.map_budget)
 
 
 cdef uint32_t _other_of_pair(batch* b, uint32_t start, uint32_t end) noexcept nogil:
-    """Of a run that is one founder, which saves nothing without the other, and that comes later and is alone as well:
-    the other one. Else the first of the run."""
-    cdef pending_block* block
-    cdef uint32_t other
-    if end - start != 1 or not b.intents[start].founder or batch_sharers(b, b.intents[start].slot) != 2:
-        return start
-    block = blocks_pending(b, &b.intents[start])
-    other = block.founders - start
-    return other if block.n_in_run == 1 and other > start and b.intents[other].fate == OPEN else start
+    """Of a run that is one founder, which saves nothing without the other, and that is alone as well: the other one.
+    Else the first of the run."""
+    cdef uint32_t other = _other_founder(b, start) if end - start == 1 else start
+    return other if other != start and blocks_pending(b, &b.intents[start]).n_in_run == 1 else start
 
 
 cdef void _choose(batch* b) noexcept nogil:
@@ -165,16 +168,16 @@ cdef void _choose(batch* b) noexcept nogil:
             start += 1
             continue
         end = _run_end(b, start)
-        if _makes_mappings(&b.intents[start]) and not b.intents[start].is_paid:
+        other = _other_of_pair(b, start, end)
+        # The second of a pair, which has not been left, was paid for with the first.
+        if _makes_mappings(&b.intents[start]) and other >= start:
             cost = _cost(b, start, end)
             n_halves = _halves_saved(b, start, end)
-            other = _other_of_pair(b, start, end)
             if other != start:
                 cost += _cost(b, other, other + 1)
                 n_halves *= 2
             if budget_affords(&budget, cost, n_halves):
                 budget.used += cost
-                b.intents[other].is_paid = other != start
             else:
                 _leave_run(b, start, end)
         start = end

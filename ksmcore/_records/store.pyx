@@ -264,7 +264,7 @@ cdef void store_share(store_t* store, uint32_t slot) noexcept nogil:
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     """One sharer less. Returns the first slot of the block when nobody shares any of it now, else 0. One out of reach
     goes with its file."""
-    cdef uint32_t first, n_copies, i
+    cdef uint32_t first, n_copies
     store.uses[slot].number -= 1
     if store.uses[slot].number != 0:
         return 0
@@ -273,10 +273,16 @@ cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil:
     if store.uses[slot].orphan:
         return 0
     first = store_block(store, slot, &n_copies)
+    return first if _is_unused(store, first, n_copies) else 0
+
+
+cdef bint _is_unused(const store_t* store, uint32_t first, uint32_t n_copies) noexcept nogil:
+    """Does nobody share any slot of this block, and is none lost?"""
+    cdef uint32_t i
     for i in range(n_copies):
         if store_sharers(store, first + i) != 0 or store.uses[first + i].lost:
-            return 0
-    return first
+            return False
+    return True
 
 
 cdef void store_idle(store_t* store, uint32_t first) noexcept nogil:
@@ -305,14 +311,6 @@ cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
         store.has_lost = True
 
 
-cdef bint _is_free_of_lost(store_t* store, uint32_t first, uint32_t n_copies) noexcept nogil:
-    cdef uint32_t i
-    for i in range(n_copies):
-        if store.uses[first + i].lost:
-            return False
-    return True
-
-
 cdef void store_find_again(store_t* store, const uint8_t* is_elsewhere, uint32_t n_slots) noexcept nogil:
     """Lost slots of the first n_slots that are mapped nowhere but where they are known to be are like all others again.
     Those that nobody shares are idle: they are asked for once more before they are released."""
@@ -330,7 +328,7 @@ cdef void store_find_again(store_t* store, const uint8_t* is_elsewhere, uint32_t
                 claims_set_hollow(store, slot, False)
         elif not store.uses[slot].orphan and not store_is_dead(store, slot):
             first = store_block(store, slot, &n_copies)
-            if store_block_sharers(store, slot) == 0 and _is_free_of_lost(store, first, n_copies):
+            if _is_unused(store, first, n_copies):
                 store_idle(store, first)
 
 
