@@ -5,8 +5,8 @@ This module owns the shape of the trees and nothing else: the caller owns the ar
 C functions are in _trees.pxd; `ksmcore._testing.tree` shows them to Python.
 
 The key of a node is (digest, bytes of its page). In "digest" order different digests decide by themselves, and bytes
-are compared only where digests are equal; in "content" order the digest part of every key is taken as zero. Nodes with
-equal keys are possible, by rb_insert_before alone, and stand newest first.
+are compared only where digests are equal, by a search that has bytes to compare; in "content" order the digest part of
+every key is taken as zero. Nodes with equal keys are possible, by rb_insert_before alone, and stand newest first.
 
 Invariants, each checked by rb_check under its number:
 
@@ -23,7 +23,7 @@ Invariants, each checked by rb_check under its number:
 Pages of the unstable tree may change while their nodes are in it, so 5 does not always hold there. Everything else
 does, because inserting and erasing decide by colours and links, never by bytes. A search follows child links
 downwards, so it ends after at most height steps and visits nodes of this tree only, whatever the pages say; with 5
-broken it may miss a key, but what it returns has compared equal.
+broken it may miss a key, but what it returns has compared equal (by digest, or by bytes if it was given any).
 
 In the drawings of the rebalancing a capital letter is a black node, a small one is red, and each has a mirror image
 that the same code handles: `side` is the side of the node in question, and `not side` the other one.
@@ -161,9 +161,11 @@ cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_pl
         if not tree.by_content and digest != nodes[at].digest:
             right = digest > nodes[at].digest
         else:
-            tree.n_compares += 1
-            other = tree.page_of(tree.owner, at)
-            order = page_compare(page, other, tree.page_bytes) if page != other else 0
+            order = 0
+            if page != NULL:
+                tree.n_compares += 1
+                other = tree.page_of(tree.owner, at)
+                order = page_compare(page, other, tree.page_bytes) if page != other else 0
             right = order > 0
             if order == 0:
                 found = at

@@ -15,7 +15,7 @@ from ksmcore._records.store cimport store_t
 
 # Pages that could have been merged and were not, by reason. Each is met again in the next pass.
 ctypedef struct skip_counters:
-    uint64_t changed             # written between its checksum and the guard
+    uint64_t changed             # written between its checksum and the guard, or only its checksum was equal
     uint64_t refused             # the kernel refused to protect or to remap it
     uint64_t map_budget          # its run was too short for what is left of the map budget
     uint64_t store               # the store could not be grown or written
@@ -118,6 +118,8 @@ ctypedef struct batch:
     pending_block* pendings
     uint32_t* slots              # for carrying out, like outcomes
     uint8_t* outcomes
+    uint32_t* doubted            # items that came to be doubted in the last flush
+    uint32_t n_doubted
     planned_sharers* planned     # a hash table of 2 * capacity entries, by slot
     int refusal                  # errno of the last new block that there was no room for
     uint32_t n_intents
@@ -147,6 +149,7 @@ cdef void batch_add(
 ) noexcept nogil
 cdef uint32_t batch_sharers(const batch* b, uint32_t slot) noexcept nogil
 cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil
+cdef void batch_doubt(batch* b, uint32_t item) noexcept nogil
 cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil
 cdef void batch_offer(batch* b, uint32_t slot) noexcept nogil
 cdef void batch_lie_over(batch* b, uint32_t item, uint32_t slot) noexcept nogil

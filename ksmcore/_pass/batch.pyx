@@ -19,15 +19,19 @@ from ksmcore._records.store cimport (
 
 cdef int batch_init(batch* b, uint32_t capacity) noexcept nogil:
     b.capacity = capacity
-    b.n_intents = b.n_pendings = 0
+    b.n_intents = b.n_pendings = b.n_doubted = 0
     b.has_set_aside = False
     sys_error_clear(&b.err)
     b.intents = <intent*>malloc(capacity * sizeof(intent))
     b.pendings = <pending_block*>malloc((capacity // 2) * sizeof(pending_block))
     b.slots = <uint32_t*>malloc(capacity * sizeof(uint32_t))
     b.outcomes = <uint8_t*>malloc(capacity)
+    b.doubted = <uint32_t*>malloc(capacity * sizeof(uint32_t))
     b.planned = <planned_sharers*>calloc(2 * capacity, sizeof(planned_sharers))
-    if b.planned == NULL or b.intents == NULL or b.pendings == NULL or b.slots == NULL or b.outcomes == NULL:
+    if (
+        b.planned == NULL or b.intents == NULL or b.pendings == NULL or b.slots == NULL or b.outcomes == NULL
+        or b.doubted == NULL
+    ):
         batch_destroy(b)
         return -1
     return 0
@@ -38,11 +42,13 @@ cdef void batch_destroy(batch* b) noexcept nogil:
     free(b.pendings)
     free(b.slots)
     free(b.outcomes)
+    free(b.doubted)
     free(b.planned)
     b.intents = NULL
     b.pendings = NULL
     b.slots = NULL
     b.outcomes = NULL
+    b.doubted = NULL
     b.planned = NULL
 
 
@@ -110,6 +116,15 @@ cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
         b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
     )
     rmap_set_left_out(b.rmap, left.item, reason == &b.counters.skipped.map_budget)
+
+
+cdef void batch_doubt(batch* b, uint32_t item) noexcept nogil:
+    """A page did not have the bytes that its checksum promised: it was written meanwhile, or another one has the same
+    checksum. From now on searches for it compare."""
+    if not b.rmap.tags[item].doubted and not b.stable.one.by_content:
+        b.rmap.tags[item].doubted = 1
+        b.doubted[b.n_doubted] = item
+        b.n_doubted += 1
 
 
 cdef void batch_set_aside(batch* b, uint32_t first) noexcept nogil:

@@ -10,7 +10,6 @@ cdef uint32_t blocks_new(
 ) noexcept nogil
 cdef void blocks_give_up_unwanted(batch* b, uint64_t* reason) noexcept nogil
 cdef void blocks_write(batch* b) noexcept nogil
-cdef void blocks_check(batch* b) noexcept nogil
 cdef void blocks_settle(batch* b) noexcept nogil
 cdef void blocks_release_unmapped(batch* b) noexcept nogil
 cdef void blocks_offer(batch* b) noexcept nogil

@@ -19,7 +19,6 @@ from ksmcore._records.store cimport (
 
 cdef enum:
     WRITE_PAGES = 256          # most pages of one write to the store: 1 MiB of 4 KiB pages
-    HASH_PAGES = 64            # pages whose written copies are checked together
 
 
 cdef uint32_t blocks_new(
@@ -125,35 +124,14 @@ cdef void blocks_write(batch* b) noexcept nogil:
     _leave_all_of(b, batch_no_room(b, code))
 
 
-cdef void blocks_check(batch* b) noexcept nogil:
-    """Give up the blocks whose source changed before it was copied: their place in the stable tree was
-    chosen for other bytes."""
-    cdef const uint8_t* pages[HASH_PAGES]
-    cdef uint32_t digests[HASH_PAGES]
-    cdef uint32_t which[HASH_PAGES]
-    cdef uint32_t i = 0, n, k
-    while i < b.n_pendings:
-        n = 0
-        while i < b.n_pendings and n < <uint32_t>HASH_PAGES:
-            if b.pendings[i].fate == OPEN:
-                pages[n] = store_page(b.store, b.pendings[i].slot)
-                which[n] = i
-                n += 1
-            i += 1
-        b.checksum(pages, n, b.page_bytes, digests)
-        for k in range(n):
-            if digests[k] != b.store.nodes[b.pendings[which[k]].slot].digest:
-                b.pendings[which[k]].fate = LEFT
-    _leave_all_of(b, &b.counters.skipped.changed)
-
-
 cdef void blocks_settle(batch* b) noexcept nogil:
     """From here on written slots are shared pages without sharers, and the given up ones are released.
 
     The place of a slot in the stable tree was found by comparing candidates, which could change. Now
     that its bytes are fixed it is given the place that they ask for. Where checksums come first that
     matters only for the few nodes with equal ones, which a search for the slot itself then misses. One that was
-    set aside has no place that could be wrong.
+    set aside has no place that could be wrong. The checksum is the one that its source had when it was looked at: if
+    that was written since, whoever comes by the checksum is told from it under the guard.
     """
     cdef uint32_t i, copy, slot, digest
     for i in range(b.n_pendings):

@@ -1,6 +1,8 @@
 """Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
 
-Nothing is merged here: what is to be merged becomes an intent of the batch.
+Nothing is merged here: what is to be merged becomes an intent of the batch. Equal checksums are taken for equal bytes,
+since the guard compares them anyway: a wrong guess costs a window that fails, and from then on the page is doubted, and
+compared with what is found. So a page is read twice until it is merged: for its checksum, and under the guard.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -62,6 +64,16 @@ cdef void _wait(engine_core* c, uint32_t item, uint32_t digest) noexcept nogil:
 
 # ---- searching --------------------------------------------------------------------------------
 
+cdef inline const uint8_t* _bytes_to_compare(const engine_core* c, uint32_t item, const uint8_t* page) noexcept nogil:
+    """What searches for this page compare beside its checksum; NULL: nothing."""
+    return page if c.by_content or c.rmap.tags[item].doubted else NULL
+
+
+cdef inline bint _are_equal(const engine_core* c, const uint8_t* compared, const uint8_t* other) noexcept nogil:
+    """Of two pages with one checksum. `compared`: see _bytes_to_compare."""
+    return compared == NULL or page_compare(compared, other, c.page_bytes) == 0
+
+
 cdef uint32_t _new_block(
     engine_core* c, uint32_t* n_copies, uint32_t least, const uint8_t* source, uint32_t digest
 ) noexcept nogil:
@@ -83,12 +95,12 @@ cdef uint32_t _new_block(
     return slot
 
 
-cdef uint32_t _next_in_store(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
+cdef uint32_t _next_in_store(engine_core* c, uint32_t digest, const uint8_t* compared) noexcept nogil:
     """The shared page behind that of the last match, if this page equals it and may map it; or 0."""
     cdef uint32_t slot = c.stretch.next_slot
     if (
         store_is_shared_block(&c.store, slot, digest)
-        and page_compare(page, store_page(&c.store, slot), c.page_bytes) == 0
+        and _are_equal(c, compared, store_page(&c.store, slot))
         and batch_sharers(&c.b, slot) < c.max_page_sharing
     ):
         return slot
@@ -96,7 +108,7 @@ cdef uint32_t _next_in_store(engine_core* c, uint32_t digest, const uint8_t* pag
 
 
 cdef uint32_t _match_stable(
-    engine_core* c, const uint8_t* page, uint32_t digest, uint64_t page_no, uint32_t n_wanted,
+    engine_core* c, const uint8_t* page, const uint8_t* compared, uint32_t digest, uint32_t n_wanted,
     uint32_t* first, rb_place* place
 ) noexcept nogil:
     """The slot that this page should map, or 0 when no more pages can map an equal one.
@@ -109,10 +121,10 @@ cdef uint32_t _match_stable(
     further one, which is found first from then on.
     """
     cdef uint32_t n_copies, larger, slot
-    cdef uint64_t left
+    cdef uint64_t page_no = <uintptr_t>page // c.page_bytes, left
     cdef bint is_full
     if first[0] == 0:
-        first[0] = forest_find(&c.stable, digest, page, place)
+        first[0] = forest_find(&c.stable, digest, compared, place)
     if first[0] == 0:
         return 0
     if first[0] != c.stretch.block_slot:
@@ -125,7 +137,7 @@ cdef uint32_t _match_stable(
     if (n_wanted >= 2 * n_copies and left >= n_wanted) or (is_full and left >= <uint64_t>LONG_REST):
         larger = _new_block(c, &n_wanted, 1 if is_full else 2 * n_copies, page, digest)
         if larger != 0:
-            forest_put(&c.stable, larger, page)
+            forest_put(&c.stable, larger, compared)
             first[0] = larger
             c.stretch.block_slot = larger
             c.stretch.block_copies = n_copies = n_wanted
@@ -133,32 +145,32 @@ cdef uint32_t _match_stable(
             is_full = False
     c.stretch.slot = first[0]
     c.stretch.next_slot = first[0] + n_copies
-    return _with_room(c, digest, page) if is_full else slot
+    return _with_room(c, digest, compared) if is_full else slot
 
 
-cdef bint _is_equal(engine_core* c, uint32_t first, uint32_t digest, const uint8_t* page) noexcept nogil:
+cdef bint _is_equal(engine_core* c, uint32_t first, uint32_t digest, const uint8_t* compared) noexcept nogil:
     """Has this node of the stable tree, if any, the bytes of the page?"""
     if first == 0 or c.store.nodes[first].digest != digest:
         return False
-    c.stable.one.n_compares += 1
-    return page_compare(page, batch_stable_page(&c.b, first), c.page_bytes) == 0
+    c.stable.one.n_compares += compared != NULL
+    return _are_equal(c, compared, batch_stable_page(&c.b, first))
 
 
-cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* page) noexcept nogil:
+cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* compared) noexcept nogil:
     """A slot of any block equal to this page that takes one more sharer, or 0.
 
     Equal blocks stand next to each other in the stable tree, the newest first. Each that is found full is set
     aside until a sharer leaves it, but for the last, which tells later searches that there are such. So however
     many there are, each is looked at once for every time that it was filled.
     """
-    cdef uint32_t first = forest_find(&c.stable, digest, page, NULL), n_copies, i, following
+    cdef uint32_t first = forest_find(&c.stable, digest, compared, NULL), n_copies, i, following
     while first != 0:
         store_block(&c.store, first, &n_copies)
         for i in range(n_copies):
             if batch_sharers(&c.b, first + i) < c.max_page_sharing:
                 return first + i
         following = forest_next(&c.stable, first)
-        if not _is_equal(c, following, digest, page):
+        if not _is_equal(c, following, digest, compared):
             return 0
         batch_set_aside(&c.b, first)
         first = following
@@ -178,7 +190,9 @@ cdef uint32_t _beside(engine_core* c, uint64_t page_no, uint32_t digest) noexcep
     return item
 
 
-cdef uint32_t _left_out_beside(engine_core* c, uint64_t page_no, uint32_t digest, const uint8_t* page) noexcept nogil:
+cdef uint32_t _left_out_beside(
+    engine_core* c, uint64_t page_no, uint32_t digest, const uint8_t* compared
+) noexcept nogil:
     """An equal page that goes on the run which this page is in, and which the map budget left out; or 0.
 
     Both together are no new mapping, where to join the shared page that is there would be two for either. So a long
@@ -190,7 +204,7 @@ cdef uint32_t _left_out_beside(engine_core* c, uint64_t page_no, uint32_t digest
     home = regions_at(&c.regions, <uintptr_t>state_page_of(c, item))
     if home.altered or home.bar != NOT_BARRED or home.being_made or home.n_holds != 0:
         return 0
-    return item if page_compare(page, state_page_of(c, item), c.page_bytes) == 0 else 0
+    return item if _are_equal(c, compared, state_page_of(c, item)) else 0
 
 
 cdef uint32_t _partner(
@@ -199,10 +213,11 @@ cdef uint32_t _partner(
     """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
     stretch of pages comes again, the next partner is beside the last one."""
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
+    cdef const uint8_t* compared = _bytes_to_compare(c, item, page)
     cdef rb_place place, quiet_place
     cdef uint32_t partner, written = 0
     if c.quiet.n_nodes != 0 or may_be_quiet:
-        partner = forest_find(&c.quiet, digest, page, &quiet_place)
+        partner = forest_find(&c.quiet, digest, compared, &quiet_place)
         if partner != 0 and (immediate or quiet_is_still(c, partner)):
             return partner
         # One that was written has its turn still to come. It may have been written with the same bytes.
@@ -210,9 +225,9 @@ cdef uint32_t _partner(
     partner = _beside(c, page_no, digest)
     if (
         partner == 0 or c.rmap.tags[partner].epoch != c.epoch
-        or page_compare(page, state_page_of(c, partner), c.page_bytes) != 0
+        or not _are_equal(c, compared, state_page_of(c, partner))
     ):
-        partner = forest_find(&c.unstable, digest, page, &place)
+        partner = forest_find(&c.unstable, digest, compared, &place)
     if partner != 0:
         c.stretch.beside = partner
         c.stretch.n_further = c.rmap.tags[partner].page_no - page_no
@@ -273,7 +288,7 @@ cdef void _found(
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
     if has_equals:
-        forest_put(&c.stable, slot, c.pages[i])
+        forest_put(&c.stable, slot, _bytes_to_compare(c, item, c.pages[i]))
     else:
         forest_insert(&c.stable, slot, stable_place)
         c.b.pendings[c.b.n_pendings - 1].alone = stable_place.alone
@@ -315,33 +330,37 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
 
 
 cdef void match_page(
-    engine_core* c, const region_t* region, size_t i, size_t n_look, bint goes_on, bint immediate
+    engine_core* c, const region_t* region, size_t i, size_t n_look, bint immediate
 ) noexcept nogil:
-    """One page that needs a look: wait, merge, or stand in the unstable tree. `goes_on`: it is known to equal
-    the shared page of its stretch."""
+    """One page that needs a look: wait, merge, or stand in the unstable tree."""
     cdef const uint8_t* page = c.pages[i]
     cdef uint32_t digest = c.digests[i]
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef uint32_t n_wanted = stretch_follow(c, i, n_look)
-    cdef uint32_t item = c.items[i], slot, partner, first = c.stretch.slot if goes_on else 0
+    cdef uint32_t item = c.items[i], slot, partner, first
+    cdef const uint8_t* compared
     cdef rb_place place
     cdef bint unchanged
     if item == 0:
         return
+    if c.rmap.nodes[item].digest != digest:
+        c.rmap.tags[item].doubted = 0
+    compared = _bytes_to_compare(c, item, page)
     unchanged = not c.marks[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
     if not unchanged and not c.marks[i] & IS_NEW and not immediate:
         _wait(c, item, digest)
         return
     c.rmap.nodes[item].digest = digest
+    first = c.stretch.slot if compared == NULL else 0
     if first == 0:
         # Where a stretch of different pages comes again, its shared pages follow each other in the store.
-        first = _next_in_store(c, digest, page)
+        first = _next_in_store(c, digest, compared)
     if first == 0 and n_wanted == 1 and (unchanged or immediate) and c.counters.skipped.map_budget != 0:
-        partner = _left_out_beside(c, page_no, digest, page)
+        partner = _left_out_beside(c, page_no, digest, compared)
         if partner != 0:
             _found(c, region, i, partner, n_wanted, True, place)
             return
-    slot = _match_stable(c, page, digest, page_no, n_wanted, &first, &place)
+    slot = _match_stable(c, page, compared, digest, n_wanted, &first, &place)
     if slot != 0:
         # A broken share that became equal to the slot still under it needs no new mapping.
         batch_add(

@@ -18,11 +18,10 @@ from ksmcore._guard.window cimport BARRED, CHANGED, DONE, IN_CALL, PINNED, REFUS
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, MERGED, OPEN, batch, batch_clear, batch_drop_sharer,
-    batch_end_stage, batch_leave, batch_lie_over, batch_sharers, intent, pending_block,
+    batch_doubt, batch_end_stage, batch_leave, batch_lie_over, batch_sharers, intent, pending_block,
 )
 from ksmcore._pass.blocks cimport (
-    blocks_check, blocks_give_up_unwanted, blocks_offer, blocks_pending, blocks_release_unmapped, blocks_settle,
-    blocks_write,
+    blocks_give_up_unwanted, blocks_offer, blocks_pending, blocks_release_unmapped, blocks_settle, blocks_write,
 )
 from ksmcore._records.budget cimport budget_affords, map_budget
 from ksmcore._records.costs cimport costs_slot_under, costs_splits
@@ -250,6 +249,8 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         if b.outcomes[i] == DONE:
             _account(b, &b.intents[start + i])
         else:
+            if b.outcomes[i] == CHANGED:
+                batch_doubt(b, b.intents[start + i].item)
             batch_leave(b, &b.intents[start + i], _reason(b, b.outcomes[i]))
     return rc
 
@@ -297,6 +298,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         if merge_restore_range(&run, False, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
             batch_lie_over(b, founder.item, 0)
+            batch_doubt(b, founder.item)
             b.counters.skipped.partner += 1
 
 
@@ -304,11 +306,11 @@ cdef int runs_flush(batch* b) noexcept nogil:
     """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
+    b.n_doubted = 0
     qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
     _choose(b)
     blocks_give_up_unwanted(b, &b.counters.skipped.map_budget)
     blocks_write(b)
-    blocks_check(b)
     blocks_settle(b)
     begun = batch_end_stage(&b.counters.stage_ns.store, begun)
     rc = _carry_out(b)

@@ -32,6 +32,7 @@ all meet.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from ksmcore._kernel.pagemap cimport (
     PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, page_range,
@@ -44,8 +45,8 @@ from ksmcore._pass.look cimport look_at_intents
 from ksmcore._pass.match cimport match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
-from ksmcore._pass.state cimport IS_HUGE, engine_core
-from ksmcore._pass.stretch cimport stretch_go_on
+from ksmcore._pass.state cimport IS_HUGE, engine_core, state_page_of, stretch_t
+from ksmcore._pass.stretch cimport stretch_begin_span
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._records.ranges cimport ranges_at
 from ksmcore._records.regions cimport (
@@ -55,7 +56,7 @@ from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,
 )
-from ksmcore._records.store cimport store_is_shared_block, store_page
+from ksmcore._records.store cimport store_page
 
 cdef enum:
     PREFETCH = 16              # pages that searches are prepared for ahead
@@ -198,7 +199,7 @@ cdef int _scan_span(
     """Take the next pages in [addr, end) of a region that need a look, SPAN_PAGES at most, all the way;
     c.survey.next tells where to go on, at `limit` at most, where there is a hole. -1 with *err when the kernel did
     not answer, or when a guard could not be closed."""
-    cdef size_t i, n_look, n_known
+    cdef size_t i, n_look
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
     # A page of a file is one of the store, unless an item over the store has lost its share of it.
@@ -217,23 +218,20 @@ cdef int _scan_span(
     if n_look == 0:
         batch_end_stage(&c.counters.stage_ns.pagemap, begun)
         return 0
-    c.stretch.block_slot = 0
     c.stretch.more_follows = c.survey.next < regions_end_of(&c.regions, region)
     quiet_arm(c, region, n_look)
     begun = batch_end_stage(&c.counters.stage_ns.pagemap, begun)
-    n_known = stretch_go_on(c, n_look)
-    checksum_safely(c.checksum, c.pages + n_known, n_look - n_known, c.page_bytes, c.digests + n_known)
-    c.counters.pages_hashed += n_look - n_known
+    checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
+    c.counters.pages_hashed += n_look
     begun = batch_end_stage(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
-    if not store_is_shared_block(&c.store, c.stretch.slot, c.stretch.digest):
-        n_known = 0              # the last that shared it were among these pages
+    stretch_begin_span(c)
     for i in range(n_look):
         forest_prefetch(&c.stable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
         forest_prefetch(&c.unstable, c.digests + i, min(n_look - i, <size_t>PREFETCH))
         forest_prefetch(&c.quiet, c.digests + i, min(n_look - i, <size_t>PREFETCH))
-        match_page(c, region, i, n_look, i < n_known, immediate)
+        match_page(c, region, i, n_look, immediate)
     quiet_disarm_others(c, n_look)
     if not immediate:
         match_leave_store(c, region, n_look)
@@ -241,9 +239,33 @@ cdef int _scan_span(
     sys_error_clear(&c.b.err)
     look_at_intents(c)
     rc = runs_flush(&c.b)
+    if rc == 0 and c.b.n_doubted != 0:
+        rc = _look_closer(c, immediate)
     quiet_after_flush(c)
     if rc != 0:
         err[0] = c.b.err
+    return rc
+
+
+cdef int _look_closer(engine_core* c, bint immediate) noexcept nogil:
+    """Pages that came to be doubted just now are matched once more, by their bytes: there may be no next pass."""
+    cdef stretch_t stretch = c.stretch
+    cdef const region_t* region
+    cdef size_t i, n = min(<uint64_t>min(c.b.n_doubted, <uint32_t>SPAN_PAGES), c.merges_left)
+    cdef int rc
+    for i in range(n):
+        c.items[i] = c.b.doubted[i]
+        c.pages[i] = state_page_of(c, c.items[i])
+        c.marks[i] = 0
+    checksum_safely(c.checksum, c.pages, n, c.page_bytes, c.digests)
+    c.counters.pages_hashed += n
+    memset(&c.stretch, 0, sizeof(stretch_t))
+    for i in range(n):
+        region = regions_at(&c.regions, <uintptr_t>c.pages[i])
+        match_page(c, region, i, n, immediate)
+    look_at_intents(c)
+    rc = runs_flush(&c.b)
+    c.stretch = stretch
     return rc
 
 

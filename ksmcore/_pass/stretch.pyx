@@ -6,10 +6,9 @@ copies, which follow each other in the store, k of them are one mapping.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
-from ksmcore._pages cimport page_compare
 from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
 from ksmcore._records.budget cimport map_budget
-from ksmcore._records.store cimport store_is_shared_block, store_page
+from ksmcore._records.store cimport store_is_shared_block
 
 cdef enum:
     # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
@@ -64,23 +63,8 @@ cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept n
     return stretch.n_copies
 
 
-cdef size_t stretch_go_on(engine_core* c, size_t n_look) noexcept nogil:
-    """How many pages, from the first one on, go on the stretch that the span before ended in: compared with
-    its shared page, they need no checksum of their own, and no search."""
-    cdef const stretch_t* stretch = &c.stretch
-    cdef uintptr_t addr = <uintptr_t>(stretch.end * c.page_bytes)
-    cdef const uint8_t* shared
-    cdef size_t i = 0
-    if (
-        stretch.end == 0 or <uintptr_t>c.pages[0] != addr
-        or not store_is_shared_block(&c.store, stretch.slot, stretch.digest)
-    ):
-        return 0
-    shared = store_page(&c.store, stretch.slot)
-    while (
-        i < n_look and c.pages[i] == <const uint8_t*>addr + i * c.page_bytes
-        and page_compare(c.pages[i], shared, c.page_bytes) == 0
-    ):
-        c.digests[i] = stretch.digest
-        i += 1
-    return i
+cdef void stretch_begin_span(engine_core* c) noexcept nogil:
+    """The lock was given up since the last span: is what its last page was matched with still shared?"""
+    c.stretch.block_slot = 0
+    if not store_is_shared_block(&c.store, c.stretch.slot, c.stretch.digest):
+        c.stretch.slot = 0

@@ -20,7 +20,8 @@ cdef extern from *:
         uint64_t huge : 1;
         uint64_t age : 3;
         uint64_t left_out : 1;
-        uint64_t spare : 3;
+        uint64_t doubted : 1;
+        uint64_t spare : 2;
     } rmap_tag;
     #endif
     """
@@ -33,6 +34,7 @@ cdef extern from *:
         uint64_t huge          # was in a huge page when it was looked at last
         uint64_t age           # looks in vain since it changed or was merged, 7 at most
         uint64_t left_out      # by the map budget, when it was looked at last
+        uint64_t doubted       # a page with its checksum had other bytes: searches compare, until it changes
         uint64_t epoch         # in the unstable tree when it equals the tree's epoch; UNSHARED only
 
 
