@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,11 @@ ENTRIES = 32_768
 MOST_READ_BYTES = 1 << 20
 # What the kernel keeps there belongs to no process.
 KERNELS = ("[vvar", "[vdso]", "[vsyscall]")
+# How the file of a program or library begins, and what it tells of each of its parts: the kind, the
+# address and the size in memory.
+ELF_64_LITTLE = b"\x7fELF\x02\x01"
+ELF_PART = struct.Struct("<I12xQ16xQ8x")
+ELF_LOAD = 1
 
 
 class CannotLookError(Exception):
@@ -117,15 +123,51 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
             return []
         except OSError as error:
             raise CannotLookError(_why_not(self.pid, error)) from None
-        found = []
+        found: list[Place] = []
+        heads: dict[str, int] = {}
         for vma in smaps.parse_smaps(text.removesuffix("\n").split("\n") if text else []):
             if not vma.path.startswith(KERNELS):
                 may_own = not vma.shared and vma.anonymous > 0
                 is_data = vma.writable and not vma.shared and vma.path.startswith("/")
                 found.append(Place(vma.path, vma.start, vma.end, may_own, is_data))
+                if vma.path and vma.offset == 0:
+                    heads[vma.path] = vma.start
+                if not vma.path:
+                    self._part(found, heads)
                 if not may_own:
                     self.n_elsewhere += vma.rss // self._page_bytes
         return found
+
+    def _part(self, found: list[Place], heads: dict[str, int]) -> None:
+        """Other memory may follow a library's variables, and be of one mapping with those that
+        begin as zeros: part the last place there."""
+        *_, before, place = [None, *found[-2:]]
+        if before is None or not before.is_written_file or before.end != place.start:
+            return
+        end = self._end_of_variables(heads.get(before.name))
+        if end is None or end >= place.end:
+            return
+        if end <= place.start:
+            found[-2] = before._replace(is_written_file=False)
+        else:
+            found[-1:] = [place._replace(end=end), place._replace(start=end)]
+
+    def _end_of_variables(self, head: int | None) -> int | None:
+        """The page after those of the program or library whose file is mapped there from its
+        beginning; None where that does not tell."""
+        page = memoryview(bytearray(self._page_bytes))
+        if head is None or not self._fill(head, page) or page[:6] != ELF_64_LITTLE:
+            return None
+        (offset,) = struct.unpack_from("<Q", page, 32)
+        size, count = struct.unpack_from("<HH", page, 54)
+        if size < ELF_PART.size or offset + count * size > len(page):
+            return None
+        parts = [ELF_PART.unpack_from(page, offset + i * size) for i in range(count)]
+        loaded = [(start, start + n_bytes) for kind, start, n_bytes in parts if kind == ELF_LOAD]
+        if not loaded:
+            return None
+        begin = loaded[0][0] // self._page_bytes * self._page_bytes
+        return head + -(-(loaded[-1][1] - begin) // self._page_bytes) * self._page_bytes
 
     def anonymous_places(self) -> list[Place]:
         """Its mappings of private memory that is of no file, without a look at what is there: for

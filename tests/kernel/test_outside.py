@@ -1,5 +1,6 @@
 """Another process's memory while it changes."""
 
+import itertools
 import mmap
 import os
 import signal
@@ -93,3 +94,33 @@ def test_descriptors_are_given_back():
     with pytest.raises(CannotLookError, match="no process"):
         Outside(2**22 + 1)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_memory_behind_a_library_is_not_its_own():
+    """The kernel has both in one mapping where they have the same rights."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    fixed_noreplace, size = 0x100000, 64 * PAGE
+    how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed_noreplace
+    with Outside(os.getpid()) as process:
+        n_tried = 0
+        before = process.places()
+        for data, variables in itertools.pairwise(before):
+            is_theirs = data.is_written_file and data.end == variables.start
+            if not is_theirs or variables.name or not variables.may_own:
+                continue
+            end = variables.end
+            if libc.mmap(end, size, mmap.PROT_READ | mmap.PROT_WRITE, how, -1, 0) != end:
+                continue  # something lies there
+            n_tried += 1
+            try:
+                ctypes.memset(end, 1, size)
+                after = process.places()
+                assert variables in after
+                assert place_of(process, end).start == end
+            finally:
+                libc.munmap(ctypes.c_void_p(end), ctypes.c_size_t(size))
+        assert n_tried > 0
