@@ -43,6 +43,8 @@ log = logging.getLogger("ksmcore")
 LOOK_SECONDS = 0.25
 # How often a new one looks whether the one before has ended.
 OVERLAP_SECONDS = 0.005
+# Of the pages that an idle pass has met, one in so many makes the next come soon by being young.
+YOUNG_SHARE = 64
 # How long it waits where nothing can be merged for the moment.
 PUT_OFF_SECONDS = 1.0
 
@@ -227,11 +229,11 @@ class Scanner:
             self._cursor = None
             return None
         if self._cursor == END_OF_MEMORY:
-            was_idle = self._end_pass(passes)
+            rest = self._end_pass(passes)
             if not self._is_wanted():
                 return None
-            if was_idle:
-                return self._pacer.idle_rest(settings)
+            if rest > 0:
+                return rest
         try:
             if self._cursor is None:
                 self._begun = passes.begin_batches()
@@ -263,16 +265,23 @@ class Scanner:
         self.n_put_off += 1
         return PUT_OFF_SECONDS
 
-    def _end_pass(self, passes: Passes) -> bool:
-        """The rest after its last batch is part of a pass. Was it an idle one, in which nothing was
-        read?"""
+    def _end_pass(self, passes: Passes) -> float:
+        """The rest after its last batch is part of a pass. Returns for how long to rest besides:
+        long after an idle one, in which nothing was read, but no longer than until what was too
+        young for it is so no more, where that is much."""
         self._cursor = None
         if self._begun is None:
-            return False
+            return 0.0
         report = passes.end_batches(self._begun)
         log.debug("pass: %r", report)
         passes.tell(report)
-        return report.pages_hashed == 0
+        if report.pages_hashed > 0:
+            return 0.0
+        settings = self._in_force.settings
+        rest = self._pacer.idle_rest(settings)
+        if report.skipped["young"] * YOUNG_SHARE > report.pages_scanned:
+            rest = min(rest, young_seconds(settings))
+        return rest
 
 
 class Scanning(contextlib.AbstractContextManager["Engine"]):

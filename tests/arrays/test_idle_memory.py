@@ -214,6 +214,20 @@ def test_the_scanner_leaves_alone_what_was_just_made(n_bytes, rng, batch):
     assert np.array_equal(*arrays)
 
 
+def test_the_scanner_comes_back_when_what_was_young_is_so_no_more(rng, monkeypatch):
+    """However long it would rest after a pass that read nothing."""
+    monkeypatch.setattr("ksmcore._engine.pacing.Pacer.idle_rest", lambda *_: 3600.0)
+    arrays = made(1, 5 * MIB, rng)
+    with ksmcore.allocator():
+        arrays.append(arrays[0].copy())
+    before = ksmcore.stats()
+    with ksmcore.start():
+        wait_until(lambda: ksmcore.stats().full_scans > before.full_scans)
+        assert ksmcore.stats().skipped["young"] > before.skipped["young"]
+        wait_until(lambda: ksmcore.stats().pages_sharing - before.pages_sharing >= 5 * MIB // PAGE)
+    assert np.array_equal(*arrays)
+
+
 def test_free_memory_is_left_alone_however_old(rng, batch):
     made(20, MIB, rng).clear()
     hashed = ksmcore.stats().pages_hashed
