@@ -23,6 +23,7 @@ class Core(Registry):
         max_merges: int = 0,
         *,
         patient: bool = False,
+        n_threads: int = 1,
     ) -> int: ...
     def copy_memory(self, source: int, target: int, len_bytes: int) -> int: ...
     def configure(

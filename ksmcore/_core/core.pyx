@@ -17,6 +17,7 @@ from ksmcore._guard.guard cimport guard_leave, guard_name
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_is_coming
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
+from ksmcore._kernel.pool cimport pool_end, pool_init, pool_t
 from ksmcore._kernel.reader cimport reader_enter, reader_leave
 from ksmcore._kernel.syscalls cimport (
     CALL_MINCORE, sys_error, sys_error_clear, sys_error_raise, sys_is_kept, sys_locks_future, sys_page_bytes,
@@ -33,8 +34,15 @@ from ksmcore._records.store_files cimport MAX_FILES
 from ksmcore.errors import InternalError
 
 
+cdef enum:
+    MOST_ALONE = 256           # walks, of some ten milliseconds each
+
+
 cdef class Core(Registry):
     """Regions, both trees, the rmap table and the store of one engine."""
+
+    cdef uint32_t n_alone        # walks without other threads, since those have got no processor; under the pass lock
+    cdef uint32_t n_alone_next   # the next time that happens
 
     # ---- passes -----------------------------------------------------------------------------
 
@@ -137,11 +145,11 @@ cdef class Core(Registry):
 
     def walk(
         self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint immediate, uint64_t max_merges=0, *,
-        bint patient=False
+        bint patient=False, uint32_t n_threads=1
     ):
         """Scan the registered pages in [cursor, end), at most about `max_pages` of them, until exactly `max_merges`
         are merged at most (0: no bound). `patient`: unsettled memory is left alone (see leave_unsettled), and it ends
-        early where a fork is about to come.
+        early where a fork is about to come. `n_threads`: this one and those that help it, which end with the walk.
 
         Returns the address to go on at, `end` when there is nothing left. The lock is given up after
         every span, so regions may come and go in between: the cursor is an address, and what is
@@ -155,16 +163,22 @@ cdef class Core(Registry):
         cdef uint64_t merges_left = max_merges if max_merges != 0 else UINT64_MAX
         cdef bint entered
         cdef guard_kind guard = self.guard
+        cdef pool_t pool
         cdef int rc
         sys_error_clear(&err)
         self._own()
         with nogil:
             reader_enter()
+            if self.n_alone != 0:
+                self.n_alone -= 1
+                n_threads = 1
+            pool_init(&pool, n_threads)
             rc = self._enter(&guard, &err)
             entered = rc == 0
             while rc == 0 and done < max_pages and merges_left != 0 and cursor < end:
                 self._take_lock()
                 self.c.merges_left = merges_left
+                self.c.pool = &pool
                 rc = scan_at(&self.c, &cursor, end, immediate, patient, &done, &err)
                 merges_left = self.c.merges_left
                 release_if_worth(&self.c, True)
@@ -172,6 +186,11 @@ cdef class Core(Registry):
                 if patient and forks_is_coming():
                     break
                 self._let_others()
+            pool_end(&pool)
+            if pool.was_late:
+                self.n_alone_next = self.n_alone = min(max(2 * self.n_alone_next, 2), <uint32_t>MOST_ALONE)
+            elif n_threads > 1:
+                self.n_alone_next //= 2
             if entered:
                 guard_leave(guard)
             reader_leave()

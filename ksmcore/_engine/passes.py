@@ -34,6 +34,8 @@ log = logging.getLogger("ksmcore")
 
 # Pages between two looks at signals: 16 MiB of 4 KiB pages, tens of milliseconds when all merge.
 BATCH_PAGES = 4096
+# Threads of a pass, where nobody has said how many.
+MOST_AUTO_THREADS = 8
 # How often dedup goes over pages that the map budget left out, giving short runs more each time.
 BUDGET_ROUNDS = 6
 # A pass that has made so many mappings, and a quarter of what there were, looks again at what the
@@ -200,16 +202,23 @@ class Passes:
         """Take the registered pages within `ranges`, which are sorted and disjoint, through the
         path, batch by batch."""
         n_pages = self._n_registered(ranges) if progress else 0
+        n_threads = self._n_threads(min(procfs.processors(), MOST_AUTO_THREADS))
         done = 0
         with reporting(progress, what, n_pages) as tell:
             for cursor, end in ranges:
                 while cursor < end:
                     # Between two calls the interpreter runs signal handlers, and other threads.
                     self._take_census_if_due()
-                    cursor = self._core.walk(cursor, end, BATCH_PAGES, immediate)
+                    cursor = self._core.walk(
+                        cursor, end, BATCH_PAGES, immediate, n_threads=n_threads
+                    )
                     done = min(done + BATCH_PAGES, n_pages)
                     tell(done)
             tell(n_pages)
+
+    def _n_threads(self, auto: int) -> int:
+        wanted = self._in_force.settings.threads
+        return auto if wanted == "auto" else wanted
 
     def _n_registered(self, ranges: list[tuple[int, int]]) -> int:
         """Pages; some 0.5 us for each region there is."""
@@ -243,10 +252,12 @@ class Passes:
         with self.alone:
             self.check_open()
             self._take_census_if_due()
-            most = self._in_force.settings.max_pages_to_merge
+            most, n_threads = self._in_force.settings.max_pages_to_merge, self._n_threads(1)
             try:
                 before = self._core.snapshot()
-                cursor = self._core.walk(cursor, END_OF_MEMORY, n_pages, False, most, patient=True)
+                cursor = self._core.walk(
+                    cursor, END_OF_MEMORY, n_pages, False, most, patient=True, n_threads=n_threads
+                )
                 return cursor, _was_fruitful(before, self.numbers())
             except MemoryError as error:
                 raise _not_now(error) from error

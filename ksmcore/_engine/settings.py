@@ -23,6 +23,7 @@ ORDERS = ("digest", "content")
 CHECKSUMS = ("jhash", "mmh3")
 GUARDS = ("userfaultfd", "userfaultfd-user", "mprotect")  # the strongest first
 DIRTY_TRACKERS = ("pagemap", "checksum")  # the fastest first
+MOST_THREADS = 64
 
 _NO_WORD = object()
 
@@ -54,6 +55,10 @@ class Settings:
     `sleep_millisecs` is not used, and `pages_to_scan` bounds a batch. None: by hand."""
     max_cpu: float = 70.0
     """Most that the scanner takes of one processor, in percent; this goes before the target."""
+    threads: int | Literal["auto"] = "auto"
+    """Threads that compute checksums and write shared pages side by side; "auto": for `scan` and
+    `dedup` as many as there are processors for this process, 8 at most, and one for the background
+    scanner. What is merged, and what is counted, does not depend on it."""
     smart_scan: bool = False
     """Look less often at pages that found no equal page again and again: down to every eighth pass,
     until they change. Where the kernel tells what was written they are not read anyway."""
@@ -103,6 +108,9 @@ class Settings:
         self._seconds("max_cpu", "")
         if not 0 < self.max_cpu <= 100:
             raise ValueError(f"max_cpu must be above 0 and at most 100 percent, not {self.max_cpu}")
+        self._whole("threads", 1, '"auto"', "auto")
+        if self.threads != "auto" and self.threads > MOST_THREADS:
+            raise ValueError(f"threads is at most {MOST_THREADS}, not {self.threads}")
         self._whole("max_shared_pages", 0, "None (no limit)", None)
         self._whole("max_page_sharing", 2, '"auto"', "auto")
         self._whole("map_budget", 0, '"auto"', "auto")

@@ -21,6 +21,7 @@ __all__ = [
     "locked_bytes",
     "max_map_count",
     "number",
+    "processors",
     "size_bytes",
     "sizes",
     "sizes_of",
@@ -140,6 +141,24 @@ def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
     return found if threads else None
 
 
+# ---- processors ----------------------------------------------------------------------------------
+
+
+def processors(
+    membership: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS
+) -> int:
+    """How many processors this process may keep busy: those that it may run on, and no more than
+    its control groups give it the time of (version 2 or 1). At least 1."""
+    n = len(os.sched_getaffinity(0))
+    for group in control_groups(membership, cgroups, "cpu"):
+        quota, _, period = text_of(group / "cpu.max").partition(" ")
+        quota = quota or text_of(group / "cpu.cfs_quota_us")
+        period = period or text_of(group / "cpu.cfs_period_us")
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
+            n = min(n, -(-int(quota) // int(period)))
+    return max(n, 1)
+
+
 # ---- headroom: how much more memory there is before the kernel begins to kill --------------------
 
 
@@ -166,16 +185,16 @@ def _machine_room(meminfo: Path) -> int | None:
     return there["MemAvailable"] + there.get("SwapFree", 0)
 
 
-def control_groups(membership: Path, cgroups: Path) -> list[Path]:
-    """The directories of this process's control groups that limit memory, parents included."""
+def control_groups(membership: Path, cgroups: Path, controller: str = "memory") -> list[Path]:
+    """The directories of this process's control groups that limit that, parents included."""
     found = []
     for line in text_of(membership).split("\n"):
         hierarchy, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
         if hierarchy == "0":
             root = cgroups
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
+        elif controller in controllers.split(","):
+            root = cgroups / controller
         else:
             continue
         path = PurePosixPath(name)

@@ -115,7 +115,12 @@ cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     rmap_set_state(
         b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
     )
-    rmap_set_left_out(b.rmap, left.item, reason == &b.counters.skipped.map_budget)
+    if reason == &b.counters.skipped.map_budget:
+        # No guard has compared it with what it may only share the checksum of. The next search does.
+        rmap_set_left_out(b.rmap, left.item, True)
+        b.rmap.tags[left.item].doubted = 1
+    else:
+        rmap_set_left_out(b.rmap, left.item, False)
 
 
 cdef void batch_doubt(batch* b, uint32_t item) noexcept nogil:

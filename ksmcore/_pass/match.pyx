@@ -304,6 +304,14 @@ cdef void _found(
     c.merges_left -= 1
 
 
+cdef void match_trust_changed(engine_core* c, size_t n_look) noexcept nogil:
+    """A page with another checksum than before is doubted no more."""
+    cdef size_t i
+    for i in range(n_look):
+        if c.items[i] != 0 and c.rmap.nodes[c.items[i]].digest != c.digests[i]:
+            c.rmap.tags[c.items[i]].doubted = 0
+
+
 cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_error* err) noexcept nogil:
     """Give every page that is looked at an item that is in no tree and no sharer; 0 without memory. c.marks[i] tells
     from here on also what page i was."""
@@ -327,6 +335,7 @@ cdef void match_prepare(engine_core* c, region_t* region, size_t n_look, sys_err
         if c.items[i] != 0:
             c.rmap.tags[c.items[i]].huge = c.marks[i] & IS_HUGE != 0
             rmap_set_left_out(&c.rmap, c.items[i], False)
+    match_trust_changed(c, n_look)
 
 
 cdef void match_page(
@@ -343,8 +352,6 @@ cdef void match_page(
     cdef bint unchanged
     if item == 0:
         return
-    if c.rmap.nodes[item].digest != digest:
-        c.rmap.tags[item].doubted = 0
     compared = _bytes_to_compare(c, item, page)
     unchanged = not c.marks[i] & (IS_NEW | WAS_BROKEN) and c.rmap.nodes[item].digest == digest
     if not unchanged and not c.marks[i] & IS_NEW and not immediate:

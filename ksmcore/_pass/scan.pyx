@@ -38,11 +38,14 @@ from ksmcore._kernel.pagemap cimport (
     PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, page_range,
     pagemap_first_written, pagemap_survey,
 )
+from ksmcore._kernel.pool cimport pool_finish, pool_hand_out, pool_has_threads
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
 from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
 from ksmcore._pass.batch cimport batch_adopt, batch_end_stage
 from ksmcore._pass.look cimport look_at_intents
-from ksmcore._pass.match cimport match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare
+from ksmcore._pass.match cimport (
+    match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare, match_trust_changed,
+)
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
 from ksmcore._pass.state cimport IS_HUGE, engine_core, state_page_of, stretch_t
@@ -64,6 +67,8 @@ cdef enum:
     WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
     NEIGHBOURS = 256           # regions that are passed over at once
     YOUNG = 3                  # pages of a lower age are looked at in every pass
+    HASH_PAGES = 32            # that one thread takes at once: some microseconds
+    PAGES_TO_SHARE = 128       # that are worth waking another thread
 
 
 # ---- stage 1: which pages need a look -----------------------------------------------------------
@@ -190,6 +195,31 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
         match_forget_item(c, item)
 
 
+# ---- stage 2: checksums -------------------------------------------------------------------------
+
+cdef void _hash_piece(void* context, uint32_t piece) noexcept nogil:
+    """A pool_work."""
+    cdef engine_core* c = <engine_core*>context
+    cdef size_t start = piece * <size_t>HASH_PAGES
+    checksum_safely(
+        c.checksum, c.pages + start, min(<size_t>HASH_PAGES, c.n_hashing - start), c.page_bytes, c.digests + start
+    )
+
+
+cdef void _hash(engine_core* c, size_t n_look) noexcept nogil:
+    """Fill c.digests for c.pages."""
+    cdef uint32_t n_pieces = <uint32_t>((n_look + HASH_PAGES - 1) // HASH_PAGES)
+    c.counters.pages_hashed += n_look
+    if n_look < <size_t>PAGES_TO_SHARE or not pool_has_threads(c.pool):
+        checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
+        return
+    c.n_hashing = n_look
+    c.hashing.work = _hash_piece
+    c.hashing.context = c
+    pool_hand_out(c.pool, &c.hashing, n_pieces)
+    pool_finish(c.pool, &c.hashing, n_pieces)
+
+
 # ---- the stages, one after the other ------------------------------------------------------------
 
 cdef int _scan_span(
@@ -221,8 +251,7 @@ cdef int _scan_span(
     c.stretch.more_follows = c.survey.next < regions_end_of(&c.regions, region)
     quiet_arm(c, region, n_look)
     begun = batch_end_stage(&c.counters.stage_ns.pagemap, begun)
-    checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
-    c.counters.pages_hashed += n_look
+    _hash(c, n_look)
     begun = batch_end_stage(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
@@ -257,8 +286,8 @@ cdef int _look_closer(engine_core* c, bint immediate) noexcept nogil:
         c.items[i] = c.b.doubted[i]
         c.pages[i] = state_page_of(c, c.items[i])
         c.marks[i] = 0
-    checksum_safely(c.checksum, c.pages, n, c.page_bytes, c.digests)
-    c.counters.pages_hashed += n
+    _hash(c, n)
+    match_trust_changed(c, n)
     memset(&c.stretch, 0, sizeof(stretch_t))
     for i in range(n):
         region = regions_at(&c.regions, <uintptr_t>c.pages[i])

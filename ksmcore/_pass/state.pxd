@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.pagemap cimport page_survey, pagemap
+from ksmcore._kernel.pool cimport pool_job, pool_t
 from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._kernel.tracker cimport tracker_t
 from ksmcore._pages cimport checksum_pages_t
@@ -65,6 +66,7 @@ ctypedef struct engine_core:
     int64_t max_shared_pages     # -1: no limit
     uint32_t max_page_sharing    # most pages that map one slot; MAX_SHARERS: no limit but that
     checksum_pages_t checksum
+    pool_t* pool                 # of the walk that is under way
     uint32_t zero_digest         # checksum of a page of zeros
     # state
     region_list regions
@@ -94,6 +96,8 @@ ctypedef struct engine_core:
     uint32_t* items              # 0: none yet
     const uint8_t** pages
     uint32_t* digests
+    pool_job hashing             # of the pages
+    size_t n_hashing
 
 
 cdef int state_init(

@@ -76,6 +76,7 @@ cdef int state_init(
     memset(&c.unsettled, 0, sizeof(c.unsettled))
     c.n_maps = c.n_idle_left = 0
     c.guard = guard
+    c.pool = NULL
     c.b.tracker = &c.tracker
     c.b.store = &c.store
     c.b.rmap = &c.rmap
@@ -83,7 +84,6 @@ cdef int state_init(
     c.b.counters = &c.counters
     c.b.budget = &c.budget
     c.b.guard = &c.guard
-    c.b.checksum = c.checksum
     c.b.page_bytes = c.page_bytes
     c.b.max_page_sharing = &c.max_page_sharing
     maps_enter()

@@ -53,6 +53,9 @@ class TestRefused:
             ("target_scan_time", True),
             ("max_cpu", None),
             ("max_cpu", "70"),
+            ("threads", 1.5),
+            ("threads", "all"),
+            ("threads", True),
         ],
     )
     def test_wrong_type(self, give, name, value):
@@ -75,6 +78,7 @@ class TestRefused:
             ("sleep_millisecs", -1, "a whole number of at least 0"),
             ("max_pages_to_merge", -1, "a whole number of at least 0"),
             ("run", 3, "0, 1 or 2"),
+            ("threads", 0, "a whole number of at least 1"),
             ("target_scan_time", 0, "a number above 0 or None"),
             ("target_scan_time", float("inf"), "a number above 0 or None"),
             ("max_cpu", float("nan"), "a number above 0"),
@@ -84,6 +88,10 @@ class TestRefused:
     def test_the_scanners_out_of_range(self, give, name, value, allowed):
         with pytest.raises(ValueError, match=f"{name} must be {allowed}"):
             give(**{name: value})
+
+    def test_too_many_threads(self, give):
+        with pytest.raises(ValueError, match="threads is at most 64, not 65"):
+            give(threads=65)
 
     @pytest.mark.parametrize("value", [0, -1, 2**28 + 1])
     def test_hash_size_out_of_range(self, value):
