@@ -3,4 +3,4 @@
 from ksmcore._pass.state cimport engine_core
 
 
-cdef int check_engine(engine_core* c) noexcept nogil
+cdef int check_engine(engine_core* c, bint are_filed) noexcept nogil

@@ -300,14 +300,15 @@ cdef class Core(Registry):
             self._unlock()
         return numbers_as_dict(&numbers)
 
-    def check(self):
+    def check(self, bint are_filed=False):
         """Check every invariant of the trees, the table and the store; InternalError names the first
-        that is broken. For tests: it visits everything."""
+        that is broken. For tests: it visits everything. `are_filed`: also the checksums of shared pages, which must be
+        right where nothing was written while they were made."""
         cdef int rc
         self._own()
         with nogil:
             self._lock()
-            rc = check_engine(&self.c)
+            rc = check_engine(&self.c, are_filed)
             self._unlock()
         if rc != 0:
             raise InternalError(f"invariant {rc} is broken (see ksmcore/_core/check.pyx)")

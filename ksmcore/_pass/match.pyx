@@ -1,8 +1,9 @@
 """Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
 
-Nothing is merged here: what is to be merged becomes an intent of the batch. Equal checksums are taken for equal bytes,
-since the guard compares them anyway: a wrong guess costs a window that fails, and from then on the page is doubted, and
-compared with what is found. So a page is read twice until it is merged: for its checksum, and under the guard.
+Nothing is merged here: what is to be merged becomes an intent of the batch. Whoever joins a shared page is taken to be
+equal to it where the checksums are, since the guard compares them anyway: a wrong guess costs a window that fails, and
+from then on the page is doubted, and compared with what is found. So such a page is read twice until it is merged: for
+its checksum, and under the guard. Two that are to become a new shared page are compared with each other before.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -190,9 +191,7 @@ cdef uint32_t _beside(engine_core* c, uint64_t page_no, uint32_t digest) noexcep
     return item
 
 
-cdef uint32_t _left_out_beside(
-    engine_core* c, uint64_t page_no, uint32_t digest, const uint8_t* compared
-) noexcept nogil:
+cdef uint32_t _left_out_beside(engine_core* c, uint64_t page_no, uint32_t digest, const uint8_t* page) noexcept nogil:
     """An equal page that goes on the run which this page is in, and which the map budget left out; or 0.
 
     Both together are no new mapping, where to join the shared page that is there would be two for either. So a long
@@ -204,20 +203,22 @@ cdef uint32_t _left_out_beside(
     home = regions_at(&c.regions, <uintptr_t>state_page_of(c, item))
     if home.altered or home.bar != NOT_BARRED or home.being_made or home.n_holds != 0:
         return 0
-    return item if _are_equal(c, compared, state_page_of(c, item)) else 0
+    return item if page_compare(page, state_page_of(c, item), c.page_bytes) == 0 else 0
 
 
 cdef uint32_t _partner(
     engine_core* c, uint32_t item, const uint8_t* page, uint32_t digest, bint may_be_quiet, bint immediate
 ) noexcept nogil:
     """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
-    stretch of pages comes again, the next partner is beside the last one."""
+    stretch of pages comes again, the next partner is beside the last one.
+
+    Here bytes are compared in any case: a wrong guess would have the partner mapped to a new shared page and brought
+    back, which leaves pieces, and of n different pages some n * n / 2**33 pairs have one checksum."""
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
-    cdef const uint8_t* compared = _bytes_to_compare(c, item, page)
     cdef rb_place place, quiet_place
     cdef uint32_t partner, written = 0
     if c.quiet.n_nodes != 0 or may_be_quiet:
-        partner = forest_find(&c.quiet, digest, compared, &quiet_place)
+        partner = forest_find(&c.quiet, digest, page, &quiet_place)
         if partner != 0 and (immediate or quiet_is_still(c, partner)):
             return partner
         # One that was written has its turn still to come. It may have been written with the same bytes.
@@ -225,9 +226,9 @@ cdef uint32_t _partner(
     partner = _beside(c, page_no, digest)
     if (
         partner == 0 or c.rmap.tags[partner].epoch != c.epoch
-        or not _are_equal(c, compared, state_page_of(c, partner))
+        or page_compare(page, state_page_of(c, partner), c.page_bytes) != 0
     ):
-        partner = forest_find(&c.unstable, digest, compared, &place)
+        partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
         c.stretch.beside = partner
         c.stretch.n_further = c.rmap.tags[partner].page_no - page_no
@@ -363,7 +364,7 @@ cdef void match_page(
         # Where a stretch of different pages comes again, its shared pages follow each other in the store.
         first = _next_in_store(c, digest, compared)
     if first == 0 and n_wanted == 1 and (unchanged or immediate) and c.counters.skipped.map_budget != 0:
-        partner = _left_out_beside(c, page_no, digest, compared)
+        partner = _left_out_beside(c, page_no, digest, page)
         if partner != 0:
             _found(c, region, i, partner, n_wanted, True, place)
             return

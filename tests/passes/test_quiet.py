@@ -60,7 +60,7 @@ def test_quiet_pages_are_not_read_again(engine, quiet):
     for _ in range(3):
         assert hashed_by(engine) == 0
         assert engine.stats().pages_quiet == N
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 @pytest.mark.parametrize("n_written", [1, 7, 100])
@@ -71,7 +71,7 @@ def test_a_pass_costs_what_was_written(engine, quiet, rng, n_written):
     # Changed; unchanged; protected and read once more.
     assert [hashed_by(engine) for _ in range(4)] == [n_written, n_written, n_written, 0]
     assert unwritten(quiet) == engine.stats().pages_quiet == N
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_a_pass_that_merges_costs_what_was_written(engine, rng):
@@ -130,7 +130,7 @@ def test_a_new_page_finds_a_quiet_one(engine, quiet):
     assert np.array_equal(other, quiet[100:200])
     # What is merged is no anonymous memory, the rest is watched as before.
     assert unwritten(quiet) == N - 100
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_dedup_finds_quiet_pages_at_once(engine, quiet):
@@ -151,7 +151,7 @@ def test_a_quiet_partner_that_was_written_has_its_turn(engine, quiet, place):
     stats = engine.stats()
     assert (stats.pages_sharing, stats.pages_quiet) == (1, N - 1)
     assert np.array_equal(other, quiet[place])
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_pages_that_could_not_be_merged_are_looked_at_again(engine, quiet):
@@ -168,7 +168,7 @@ def test_pages_that_could_not_be_merged_are_looked_at_again(engine, quiet):
     engine.scan()
     engine.scan()
     assert engine.stats().pages_sharing == 50
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 # Of some calls the first one makes the guard ready.
@@ -186,7 +186,7 @@ def test_windows_that_fail(engine, quiet, call, after):
         engine.scan()
     assert engine.stats().pages_sharing == N
     assert np.array_equal(quiet, other)
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, rng):
@@ -212,7 +212,7 @@ def test_what_was_merged_and_is_different_for_good_becomes_plain_memory(engine, 
     for _ in range(2):
         engine.scan()
     assert store_bytes(*extent(a)) == (N - 99) * PAGE
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
@@ -228,7 +228,7 @@ def test_it_stays_over_the_store_where_the_map_budget_ends(engine, rng):
     assert engine.stats().pages_skipped == skipped  # nothing could have been saved
     assert engine.stats().pages_unshared == N // 2
     assert np.array_equal(a[1::2], b[1::2])
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 # ---- what a program may do meanwhile ----------------------------------------------------------
@@ -243,7 +243,7 @@ def test_memory_given_up_by_the_program(engine, quiet):
     for _ in range(3):
         engine.scan()
     assert engine.stats().pages_sharing == 10
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 def test_all_descriptors_closed(engine, quiet):
@@ -257,7 +257,7 @@ def test_all_descriptors_closed(engine, quiet):
     engine.scan()
     engine.scan()
     assert engine.stats().pages_quiet == unwritten(quiet) == N - 2
-    engine._core.check()
+    engine._core.check(are_filed=True)
 
 
 @pytest.mark.filterwarnings(THREADS_RUN)
@@ -375,7 +375,7 @@ def test_a_kernel_without_pagemap_scan(rng):
         a[5, 5] += 1
         assert [hashed_by(engine) for _ in range(2)] == [1, 1]
         assert not np.array_equal(a, b)
-        engine._core.check()
+        engine._core.check(are_filed=True)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_watching_that_fails(rng, call, after):
         for _ in range(3):
             engine.scan()
         assert engine.stats().pages_sharing == 1
-        engine._core.check()
+        engine._core.check(are_filed=True)
 
 
 def test_small_regions_are_not_watched(engine, rng):

@@ -145,7 +145,7 @@ def test_a_region_can_go_in_the_middle_of_a_pass(engine, rng):
             region.close()
 
     engine.dedup(progress=remove)
-    engine._core.check()
+    engine._core.check(are_filed=True)
     assert len(calls) > 4
     assert region.closed
     assert extra[:] == source.tobytes()
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_a_pass_between_batches(engine, rng):
     stats = engine.stats()
     assert 0 < stats.pages_scanned < 32768
     assert stats.full_scans == 0
-    engine._core.check()
+    engine._core.check(are_filed=True)
     engine.dedup(a, b)
     assert np.array_equal(a, source)
     assert np.array_equal(b, source)
@@ -228,7 +228,7 @@ def test_without_pagemap_residency_and_bytes_serve(rng, monkeypatch):
         assert np.array_equal(b, source)
         addr = untouched.__array_interface__["data"][0]
         assert not any(pagemap.query(addr, 64))
-        engine._core.check()
+        engine._core.check(are_filed=True)
 
 
 def test_a_pagemap_that_could_not_be_opened_at_first_is_opened_later(rng):
@@ -260,9 +260,9 @@ def test_a_random_mixture_merges_completely(rng, order, checksum):
     with ksmcore.Engine(order=order, checksum=checksum) as engine:
         a = engine.array(contents[which])
         engine.scan()
-        engine._core.check()
+        engine._core.check(are_filed=True)
         engine.scan()
-        engine._core.check()
+        engine._core.check(are_filed=True)
         stats = engine.stats()
         assert stats.pages_skipped == 0
         assert stats.pages_shared + stats.pages_sharing + stats.pages_unshared == 1000
@@ -291,7 +291,7 @@ def test_pages_of_one_checksum_are_told_apart_by_their_bytes(engine, rng):
     a = engine.array(np.stack([one, other, other, one]))
     for _ in range(2):
         engine.scan()
-        engine._core.check()
+        engine._core.check(are_filed=True)
     assert tracked(engine) == (2, 2, 0, 0)
     assert np.array_equal(a, [one, other, other, one])
 
@@ -301,7 +301,7 @@ def test_the_unstable_tree_outlives_256_passes(engine, rng):
     a = engine.array(source)
     for _ in range(260):
         engine.scan()
-    engine._core.check()
+    engine._core.check(are_filed=True)
     b = engine.array(source)
     engine.scan()
     engine.scan()
@@ -327,7 +327,7 @@ def test_a_page_may_join_a_shared_page_whose_sharers_all_left(engine, rng, immed
         engine.dedup()
     else:
         engine.scan()
-    engine._core.check()
+    engine._core.check(are_filed=True)
     assert np.array_equal(a, expected)
     for _ in range(3):
         engine.scan()
@@ -374,7 +374,7 @@ def test_blocks_of_copies_are_released_whole(rng, order):
         expected[n : n + 20 : 2] = contents[0]
         joined[:] = expected
         engine.dedup(whole)
-        engine._core.check()
+        engine._core.check(are_filed=True)
         assert np.array_equal(joined, expected)
 
 
@@ -403,7 +403,7 @@ engine.scan()
 print(report.bytes_saved)
 assert np.array_equal(a[1:], source[1:]) and np.array_equal(b[1:], source[1:])
 assert np.array_equal(c, source[::-1]) and np.array_equal(d, source[::-1])
-engine._core.check()
+engine._core.check(are_filed=True)
 engine.close()
 assert np.array_equal(a[1:], source[1:])
 for fd, name in zip(mine, names):
@@ -423,18 +423,18 @@ def test_trees_grow_and_shrink(rng, order):
     with ksmcore.Engine(order=order, map_budget=0, use_zero_pages=False) as engine:
         unique = engine.array(source)
         engine.dedup()
-        engine._core.check()
+        engine._core.check(are_filed=True)
         assert engine.stats().pages_unshared == 900
         engine.configure(map_budget="auto")
         twin = engine.array(source)
         assert engine.dedup().bytes_saved == 900 * PAGE
-        engine._core.check()
+        engine._core.check(are_filed=True)
         unique[:750] ^= 1
         engine.dedup()
-        engine._core.check()
+        engine._core.check(are_filed=True)
         assert np.array_equal(twin, source)
         twin[:750] ^= 1
         assert engine.dedup().pages_merged == 1500
-        engine._core.check()
+        engine._core.check(are_filed=True)
         assert engine.stats().pages_shared == 900
         assert np.array_equal(twin, unique)

@@ -200,7 +200,7 @@ class EngineMachine(RuleBasedStateMachine):
         if writes:
             own = self.engine.full((3, PAGE), 7, np.uint8)
             merged = self.engine.dedup(own).pages_merged
-            self.engine._core.check()
+            self.engine._core.check(are_filed=True)
             if merged != 3 or self.engine.stats().regions != 1:
                 return False
             for held, model in zip(self.alive, expected, strict=True):
@@ -239,7 +239,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_broken_inside(self):
         if hasattr(self, "engine"):
-            self.engine._core.check()
+            self.engine._core.check(are_filed=True)
 
     @invariant()
     def nobody_is_protected_but_quiet_pages(self):
