@@ -8,6 +8,9 @@
    and where a link is found in place, its `below` is what would be there without us: also if that is not what was
    there last, because its owner has withdrawn it.
 
+   Who asks through us (chain_change) is not installed over ours, but becomes what is below a link that takes the place
+   of the one before: ours is in place at every moment, and is lent to nobody.
+
    There are only so many links. Should all be lent, the one that was lent first is used again, and then
    a chain may lead back to itself. A fault that goes round and round in it, or that a handler below
    leaves as it is again and again, ends the process, as it would have without any handler.
@@ -92,12 +95,17 @@ static int chain_is_same(const struct sigaction *a, const struct sigaction *b) {
 }
 
 /* The link to put over `now`: one that nobody else can have, and that was there last if it is one. (Then it is not
-   written to: a thread may be on its way through it since.) */
-static int chain_choose(const chain *c, const struct sigaction *now) {
-    int found = 0;
-    for (int k = 0; k < CHAIN_LINKS; k++) {
+   written to: a thread may be on its way through it since.) Else not the one in place (-1: none is), and of others the
+   one whose turn was longest ago. */
+static int chain_choose(const chain *c, const struct sigaction *now, int in_place) {
+    int found = -1;
+    for (int i = 0; i < CHAIN_LINKS; i++) {
+        int k = (c->top + i) % CHAIN_LINKS;
         if (!c->links[k].lent_at && chain_is_same(&c->links[k].below, now)) return k;
-        if (c->links[k].lent_at < c->links[found].lent_at) found = k;
+    }
+    for (int i = 1; i <= CHAIN_LINKS; i++) {
+        int k = (c->top + i) % CHAIN_LINKS;
+        if (k != in_place && (found < 0 || c->links[k].lent_at < c->links[found].lent_at)) found = k;
     }
     return found;
 }
@@ -124,6 +132,16 @@ static int chain_look(chain *c, const struct sigaction *now) {
     return 1;
 }
 
+/* What links[k] is to be from here on, to put in place. */
+static struct sigaction chain_make(chain *c, int k, const struct sigaction *below) {
+    struct sigaction ours;
+    if (!chain_is_same(&c->links[k].below, below)) c->links[k].below = *below;
+    c->links[k].spent = 0;
+    c->links[k].lent_at = 0;
+    chain_fill(c, k, &ours);
+    return ours;
+}
+
 /* Put ours where it is not. -1 with errno: a call failed, and ours is not there. */
 static int chain_install(chain *c) {
     struct sigaction now, ours, was;
@@ -132,17 +150,40 @@ static int chain_install(chain *c) {
     if (chain_look(c, &now)) return 0;
     if (c->installed) chain_lend(c, c->top);
     c->installed = 0;
-    k = chain_choose(c, &now);
-    if (!chain_is_same(&c->links[k].below, &now)) c->links[k].below = now;
-    c->links[k].spent = 0;
-    c->links[k].lent_at = 0;
-    chain_fill(c, k, &ours);
+    k = chain_choose(c, &now, -1);
+    ours = chain_make(c, k, &now);
     if (sigaction(c->sig, &ours, &was) != 0) return -1;
     /* Somebody may have come, or gone, in between. */
     if (chain_find(c, &was) >= 0) c->links[k].below = chain_below(&c->links[chain_find(c, &was)]);
     else if (!chain_is_same(&was, &now)) c->links[k].below = was;
     c->top = k;
     c->installed = 1;
+    return 0;
+}
+
+/* sigaction() for the program. Where ours is in place it stays there, and what the program wants (NULL: nothing new)
+   is what is below from here on; so faults in a window never meet a handler that does not know of it. */
+static int chain_change(chain *c, const struct sigaction *wanted, struct sigaction *was) {
+    struct sigaction now, ours, gone;
+    int k, to;
+    if (sigaction(c->sig, (struct sigaction *)0, &now) != 0) return -1;
+    k = chain_find(c, &now);
+    if (k < 0) return sigaction(c->sig, wanted, was);
+    *was = chain_below(&c->links[k]);
+    if (!wanted) return 0;
+    if (chain_find(c, wanted) >= 0) {
+        /* Lent, and given back. */
+        if (sigaction(c->sig, wanted, &gone) != 0) return -1;
+        chain_look(c, wanted);
+    } else {
+        to = chain_choose(c, wanted, k);
+        ours = chain_make(c, to, wanted);
+        if (sigaction(c->sig, &ours, &gone) != 0) return -1;
+        c->top = to;
+        c->installed = 1;
+    }
+    /* Somebody came past us in between. */
+    if (chain_find(c, &gone) < 0) *was = gone;
     return 0;
 }
 

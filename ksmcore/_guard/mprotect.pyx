@@ -11,12 +11,17 @@ blocks it, as far as /proc tells (threads.h): before each window, unless it was 
 would take a good part of the time. What is left is a thread that blocks it between the look and the end of the window.
 Where /proc does not tell, nothing is merged; what is to become plain memory again does so all the same.
 
-Lock order: engine lock, then install lock, then fork lock.
+A handler that the program installs by sigaction() or signal() meanwhile does not take the place of ours, where these
+calls are redirected (calls.pyx): it is what ours passes on to, and what is put back in the end.
+
+Lock order: engine lock, then install lock, then fork lock. The lock of the chains is taken under any of them, and for
+a few system calls only.
 """
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.window cimport WINDOW_STUCK
+from ksmcore._hooks.calls cimport calls_action, calls_route_actions
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.reader cimport reader_return
 from ksmcore._kernel.syscalls cimport (
@@ -29,8 +34,6 @@ cdef extern from "_guard/segv.h":
         uint32_t installed
     chain segv_chain
     chain segv_bus_chain
-    int chain_install(chain* c) nogil
-    int chain_remove(chain* c) nogil
     bint chain_is_in_place(chain* c) nogil
     ctypedef struct segv_state:
         uint32_t n_waits
@@ -62,8 +65,56 @@ cdef extern from *:
     static void mprotect_install_lock(void) { pthread_mutex_lock(&mprotect_install); }
     static void mprotect_install_unlock(void) { pthread_mutex_unlock(&mprotect_install); }
 
+    /* No handler runs on a thread that changes a chain: it could ask for a change itself. */
+    static pthread_mutex_t mprotect_chains = PTHREAD_MUTEX_INITIALIZER;
+    static void mprotect_chains_lock(sigset_t *before) {
+        ksm_block_signals(before);
+        pthread_mutex_lock(&mprotect_chains);
+    }
+    static void mprotect_chains_unlock(const sigset_t *before) {
+        pthread_mutex_unlock(&mprotect_chains);
+        ksm_restore_signals(before);
+    }
+
+    static int mprotect_chains_install(void) {
+        sigset_t before;
+        int rc, failed;
+        mprotect_chains_lock(&before);
+        rc = chain_install(&segv_chain);
+        failed = errno;
+        /* Unchecked: no window depends on it. */
+        if (rc == 0) chain_install(&segv_bus_chain);
+        mprotect_chains_unlock(&before);
+        errno = failed;
+        return rc;
+    }
+
+    static void mprotect_chains_remove(void) {
+        sigset_t before;
+        mprotect_chains_lock(&before);
+        chain_remove(&segv_chain);
+        chain_remove(&segv_bus_chain);
+        mprotect_chains_unlock(&before);
+    }
+
+    /* sigaction() for the program, on any thread and in handlers. What it points to may be in a window. */
+    static int mprotect_action(int sig, const struct sigaction *wanted, struct sigaction *was) {
+        struct sigaction own, found;
+        sigset_t before;
+        int rc, saved = errno;
+        if (wanted) own = *wanted;
+        mprotect_chains_lock(&before);
+        rc = chain_change(sig == SIGBUS ? &segv_bus_chain : &segv_chain, wanted ? &own : (struct sigaction *)0, &found);
+        if (rc != 0) saved = errno;
+        mprotect_chains_unlock(&before);
+        if (rc == 0 && was) *was = found;
+        errno = saved;
+        return rc;
+    }
+
     static void mprotect_child(void) {
         pthread_mutex_init(&mprotect_install, 0);
+        pthread_mutex_init(&mprotect_chains, 0);
         mprotect_n_users = 0;
         segv_child();
     }
@@ -71,6 +122,9 @@ cdef extern from *:
     """
     void mprotect_install_lock() nogil
     void mprotect_install_unlock() nogil
+    int mprotect_chains_install() nogil
+    void mprotect_chains_remove() nogil
+    int mprotect_action(int sig, const void* wanted, void* was) noexcept nogil
     int mprotect_at_fork()
     uint32_t mprotect_n_users
 
@@ -105,11 +159,7 @@ cdef int _install_locked(sys_error* err) noexcept nogil:
     """Put our handlers where they are not. The caller holds the install lock."""
     if sys_injected(CALL_SIGACTION, 0, 0, err):
         return -1
-    if sys_check(chain_install(&segv_chain) != 0, CALL_SIGACTION, 0, 0, err) != 0:
-        return -1
-    # Unchecked: no window depends on it.
-    chain_install(&segv_bus_chain)
-    return 0
+    return sys_check(mprotect_chains_install() != 0, CALL_SIGACTION, 0, 0, err)
 
 
 cdef int mprotect_enter(sys_error* err) noexcept nogil:
@@ -168,15 +218,14 @@ cdef void mprotect_leave() noexcept nogil:
         # Zero in a forked child: the enter was the parent's.
         _n_users_add(-1)
     if mprotect_n_users == 0 and segv_chain.installed and segv.stuck_lo == segv.stuck_hi and _quiesce():
-        chain_remove(&segv_chain)
-        chain_remove(&segv_bus_chain)
+        mprotect_chains_remove()
     mprotect_install_unlock()
 
 
 cdef int mprotect_ready(sys_error* err) noexcept nogil:
     """Before a window, and before the fork lock is taken: is the handler still there?
 
-    Somebody may have put another handler over ours since mprotect_enter (faulthandler.enable does): looked
+    Somebody may have put another handler over ours since mprotect_enter, past the calls that are redirected: looked
     at here, and mended, because a writer that waits would otherwise reach that one. What is left is the
     time from here to the end of the window.
     """
@@ -306,6 +355,7 @@ cdef bint mprotect_is_installed() noexcept nogil:
 
 
 segv_reader_return = reader_return
+calls_route_actions(<calls_action>mprotect_action)
 
 if mprotect_at_fork() != 0:
     raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

@@ -10,6 +10,10 @@ cdef void calls_end(bint keep_segv) noexcept nogil
 # Objects that were loaded since are looked at. No lock is held.
 cdef void calls_look() noexcept nogil
 
+# sigaction(), by which programs change what SIGSEGV and SIGBUS do while calls are redirected; called on any thread.
+ctypedef int (*calls_action)(int sig, const void* wanted, void* was) noexcept nogil
+cdef void calls_route_actions(calls_action route) noexcept nogil
+
 # All of these under the fork lock, but for calls_first, whose answer may be over at once.
 # From here until calls_let_in a call that begins, and may write into that memory, waits. Is one in flight already?
 cdef bint calls_shut(uintptr_t addr, size_t len_bytes) noexcept nogil

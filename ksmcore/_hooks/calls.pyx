@@ -20,6 +20,7 @@ from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 cdef extern from "_hooks/hooks.h":
     redirect_table hooks_table
     uint32_t hooks_keep_segv
+    void hooks_route_actions(void* route) nogil
     ctypedef struct slots_window_t:
         uint32_t n_waits
         uint32_t n_waiting
@@ -73,6 +74,10 @@ cdef void calls_end(bint keep_segv) noexcept nogil:
 cdef void calls_look() noexcept nogil:
     if _n_users != 0:
         redirect_look(&hooks_table)
+
+
+cdef void calls_route_actions(calls_action route) noexcept nogil:
+    hooks_route_actions(<void*>route)
 
 
 cdef bint calls_shut(uintptr_t addr, size_t len_bytes) noexcept nogil:

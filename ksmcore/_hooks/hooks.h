@@ -51,6 +51,35 @@ static const struct sigaction *hooks_unmasked_action(const struct sigaction *act
     return own;
 }
 
+/* Who has handlers of SIGSEGV and SIGBUS of his own, and changes those of the program under them; NULL: nobody. */
+typedef int hooks_action(int, const struct sigaction *, struct sigaction *);
+static hooks_action *hooks_action_route;
+static void hooks_route_actions(void *route) {
+    __atomic_store_n(&hooks_action_route, (hooks_action *)route, __ATOMIC_RELEASE);
+}
+
+static hooks_action *hooks_below_sigaction;
+static sighandler_t (*hooks_below_signal)(int, sighandler_t);
+
+static hooks_action *hooks_action_of(int sig) {
+    hooks_action *route = __atomic_load_n(&hooks_action_route, __ATOMIC_ACQUIRE);
+    return route && (sig == SIGSEGV || sig == SIGBUS) ? route : hooks_below_sigaction;
+}
+
+static int hooks_change_action(int sig, const struct sigaction *wanted, struct sigaction *was) {
+    return hooks_action_of(sig)(sig, wanted, was);
+}
+
+/* As the C library has it: system calls go on after it, and it stays. */
+static sighandler_t hooks_change_handler(int sig, sighandler_t handler) {
+    struct sigaction wanted = {.sa_flags = SA_RESTART}, own, was;
+    hooks_action *change = hooks_action_of(sig);
+    if (change == hooks_below_sigaction || handler == SIG_ERR) return hooks_below_signal(sig, handler);
+    wanted.sa_handler = handler;
+    sigaddset(&wanted.sa_mask, sig);
+    return change(sig, hooks_unmasked_action(&wanted, &own), &was) == 0 ? was.sa_handler : SIG_ERR;
+}
+
 static void hooks_tell_each(slots_held *held, uintptr_t frame, const struct iovec *parts, size_t n) {
     for (size_t i = 0; parts && i < n && i < MOST_PARTS; i++)
         slots_tell(held, frame, parts[i].iov_base, parts[i].iov_len);
@@ -75,7 +104,7 @@ static void hooks_tell_message(slots_held *held, uintptr_t frame, const struct m
 #define UNMASKED_ACTION(action) hooks_unmasked_action((action), &(struct sigaction){.sa_flags = 0})
 
 /* A hook is entered by any thread at any moment, also by one that has no Python. */
-#define HOOK(name, type, parameters, arguments, told, before)            \
+#define HOOK(name, type, parameters, arguments, told, before, call)      \
     static type (*hooks_below_##name) parameters;                        \
     static type hooks_##name parameters {                                \
         const uintptr_t frame = (uintptr_t)__builtin_frame_address(0);   \
@@ -84,28 +113,36 @@ static void hooks_tell_message(slots_held *held, uintptr_t frame, const struct m
         slots_begin(&held, frame);                                       \
         told                                                             \
         slots_meet(&held);                                               \
-        return hooks_below_##name arguments;                             \
+        return call arguments;                                           \
     }
-#define ROW(name, type, parameters, arguments, ...) HOOK(name, type, parameters, arguments, __VA_ARGS__, )
+#define ROW(name, type, parameters, arguments, ...) \
+    HOOK(name, type, parameters, arguments, __VA_ARGS__, , hooks_below_##name)
 #define MASK_ROW(name, type, parameters, arguments, ...) \
-    HOOK(name, type, parameters, arguments, __VA_ARGS__, sigset_t own; mask = hooks_unmasked(mask, &own);)
+    HOOK(name, type, parameters, arguments, __VA_ARGS__, sigset_t own; mask = hooks_unmasked(mask, &own); \
+         , hooks_below_##name)
+#define INSTEAD_ROW(name, type, parameters, arguments, instead, ...) \
+    HOOK(name, type, parameters, arguments, __VA_ARGS__, , instead)
 #include "_hooks/rows.h"
 #undef ROW
 #undef MASK_ROW
+#undef INSTEAD_ROW
 
 #define ROW(name, type, parameters, arguments, ...) \
     {#name, (void *)hooks_##name, (void **)(void *)&hooks_below_##name, (void *)0},
 #define MASK_ROW ROW
+#define INSTEAD_ROW ROW
 static redirect_row hooks_rows[] = {
 #include "_hooks/rows.h"
 };
 #undef ROW
 #undef MASK_ROW
+#undef INSTEAD_ROW
 static redirect_table hooks_table = {.rows = hooks_rows, .n_rows = sizeof hooks_rows / sizeof *hooks_rows};
 
 #else
 static uint32_t hooks_keep_segv;
 static redirect_table hooks_table;
+static void hooks_route_actions(void *route) { (void)route; }
 #endif
 
 #endif

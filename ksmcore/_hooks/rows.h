@@ -1,5 +1,5 @@
 /* The table: every function of the C library that writes into its caller's memory for input, or has the kernel do so.
-   Included several times, with ROW() and MASK_ROW() defined otherwise each time:
+   Included several times, with ROW() and its kin defined otherwise each time:
 
        ROW(name, type of result, parameters, arguments, what is told)
 
@@ -181,5 +181,8 @@ ROW(pthread_sigmask, int, (int how, const sigset_t *mask, sigset_t *to), (how, U
     MAY_WRITE(to, sizeof *to))
 ROW(sigprocmask, int, (int how, const sigset_t *mask, sigset_t *to), (how, UNMASKED_IF(how, mask), to),
     MAY_WRITE(to, sizeof *to))
-ROW(sigaction, int, (int sig, const struct sigaction *mask, struct sigaction *to), (sig, UNMASKED_ACTION(mask), to),
-    MAY_WRITE(to, sizeof *to))
+
+/* ---- handlers of signals: what is called instead leaves a guard's in place ---- */
+INSTEAD_ROW(sigaction, int, (int sig, const struct sigaction *mask, struct sigaction *to),
+    (sig, UNMASKED_ACTION(mask), to), hooks_change_action, MAY_WRITE(to, sizeof *to))
+INSTEAD_ROW(signal, sighandler_t, (int sig, sighandler_t handler), (sig, handler), hooks_change_handler, )

@@ -6,11 +6,15 @@ import threading
 import numpy as np
 import pytest
 
+import ksmcore
 from helpers.memory import PAGE, random_pages
 from helpers.processes import run_python
 from ksmcore._testing import hooks
 
 FAULTHANDLER = ("-X", "faulthandler")
+calls_are_redirected = pytest.mark.skipif(
+    ksmcore.features()["calls"] is not None, reason="calls are not redirected here"
+)
 
 
 @pytest.fixture
@@ -126,6 +130,102 @@ def test_faulthandler_enabled_in_the_middle_of_a_scan_works_in_later_scans():
     )
     assert done.returncode == -11
     assert "in crash" in done.stderr
+
+
+PLACED = """
+    import ctypes, faulthandler, signal, sys, numpy as np, ksmcore
+    from ksmcore._testing import hooks
+    engine = ksmcore.Engine(guard="mprotect")
+    a = engine.array(np.arange(8 << 20, dtype=np.uint8))
+    b = engine.array(np.arange(8 << 20, dtype=np.uint8))
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    def in_a_pass(change):
+        todo = [change]
+        def once(done, total):
+            if todo:
+                todo.pop()()
+                assert hooks.handler_installed()
+        b[::4096] ^= 1
+        engine.dedup(progress=once)
+        assert not todo and not hooks.handler_installed()
+    def crash():
+        ctypes.memset(8, 1, 1)
+"""
+
+
+@calls_are_redirected
+@pytest.mark.parametrize("crashes", ["in_a_pass(crash)", "crash()"])
+def test_a_handler_that_comes_in_a_pass_leaves_ours_in_place_and_gets_its_faults(crashes):
+    done = run_python(PLACED, f"in_a_pass(faulthandler.enable); {crashes}", flags=())
+    assert done.returncode == -11
+    assert "in crash" in done.stderr
+
+
+@calls_are_redirected
+def test_a_handler_that_goes_in_a_pass_is_gone():
+    done = run_python(
+        PLACED,
+        """
+        for n in range(20):
+            in_a_pass(faulthandler.enable)
+            in_a_pass(faulthandler.disable)
+        faulthandler.enable()
+        in_a_pass(faulthandler.disable)
+        in_a_pass(lambda: (faulthandler.enable(), faulthandler.disable()))
+        print("before", flush=True)
+        in_a_pass(crash)
+        """,
+        flags=(),
+    )
+    assert (done.stdout, done.stderr) == ("before\n", "")
+    assert done.returncode == -11
+
+
+@calls_are_redirected
+def test_who_asks_in_a_pass_finds_the_programs_handler():
+    """And nothing of ours."""
+    done = run_python(
+        PLACED,
+        """
+        HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        mine = HANDLER(lambda sig: None)
+        at = ctypes.cast(mine, ctypes.c_void_p).value
+        found = []
+        for sig in (signal.SIGSEGV, signal.SIGBUS):
+            in_a_pass(lambda: found.append(libc.signal(sig, at)))
+            in_a_pass(lambda: found.append(libc.signal(sig, 1)))
+            in_a_pass(lambda: found.append(libc.signal(sig, None)))
+            found.append(libc.signal(sig, None))
+        print(found == [None, at, 1, None] * 2)
+        """,
+        flags=(),
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@calls_are_redirected
+def test_handlers_that_come_and_go_beside_passes_without_pause():
+    done = run_python(
+        """
+        import faulthandler, time, numpy as np, ksmcore
+        engine = ksmcore.Engine(guard="mprotect")
+        arrays = [engine.array(np.ones(1 << 16)) for _ in range(40)]
+        end, n = time.monotonic() + 4, 0
+        with engine.start(sleep_millisecs=0, max_cpu=100):
+            while time.monotonic() < end:
+                for switch in (faulthandler.enable, faulthandler.disable):
+                    switch()
+                    for array in arrays:
+                        array[::512] = n
+                        array[::512] = 1
+                n += 1
+        print(engine.stats().pages_merged > 0)
+        """,
+        flags=(),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_a_handler_of_the_program_gets_its_faults_and_can_mend_them():

@@ -281,13 +281,14 @@ PROCESSES: dict[str, Scenario] = {
     "pthread_sigmask": lambda s, to: (signal.SIG_BLOCK, 0, to),
     "sigprocmask": lambda s, to: (signal.SIG_BLOCK, 0, to),
     "sigaction": lambda s, to: (signal.SIGUSR2, 0, to),
+    "signal": lambda s, to: (signal.SIGUSR2, 0),
 }
 
 SCENARIOS = {**FILES, **SOCKETS, **READY, **ABOUT_FILES, **PROCESSES}
 # They return when a signal comes, or write only then: that they write is not seen here.
 UNSEEN = {"nanosleep", "clock_nanosleep", "getgroups"}
-# Tells nothing: it is in the table for its mask.
-MASK_ONLY = {"sigsuspend"}
+# Tell nothing: they are in the table for a mask, or a handler.
+MASK_ONLY = {"sigsuspend", "signal"}
 
 
 def attributed(stage: Stage) -> bytes:
