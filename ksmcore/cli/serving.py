@@ -174,7 +174,9 @@ class Server:
         if self._stopping or self._pid != os.getpid():
             return
         self._stopping = True
-        self.path.unlink(missing_ok=True)
+        # One that stays, of a program that has given up its rights, the next process removes.
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         self._waker.wake()
         self._thread.join(1.0)
         self._waker.close()

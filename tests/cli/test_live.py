@@ -459,6 +459,31 @@ def test_the_socket_goes_with_the_process(tmp_path, end):
     assert sockets(tmp_path) == []
 
 
+def test_a_socket_that_cannot_be_removed_hides_no_summary(tmp_path):
+    """As in a program that began as root, and has given up its rights."""
+    write(
+        tmp_path,
+        """
+        import os, pathlib, shutil, sys
+        (directory,) = pathlib.Path(sys.argv[1]).glob("ksmcore-*")
+        shutil.rmtree(directory)
+        directory.touch()
+        """,
+    )
+    done = ksmcore("run", "program.py", tmp_path, cwd=tmp_path)
+    assert done.stderr.startswith("ksmcore: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up rights")
+def test_a_run_that_gives_up_its_rights(tmp_path):
+    script = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534); print('over')"
+    done = ksmcore("run", "-c", script, cwd=tmp_path)
+    assert done.stdout == "over\n"
+    assert done.stderr.startswith("ksmcore: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_forks_of_a_run(tmp_path):
     """Children serve nothing, take nothing of the parent's away, and keep no client waiting."""
     script = """
