@@ -3,10 +3,10 @@
 Each invariant has a number: 1-7 stable tree, 21-27 unstable tree, 31-34 rmap, 41-47 quiet tree; between them 10: in
 the quiet tree and not only there, 11: an item of no region, 12: a sharer that is not over the store, 13: a slot left
 pending, 14: sharers counted wrong, 15: shared but not used, or dead, 16: totals, 17: a tree node that begins no block,
-18: a shared page whose bytes are not those it was filed under (asked for by itself: two pages that
-are written alike while they are merged may have it so, and then it is found by none of its equals), 19: unstable or quiet items counted wrong, 20: a
-shared page that has room for a sharer, and that no search finds, 28: a file of the store counts its slots wrong, 29:
-pages over a slot counted wrong, 30: idle or hollow, and not as such should be.
+18: a shared page whose bytes are not those it was filed under (asked for by itself: two pages that are written alike
+while they are merged may have it so, and then their equals do not find it), 19: unstable or quiet items counted wrong,
+20: a shared page that has room for a sharer, and that no search finds, 28: a file of the store counts its slots wrong,
+29: pages over a slot counted wrong, 30: idle or hollow, and not as such should be.
 
 The caller holds the engine's lock.
 """

@@ -319,6 +319,11 @@ cdef class Core(Registry):
         return self.c.budget.used
 
     @property
+    def look_ns(self):
+        """What the last look took (see _pass.look), if it was made in this pass; else 0."""
+        return self.c.advice.cost_ns if self.c.advice.seen_ns >= self.c.advice.pass_ns else 0
+
+    @property
     def n_maps(self):
         """Mappings of the process, by the last census."""
         return self.c.n_maps

@@ -31,6 +31,8 @@ MOST_HALVINGS = 5
 # What was allocated less than so many rests ago is left alone, or so long ago.
 YOUNG_RESTS = 50
 YOUNG_SECONDS = 1.0
+# A pass that has merged looks at all mappings for it, and is followed by so many times that time.
+LOOK_RESTS = 20
 # Time that was left unused is spent later, up to so much.
 MOST_CREDIT_SECONDS = 0.01
 
@@ -95,6 +97,13 @@ class Pacer:
         self._owed_seconds += seconds - (now - self._owed_at)
         self._owed_seconds = max(self._owed_seconds, -MOST_CREDIT_SECONDS)
         self._owed_at = now
+
+    def rest_after_look(self, settings: Settings, look_seconds: float) -> float:
+        """Seconds to rest at least after a pass that took so long to see what the program has
+        advised: so much, however little it has merged."""
+        if settings.target_scan_time is not None or settings.sleep_millisecs == 0:
+            return 0.0
+        return min(look_seconds * LOOK_RESTS, LONGEST_REST_SECONDS)
 
     def idle_rest(self, settings: Settings) -> float:
         """Seconds to rest at least after a pass in which no page had to be read."""

@@ -234,6 +234,11 @@ class Passes:
         """Regions that there ever were."""
         return self._core.n_enlisted
 
+    @property
+    def look_seconds(self) -> float:
+        """What the last look at what the program has advised took, if this pass has made one."""
+        return self._core.look_ns / 1e9
+
     def pages_before(self, cursor: int) -> tuple[int, int]:
         """Registered pages before an address, and in all."""
         return self._core.pages_before(cursor)

@@ -267,17 +267,19 @@ class Scanner:
 
     def _end_pass(self, passes: Passes) -> float:
         """The rest after its last batch is part of a pass. Returns for how long to rest besides:
-        long after an idle one, in which nothing was read, but no longer than until what was too
-        young for it is so no more, where that is much."""
+        as is due for a look at all mappings; long after an idle one, in which nothing was read, but
+        no longer than until what was too young for it is so no more, where that is much."""
         self._cursor = None
         if self._begun is None:
             return 0.0
         report = passes.end_batches(self._begun)
         log.debug("pass: %r", report)
         passes.tell(report)
-        if report.pages_hashed > 0:
-            return 0.0
         settings = self._in_force.settings
+        if report.pages_hashed > 0:
+            # What is registered meanwhile does not end this rest.
+            self._is_resting = False
+            return self._pacer.rest_after_look(settings, passes.look_seconds)
         rest = self._pacer.idle_rest(settings)
         if report.skipped["young"] * YOUNG_SHARE > report.pages_scanned:
             rest = min(rest, young_seconds(settings))

@@ -144,9 +144,7 @@ def threads_blocking(signum: int, tasks: Path = TASKS) -> list[str] | None:
 # ---- processors ----------------------------------------------------------------------------------
 
 
-def processors(
-    membership: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS
-) -> int:
+def processors(membership: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS) -> int:
     """How many processors this process may keep busy: those that it may run on, and no more than
     its control groups give it the time of (version 2 or 1). At least 1."""
     n = len(os.sched_getaffinity(0))

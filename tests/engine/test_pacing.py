@@ -3,7 +3,7 @@
 import pytest
 
 from ksmcore import Settings
-from ksmcore._engine.pacing import IDLE_SHARE, LONGEST_REST_SECONDS, Pacer
+from ksmcore._engine.pacing import IDLE_SHARE, LONGEST_REST_SECONDS, LOOK_RESTS, Pacer
 
 OVERSLEEPING = 0.0002  # what a sleep takes longer than asked
 
@@ -93,6 +93,15 @@ def test_an_idle_pass_is_followed_by_a_long_rest_unless_there_is_a_target():
     assert pacer.idle_rest(Settings(target_scan_time=1)) == 0
     pacer.rest(settings, 10.0, 10.0, 1.0, was_fruitful=True)
     assert pacer.idle_rest(settings) == LONGEST_REST_SECONDS
+
+
+def test_a_look_at_all_mappings_is_paid_for_by_rest():
+    pacer = Pacer()
+    assert pacer.rest_after_look(Settings(), 0.01) == pytest.approx(0.01 * LOOK_RESTS)
+    assert pacer.rest_after_look(Settings(), 0.0) == 0
+    assert pacer.rest_after_look(Settings(), 3600.0) == LONGEST_REST_SECONDS
+    assert pacer.rest_after_look(Settings(sleep_millisecs=0), 1.0) == 0
+    assert pacer.rest_after_look(Settings(target_scan_time=1), 1.0) == 0
 
 
 def test_the_batch_stays_within_its_bounds():

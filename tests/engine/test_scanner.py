@@ -104,6 +104,27 @@ class TestLife:
                 wait_until(lambda: quick.stats().full_scans > rests[0])
                 wait_until(lambda: quick.stats().pages_hashed >= 4 * 64)
 
+    def test_after_a_pass_with_a_look_it_rests_whatever_is_registered(
+        self, quick, rng, full_buffer, monkeypatch
+    ):
+        looks = []
+
+        def rest_after_look(self, settings, look_seconds):
+            looks.append(look_seconds)
+            return 3600.0 if look_seconds > 0 else 0.0
+
+        monkeypatch.setattr("ksmcore._engine.pacing.Pacer.rest_after_look", rest_after_look)
+        source = rng.integers(0, 256, 16 * PAGE, np.uint8)
+        arrays = [quick.array(source) for _ in range(2)]
+        with quick.start():
+            # Seen twice, and then merged, which takes a look.
+            wait_until(lambda: looks and looks[-1] > 0)
+            quick.register(full_buffer())
+            assert quick.stats().pages_sharing == 16
+            assert not quick._parts.scanner._is_resting
+        assert looks[0] == 0
+        assert all(np.array_equal(array, source) for array in arrays)
+
     def test_close_stops_it(self, rng):
         engine = ksmcore.Engine(run=1, sleep_millisecs=0)
         array = pages(engine, rng)

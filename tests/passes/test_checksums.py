@@ -1,4 +1,4 @@
-"""Checksums are taken for the bytes until the guard says otherwise; pages of one checksum are told apart all the same."""
+"""Pages with one checksum are told apart, and what joins a shared page is compared once."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from ksmcore import _pages
 from ksmcore._kernel import smaps
 
 N_TWINS = 300
-# Neighbours with one checksum are first taken for a stretch of one page, which gets copies: twins may lie over two.
+# Neighbours with one checksum are first taken for a stretch of one page, which gets copies: twins
+# may lie over two of them.
 N_FOUND = N_TWINS - 3
 
 
@@ -18,8 +19,8 @@ def rotated(words, n_bits):
 
 
 def mixed(a, b, c):
-    """The step of lookup3 between two blocks of three words, which can be undone: so whatever a first block was, there
-    is a second one that leads to the same state."""
+    """The step of lookup3 between two blocks of three words. It can be undone: whatever a first
+    block was, there is a second one that leads to the same state."""
     for n_first, n_second, n_third in ((4, 6, 8), (16, 19, 4)):
         a = (a - c) ^ rotated(c, n_first)
         c = c + b
@@ -72,8 +73,8 @@ def test_all_twins_are_found_by_the_second_pass(engine, twins):
 
 
 def test_a_page_is_doubted_once(engine, rng):
-    """Pages that have the checksum of a shared page, and are equal to none: the first pass costs windows that fail, and
-    no later one."""
+    """Pages that have the checksum of a shared page, and are equal to none: the first pass costs
+    windows that fail, and no later one."""
     source = pages_of_one_checksum(rng, 3000)
     shared = [engine.array(source[0]) for _ in range(2)]
     engine.dedup()
@@ -85,7 +86,7 @@ def test_a_page_is_doubted_once(engine, rng):
     report = engine.dedup()
     engine._core.check(are_filed=True)
     assert report.skipped["changed"] == 0
-    # A tree of 3,000 nodes is no higher than 24, and one search in each of three is made for a page.
+    # A tree of 3,000 nodes is no higher than 24, and three are searched for a page.
     assert compares(engine) - before <= 3 * 24 * len(source)
     assert np.array_equal(pages, source)
     assert all(np.array_equal(one, source[0]) for one in shared)
@@ -105,7 +106,8 @@ def test_who_joins_a_shared_page_is_compared_by_the_guard_alone(engine, rng):
 
 def test_different_pages_of_one_checksum_cost_no_mapping(engine, rng):
     """However many of them there are, in memory where nothing is equal."""
-    source = np.concatenate([pages_of_one_checksum(rng, 2) for _ in range(200)])[rng.permutation(400)]
+    pairs = np.concatenate([pages_of_one_checksum(rng, 2) for _ in range(200)])
+    source = pairs[rng.permutation(len(pairs))]
     pages = engine.array(source)
     engine.dedup()
     stats = engine.stats()
