@@ -141,8 +141,10 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
     def _part(self, found: list[Place], heads: dict[str, int]) -> None:
         """Other memory may follow a library's variables, and be of one mapping with those that
         begin as zeros: part the last place there."""
-        *_, before, place = [None, *found[-2:]]
-        if before is None or not before.is_written_file or before.end != place.start:
+        if len(found) < 2:
+            return
+        before, place = found[-2:]
+        if not before.is_written_file or before.end != place.start:
             return
         end = self._end_of_variables(heads.get(before.name))
         if end is None or end >= place.end:
@@ -167,7 +169,8 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
         if not loaded:
             return None
         begin = loaded[0][0] // self._page_bytes * self._page_bytes
-        return head + -(-(loaded[-1][1] - begin) // self._page_bytes) * self._page_bytes
+        len_bytes = -(-(loaded[-1][1] - begin) // self._page_bytes) * self._page_bytes
+        return head + int(len_bytes)
 
     def anonymous_places(self) -> list[Place]:
         """Its mappings of private memory that is of no file, without a look at what is there: for
