@@ -12,7 +12,7 @@ from ksmcore._engine.stats import MemoryInfo, memory_info
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
 
-__all__ = ["add", "discard", "process_left_out_bytes", "process_memory_info"]
+__all__ = ["add", "discard", "leave_merged", "process_left_out_bytes", "process_memory_info"]
 
 log = logging.getLogger("ksmcore")
 
@@ -25,6 +25,14 @@ def add(engine: Engine) -> None:
 
 def discard(engine: Engine) -> None:
     _open.discard(engine)
+
+
+def leave_merged(engine: Engine) -> None:
+    """For who knows that the process ends with its interpreter. Its scanner stops, and what is
+    merged is not copied for an end that frees it: that would take as long as the merging did, and
+    as much memory as the program has without."""
+    engine._now().scanner.give_up()
+    discard(engine)
 
 
 def process_memory_info() -> MemoryInfo:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import ksmcore
+from ksmcore._engine import all_engines
 from ksmcore._engine.hidden_thread import NowAndThen
 from ksmcore.cli.figures import Source
 from ksmcore.cli.whose_memory import Whose
@@ -61,6 +62,7 @@ class _Reporter:
             self._writing.end(WRITE_SECONDS)
             with contextlib.suppress(Exception):
                 self._write()
+            all_engines.leave_merged(ksmcore.default_engine())
 
     def _write(self) -> None:
         figures = self._source.snapshot()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ksmcore
+from ksmcore._engine import all_engines
 from ksmcore.cli.children import Children
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import Source, summary
@@ -92,6 +93,7 @@ class Session(Companion):
     def leave(self) -> None:
         if self._server is not None:
             self._server.stop()
+        all_engines.leave_merged(self._engine)
         if self._children is not None:
             self._children.close()
 

@@ -30,6 +30,43 @@ def with_report(tmp_path, *arguments, **options):
     return python(start, "run", *arguments, cwd=tmp_path, text=True, **options)
 
 
+# ---- the end -------------------------------------------------------------------------------------
+
+# What is registered before ksmcore comes to be there is called after its own handler.
+AT_THE_END = """
+    import atexit, os, sys
+    def look():
+        with open("/proc/self/maps") as maps:
+            n_shared = sum("/memfd:ksmcore" in line and " rw-p " in line for line in maps)
+        arrays = getattr(sys.modules["__main__"], "models", None)
+        if n_shared and arrays:
+            right = all((array == arrays[0]).all() for array in arrays)
+            os.write(1, f"{os.getpid()} shared, right: {right}\\n".encode())
+    atexit.register(look)
+"""
+
+
+@pytest.mark.parametrize("children", [(), ("--children",)])
+def test_what_is_merged_is_not_copied_back_for_the_end(tmp_path, children):
+    """Of the program's own process, and of those below it."""
+    write(tmp_path, AT_THE_END, "sitecustomize.py")
+    write(tmp_path, MERGED, "inner.py")
+    outer = MERGED
+    if children:
+        outer += """
+    import subprocess
+    subprocess.run([sys.executable, "inner.py"], check=True)
+"""
+    write(tmp_path, outer)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = ksmcore("run", *children, "program.py", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"^(\d+) shared, right: True$", done.stdout, re.MULTILINE)
+    assert len(set(told)) == len(told) == 1 + len(children)
+    assert "saved at most" in done.stderr
+
+
 # ---- what it saves -------------------------------------------------------------------------------
 
 
