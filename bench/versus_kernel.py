@@ -1,7 +1,8 @@
 """ksmcore against the kernel's own KSM, on the same machine in the same run, in turns.
 
     python -m bench.versus_kernel [--mib 1024] [--rounds 3] [--cases worst,join] [--huge]
-                                  [--growth] [--json FILE] [--markdown FILE] [--picture FILE]
+                                  [--threads 1] [--growth] [--json FILE] [--markdown FILE]
+                                  [--picture FILE]
 
 Prints the machine, the settings of both, and for each case the least, median and greatest time of
 either side with the ratio of the medians. Needs root for the kernel's half, and says so without.
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
+import ksmcore
 from bench import conftest, kernel_ksm, versus_cases, versus_picture
 from bench.corpora import PAGE
 from bench.versus_cases import CASES, Case
@@ -36,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=1024, help="mebibytes of one copy")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", default=",".join(CASES), help="names, with commas between")
+    parser.add_argument("--threads", default="auto", help="of ksmcore; the kernel's KSM has one")
     parser.add_argument("--huge", action="store_true", help="memory in huge pages, where it may")
     parser.add_argument("--growth", action="store_true", help="also from 256 MiB to 8 GiB in all")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -99,7 +103,11 @@ def main() -> None:
     most = available_mib() * 3 // 4
     mib = min(given.mib, most // max(CASES[name][4] for name in names))
     kind = "huge pages where it may" if given.huge else f"pages of {PAGE} bytes"
+    os.environ["KSMCORE_THREADS"] = given.threads
+    with ksmcore.Engine() as engine:
+        threads = f"{engine.settings.threads} of {procfs.processors()} processors"
     header = [*conftest.pytest_report_header()[:-1], f"one copy: {mib} MiB, {kind}"]
+    header.append(f"ksmcore's threads: {threads}")
     if mib < given.mib:
         header.append(f"({given.mib} MiB asked for, which this machine has no memory for)")
     with contextlib.ExitStack() as stack:
