@@ -1,9 +1,9 @@
 """Matching: what becomes of a page that was looked at, by the trees and by what is known of it.
 
-Nothing is merged here: what is to be merged becomes an intent of the batch. Whoever joins a shared page is taken to be
-equal to it where the checksums are, since the guard compares them anyway: a wrong guess costs a window that fails, and
-from then on the page is doubted, and compared with what is found. So such a page is read twice until it is merged: for
-its checksum, and under the guard. Two that are to become a new shared page are compared with each other before.
+Nothing is merged here: what is to be merged becomes an intent of the batch. Whoever has the checksum of a shared page,
+or of zeros, is taken to have its bytes, since the guard compares them anyway: a wrong guess costs a window that fails,
+and from then on the page is doubted, and compared with what is found. So such a page is read twice until it is merged:
+for its checksum, and under the guard. Two that are to become a new shared page are compared with each other before.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -378,7 +378,9 @@ cdef void match_page(
         c.merges_left -= 1
     elif not unchanged and not immediate:
         _wait(c, item, digest)
-    elif c.use_zero_pages and digest == c.zero_digest and page_is_zero(page, c.page_bytes):
+    elif (
+        c.use_zero_pages and digest == c.zero_digest and (compared == NULL or page_is_zero(page, c.page_bytes))
+    ):
         batch_add(&c.b, INTENT_ZERO, page_no, item, 0, region.flags, False)
         c.merges_left -= 1
     else:

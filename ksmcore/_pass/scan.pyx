@@ -49,7 +49,7 @@ from ksmcore._pass.match cimport (
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
 from ksmcore._pass.state cimport IS_HUGE, engine_core, state_page_of, stretch_t
-from ksmcore._pass.stretch cimport stretch_begin_span
+from ksmcore._pass.stretch cimport stretch_begin_span, stretch_guess
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._records.ranges cimport ranges_at
 from ksmcore._records.regions cimport (
@@ -200,20 +200,23 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
 cdef void _hash_piece(void* context, uint32_t piece) noexcept nogil:
     """A pool_work."""
     cdef engine_core* c = <engine_core*>context
-    cdef size_t start = piece * <size_t>HASH_PAGES
+    cdef size_t done = piece * <size_t>HASH_PAGES
+    cdef size_t start = c.hashing_from + done
     checksum_safely(
-        c.checksum, c.pages + start, min(<size_t>HASH_PAGES, c.n_hashing - start), c.page_bytes, c.digests + start
+        c.checksum, c.pages + start, min(<size_t>HASH_PAGES, c.n_hashing - done), c.page_bytes, c.digests + start
     )
 
 
-cdef void _hash(engine_core* c, size_t n_look) noexcept nogil:
-    """Fill c.digests for c.pages."""
-    cdef uint32_t n_pieces = <uint32_t>((n_look + HASH_PAGES - 1) // HASH_PAGES)
-    c.counters.pages_hashed += n_look
-    if n_look < <size_t>PAGES_TO_SHARE or not pool_has_threads(c.pool):
-        checksum_safely(c.checksum, c.pages, n_look, c.page_bytes, c.digests)
+cdef void _hash(engine_core* c, size_t start, size_t n_look) noexcept nogil:
+    """Fill c.digests for c.pages, from `start` on."""
+    cdef size_t n = n_look - start
+    cdef uint32_t n_pieces = <uint32_t>((n + HASH_PAGES - 1) // HASH_PAGES)
+    c.counters.pages_hashed += n
+    if n < <size_t>PAGES_TO_SHARE or not pool_has_threads(c.pool):
+        checksum_safely(c.checksum, c.pages + start, n, c.page_bytes, c.digests + start)
         return
-    c.n_hashing = n_look
+    c.hashing_from = start
+    c.n_hashing = n
     c.hashing.work = _hash_piece
     c.hashing.context = c
     pool_hand_out(c.pool, &c.hashing, n_pieces)
@@ -251,7 +254,7 @@ cdef int _scan_span(
     c.stretch.more_follows = c.survey.next < regions_end_of(&c.regions, region)
     quiet_arm(c, region, n_look)
     begun = batch_end_stage(&c.counters.stage_ns.pagemap, begun)
-    _hash(c, n_look)
+    _hash(c, stretch_guess(c, n_look), n_look)
     begun = batch_end_stage(&c.counters.stage_ns.checksum, begun)
     match_prepare(c, region, n_look, err)
     quiet_disarm_changed(c, n_look)
@@ -286,7 +289,7 @@ cdef int _look_closer(engine_core* c, bint immediate) noexcept nogil:
         c.items[i] = c.b.doubted[i]
         c.pages[i] = state_page_of(c, c.items[i])
         c.marks[i] = 0
-    _hash(c, n)
+    _hash(c, 0, n)
     match_trust_changed(c, n)
     memset(&c.stretch, 0, sizeof(stretch_t))
     for i in range(n):
@@ -295,6 +298,8 @@ cdef int _look_closer(engine_core* c, bint immediate) noexcept nogil:
     look_at_intents(c)
     rc = runs_flush(&c.b)
     c.stretch = stretch
+    # Where its pages were a guess, so might be the next ones.
+    c.stretch.n_pages = 0
     return rc
 
 

@@ -97,6 +97,7 @@ ctypedef struct engine_core:
     const uint8_t** pages
     uint32_t* digests
     pool_job hashing             # of the pages
+    size_t hashing_from
     size_t n_hashing
 
 

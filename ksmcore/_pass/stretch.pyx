@@ -6,9 +6,11 @@ copies, which follow each other in the store, k of them are one mapping.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from ksmcore._pages cimport page_compare
 from ksmcore._pass.state cimport IS_HUGE, engine_core, stretch_t
 from ksmcore._records.budget cimport map_budget
-from ksmcore._records.store cimport store_is_shared_block
+from ksmcore._records.store cimport MAX_SHARERS, store_is_shared_block, store_page
+from ksmcore._records.store_files cimport store_t
 
 cdef enum:
     # A stretch of n equal pages costs n / k mappings over a block of k copies, and k pages of memory. A
@@ -20,6 +22,8 @@ cdef enum:
     MAX_COPIES = 512
     COPIES_PAY = 32            # pages for each copy: so many, and a block as long as a huge page costs little
     GOES_ON = 2                # times as long as it has been, if its end has not been seen
+    LONG = 512                 # pages of a stretch that are worth a guess that the next ones belong to it, too
+    END_BYTES = 64
 
 
 cdef uint32_t _copies_for(const map_budget* budget, uint64_t n_pages, uint32_t least) noexcept nogil:
@@ -65,6 +69,31 @@ cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept n
     if c.marks[i] & IS_HUGE and stretch.n_pages >= <uint64_t>COPIES_PAY * MAX_COPIES:
         stretch.n_copies = MAX_COPIES
     return stretch.n_copies
+
+
+cdef size_t stretch_guess(const engine_core* c, size_t n_look) noexcept nogil:
+    """How many pages, from the first one on, seem to go on the stretch that the span before ended in: it is long, they
+    are seen for the first time, and their ends are those of its page. They need not be read for a checksum, since
+    the guard compares all of them: who is told apart there is looked at closer."""
+    cdef const stretch_t* stretch = &c.stretch
+    cdef const uint8_t* next = <const uint8_t*><uintptr_t>(stretch.end * c.page_bytes)
+    cdef const uint8_t* shared
+    cdef size_t last = c.page_bytes - END_BYTES, i = 0
+    # With room for all of them: none is to be filed under a checksum that is a guess.
+    if (
+        stretch.n_pages < <uint64_t>LONG or c.by_content or c.max_page_sharing < <uint32_t>MAX_SHARERS
+        or not store_is_shared_block(&c.store, stretch.slot, stretch.digest)
+    ):
+        return 0
+    shared = store_page(<store_t*>&c.store, stretch.slot)
+    while (
+        i < n_look and c.items[i] == 0 and c.pages[i] == next + i * c.page_bytes
+        and page_compare(c.pages[i], shared, END_BYTES) == 0
+        and page_compare(c.pages[i] + last, shared + last, END_BYTES) == 0
+    ):
+        c.digests[i] = stretch.digest
+        i += 1
+    return i
 
 
 cdef void stretch_begin_span(engine_core* c) noexcept nogil:

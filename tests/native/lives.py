@@ -27,6 +27,8 @@ WARM_UP, THIRD = 2, 4
 # How much a third may grow in descriptors, in bytes of address space, and in bytes from malloc, of
 # which Python's own caches go on taking a little for a long time.
 SLACK = (0, 0, THIRD * 4096)
+# The sanitizer keeps a record of each thread there ever was, of some 170 bytes of address space.
+os.environ["KSMCORE_THREADS"] = "1"
 # Without munmap: memory that the kernel will not take back is there for good.
 CALLS = (
     "mmap mremap mprotect madvise memfd_create ftruncate fallocate pwrite pread open sigaction "
