@@ -44,8 +44,8 @@ cdef inline bint rb_is_in(const rb_node* nodes, uint32_t node) noexcept nogil:
 cdef void rb_init(rb_tree* tree, rb_node** nodes, bint by_content, size_t page_bytes, page_of_t page_of,
                   void* owner) noexcept nogil
 
-# The first node in order with this key, or NIL and then *place (which may be NULL) says where the key belongs. page NULL,
-# in digest order: the first with this digest.
+# The first node in order with this key, or NIL and then *place (which may be NULL) says where the key belongs.
+# page NULL, in digest order: the first with this digest.
 cdef uint32_t rb_find(rb_tree* tree, uint32_t digest, const uint8_t* page, rb_place* place) noexcept nogil
 
 # Links a node that is in no tree at a place that rb_find has just filled for its key.

@@ -124,7 +124,7 @@ def test_in_content_order_bytes_decide(twins):
         assert np.array_equal(pages, twins)
 
 
-# ---- stretches of one page that go on from span to span --------------------------------------------
+# ---- stretches of one page that go on from span to span ------------------------------------------
 
 SPAN = 512
 
