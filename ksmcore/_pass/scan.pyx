@@ -48,7 +48,7 @@ from ksmcore._pass.match cimport (
 )
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_flush
-from ksmcore._pass.state cimport IS_HUGE, engine_core, state_page_of, stretch_t
+from ksmcore._pass.state cimport IS_HUGE, IS_NEW, engine_core, state_page_of, stretch_t
 from ksmcore._pass.stretch cimport stretch_begin_span, stretch_guess
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._records.ranges cimport ranges_at
@@ -272,23 +272,35 @@ cdef int _scan_span(
     look_at_intents(c)
     rc = runs_flush(&c.b)
     if rc == 0 and c.b.n_doubted != 0:
-        rc = _look_closer(c, immediate)
+        rc = _look_closer(c, n_look, immediate)
     quiet_after_flush(c)
     if rc != 0:
         err[0] = c.b.err
     return rc
 
 
-cdef int _look_closer(engine_core* c, bint immediate) noexcept nogil:
+cdef uint8_t _was_new(const engine_core* c, uint32_t item, size_t n_look) noexcept nogil:
+    """IS_NEW if this page was seen for the first time, in this span; else 0."""
+    cdef size_t i
+    for i in range(n_look):
+        if c.items[i] == item:
+            return c.marks[i] & IS_NEW
+    return 0
+
+
+cdef int _look_closer(engine_core* c, size_t n_look, bint immediate) noexcept nogil:
     """Pages that came to be doubted just now are matched once more, by their bytes: there may be no next pass."""
     cdef stretch_t stretch = c.stretch
     cdef const region_t* region
+    cdef uint8_t marks[<int>SPAN_PAGES]
     cdef size_t i, n = min(<uint64_t>min(c.b.n_doubted, <uint32_t>SPAN_PAGES), c.merges_left)
     cdef int rc
     for i in range(n):
+        marks[i] = _was_new(c, c.b.doubted[i], n_look)
+    for i in range(n):
         c.items[i] = c.b.doubted[i]
         c.pages[i] = state_page_of(c, c.items[i])
-        c.marks[i] = 0
+        c.marks[i] = marks[i]
     _hash(c, 0, n)
     match_trust_changed(c, n)
     memset(&c.stretch, 0, sizeof(stretch_t))

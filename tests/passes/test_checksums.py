@@ -91,6 +91,20 @@ def test_a_page_is_doubted_once(engine, rng):
     assert all(np.array_equal(one, source[0]) for one in shared)
 
 
+def test_a_new_page_that_is_doubted_waits_as_every_new_page_does(engine, rng):
+    source = pages_of_one_checksum(rng, 3)
+    shared = [engine.array(source[0]) for _ in range(2)]
+    engine.dedup()
+    twins = [engine.array(source[k]) for k in (1, 2, 1, 2)]
+    report = engine.scan()
+    assert report.skipped["changed"] == 4
+    assert engine.stats().pages_volatile == 4
+    engine.scan()
+    assert engine.stats().pages_sharing == 3
+    assert all(np.array_equal(twin, source[k]) for twin, k in zip(twins, (1, 2, 1, 2), strict=True))
+    assert all(np.array_equal(one, source[0]) for one in shared)
+
+
 def test_who_joins_a_shared_page_is_compared_by_the_guard_alone(engine, rng):
     source = random_pages(rng, 500).reshape(-1, PAGE)
     arrays = [engine.array(source) for _ in range(2)]
