@@ -5,6 +5,8 @@ Pointers need no alignment. Every pointed-at page must stay readable for len_byt
 
 from libc.stdint cimport uint8_t, uint32_t
 
+from ksmcore._kernel.reader cimport ksm_reader
+
 # One checksum over a batch: digests[i] receives the checksum of the len_bytes bytes at pages[i], for i < n_pages.
 ctypedef void (*checksum_pages_t)(const uint8_t* const* pages, size_t n_pages, size_t len_bytes,
                                   uint32_t* digests) noexcept nogil
@@ -27,6 +29,12 @@ cdef void jhash_pages(const uint8_t* const* pages, size_t n_pages, size_t len_by
 # checksum(pages, n_pages, len_bytes, digests), safe against pages that go away.
 cdef void checksum_safely(
     checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
+) noexcept nogil
+
+# The same for a thread that has borrowed its reader.
+cdef void checksum_with(
+    ksm_reader* reader, checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes,
+    uint32_t* digests
 ) noexcept nogil
 
 # "jhash" or "mmh3"; ValueError naming the valid ones. Needs the GIL; what it returns does not.

@@ -17,7 +17,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
 
-from ksmcore._kernel.reader cimport ksm_reader, reader_here
+from ksmcore._kernel.reader cimport reader_here
 
 
 cdef extern from "_kernel/reader.h" nogil:
@@ -114,7 +114,13 @@ cdef void mmh3_pages(const uint8_t* const* pages, size_t n_pages, size_t len_byt
 cdef void checksum_safely(
     checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes, uint32_t* digests
 ) noexcept nogil:
-    cdef ksm_reader* reader = reader_here()
+    checksum_with(reader_here(), checksum, pages, n_pages, len_bytes, digests)
+
+
+cdef void checksum_with(
+    ksm_reader* reader, checksum_pages_t checksum, const uint8_t** pages, size_t n_pages, size_t len_bytes,
+    uint32_t* digests
+) noexcept nogil:
     cdef size_t i
     if reader == NULL:
         checksum(pages, n_pages, len_bytes, digests)

@@ -17,6 +17,7 @@ import ksmcore
 from helpers.memory import private_memory
 from helpers.stress import LONG
 from ksmcore._engine.settings import GUARDS
+from ksmcore._gate import buffers
 from ksmcore._kernel import procfs
 from ksmcore._testing import faults, hooks
 
@@ -133,6 +134,13 @@ def collected():
     """Nothing waits for the collector: what a forgotten engine still has mapped is taken from the
     map budget of the others."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def fresh_allowance(monkeypatch):
+    """What tests before this one have read of the mappings, on however slow a machine, is no reason
+    not to be told of everything at once."""
+    monkeypatch.setattr(buffers, "_allowance", buffers._Allowance())
 
 
 @pytest.fixture(autouse=True)

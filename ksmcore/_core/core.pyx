@@ -43,6 +43,7 @@ cdef class Core(Registry):
 
     cdef uint32_t n_alone        # walks without other threads, since those have got no processor; under the pass lock
     cdef uint32_t n_alone_next   # the next time that happens
+    cdef readonly uint64_t helpers_ns  # processor time of the other threads, in patient walks
 
     # ---- passes -----------------------------------------------------------------------------
 
@@ -187,6 +188,8 @@ cdef class Core(Registry):
                     break
                 self._let_others()
             pool_end(&pool)
+            if patient:
+                self.helpers_ns += pool.spent_ns
             if pool.was_late:
                 self.n_alone_next = self.n_alone = min(max(2 * self.n_alone_next, 2), <uint32_t>MOST_ALONE)
             elif n_threads > 1:

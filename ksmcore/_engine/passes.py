@@ -239,6 +239,11 @@ class Passes:
         """What the last look at what the program has advised took, if this pass has made one."""
         return self._core.look_ns / 1e9
 
+    @property
+    def helper_seconds(self) -> float:
+        """Processor time of the threads that have helped with batches."""
+        return self._core.helpers_ns / 1e9
+
     def pages_before(self, cursor: int) -> tuple[int, int]:
         """Registered pages before an address, and in all."""
         return self._core.pages_before(cursor)

@@ -75,6 +75,7 @@ class Scanner:
         self._is_put_off = False  # since the last batch
         self._pacer = Pacer()
         self._cpu_at = 0.0
+        self._helper_seconds = 0.0
         # Between two passes it is None; END_OF_MEMORY in the rest after the last batch.
         self._cursor: int | None = None
         self._begun: Begun | None = None
@@ -181,7 +182,7 @@ class Scanner:
             self._at_work.release()
 
     def _work(self) -> bool:
-        self._cpu_at = began = time.thread_time()
+        self._cpu_at = began = self._spent()
         before = self.cpu_seconds
         while self._is_wanted():
             if self._resting is None:
@@ -194,7 +195,7 @@ class Scanner:
                 n_enlisted = passes.n_enlisted
                 rest = self._step(passes)
                 self._resting = None if rest is None else time.monotonic() + rest, n_enlisted
-                self.cpu_seconds = before + time.thread_time() - began
+                self.cpu_seconds = before + self._spent() - began
                 del passes  # nobody else may hold it any more
                 hide()
             if self._is_wanted() and not self._rest(*self._resting):
@@ -247,11 +248,17 @@ class Scanner:
         self._is_put_off = False
         n_done, n_pages = passes.pages_before(self._cursor)
         # All that this thread has spent since the last batch, passes begun and ended included.
-        cpu_seconds, self._cpu_at = time.thread_time() - self._cpu_at, time.thread_time()
+        self._helper_seconds = passes.helper_seconds
+        now = self._spent()
+        cpu_seconds, self._cpu_at = now - self._cpu_at, now
         part_done = n_done / max(n_pages, 1)
         return self._pacer.rest(
             settings, time.monotonic(), cpu_seconds, part_done, was_fruitful=was_fruitful
         )
+
+    def _spent(self) -> float:
+        """Processor time of this thread, and of those that have helped it."""
+        return time.thread_time() + self._helper_seconds
 
     def _tidy(self, passes: Passes) -> None:
         passes.tidy(idle_only=True, young_seconds=young_seconds(self._in_force.settings))

@@ -21,7 +21,7 @@ a few system calls only.
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
 from ksmcore._guard.window cimport WINDOW_STUCK
-from ksmcore._hooks.calls cimport calls_action, calls_route_actions
+from ksmcore._hooks.calls cimport calls_action, calls_asked, calls_route_actions
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.reader cimport reader_return
 from ksmcore._kernel.syscalls cimport (
@@ -67,11 +67,15 @@ cdef extern from *:
 
     /* No handler runs on a thread that changes a chain: it could ask for a change itself. */
     static pthread_mutex_t mprotect_chains = PTHREAD_MUTEX_INITIALIZER;
+    static uint32_t mprotect_changer; /* number of the thread that has it */
+    static uint32_t mprotect_here(void) { return (uint32_t)syscall(SYS_gettid); }
     static void mprotect_chains_lock(sigset_t *before) {
         ksm_block_signals(before);
         pthread_mutex_lock(&mprotect_chains);
+        __atomic_store_n(&mprotect_changer, mprotect_here(), __ATOMIC_RELAXED);
     }
     static void mprotect_chains_unlock(const sigset_t *before) {
+        __atomic_store_n(&mprotect_changer, 0, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&mprotect_chains);
         ksm_restore_signals(before);
     }
@@ -102,6 +106,8 @@ cdef extern from *:
         struct sigaction own, found;
         sigset_t before;
         int rc, saved = errno;
+        /* In a handler of a signal that is let through, in the midst of a change: as if it had come past us. */
+        if (__atomic_load_n(&mprotect_changer, __ATOMIC_RELAXED) == mprotect_here()) return sigaction(sig, wanted, was);
         if (wanted) own = *wanted;
         mprotect_chains_lock(&before);
         rc = chain_change(sig == SIGBUS ? &segv_bus_chain : &segv_chain, wanted ? &own : (struct sigaction *)0, &found);
@@ -112,9 +118,14 @@ cdef extern from *:
         return rc;
     }
 
+    static int mprotect_is_over(int sig) {
+        return chain_is_in_place(sig == SIGBUS ? &segv_bus_chain : &segv_chain);
+    }
+
     static void mprotect_child(void) {
         pthread_mutex_init(&mprotect_install, 0);
         pthread_mutex_init(&mprotect_chains, 0);
+        mprotect_changer = 0;
         mprotect_n_users = 0;
         segv_child();
     }
@@ -125,6 +136,7 @@ cdef extern from *:
     int mprotect_chains_install() nogil
     void mprotect_chains_remove() nogil
     int mprotect_action(int sig, const void* wanted, void* was) noexcept nogil
+    int mprotect_is_over(int sig) noexcept nogil
     int mprotect_at_fork()
     uint32_t mprotect_n_users
 
@@ -355,7 +367,7 @@ cdef bint mprotect_is_installed() noexcept nogil:
 
 
 segv_reader_return = reader_return
-calls_route_actions(<calls_action>mprotect_action)
+calls_route_actions(<calls_action>mprotect_action, <calls_asked>mprotect_is_over)
 
 if mprotect_at_fork() != 0:
     raise MemoryError("pthread_atfork failed: ksmcore cannot be made safe against fork")

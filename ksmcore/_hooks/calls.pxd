@@ -10,9 +10,11 @@ cdef void calls_end(bint keep_segv) noexcept nogil
 # Objects that were loaded since are looked at. No lock is held.
 cdef void calls_look() noexcept nogil
 
-# sigaction(), by which programs change what SIGSEGV and SIGBUS do while calls are redirected; called on any thread.
+# sigaction(), by which programs change what SIGSEGV and SIGBUS do while calls are redirected, and whether a handler of
+# ours is over theirs at the moment. Called on any thread.
 ctypedef int (*calls_action)(int sig, const void* wanted, void* was) noexcept nogil
-cdef void calls_route_actions(calls_action route) noexcept nogil
+ctypedef int (*calls_asked)(int sig) noexcept nogil
+cdef void calls_route_actions(calls_action route, calls_asked is_over) noexcept nogil
 
 # All of these under the fork lock, but for calls_first, whose answer may be over at once.
 # From here until calls_let_in a call that begins, and may write into that memory, waits. Is one in flight already?

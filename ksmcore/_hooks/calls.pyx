@@ -20,7 +20,7 @@ from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 cdef extern from "_hooks/hooks.h":
     redirect_table hooks_table
     uint32_t hooks_keep_segv
-    void hooks_route_actions(void* route) nogil
+    void hooks_route_actions(void* route, void* is_over) nogil
     ctypedef struct slots_window_t:
         uint32_t n_waits
         uint32_t n_waiting
@@ -76,8 +76,8 @@ cdef void calls_look() noexcept nogil:
         redirect_look(&hooks_table)
 
 
-cdef void calls_route_actions(calls_action route) noexcept nogil:
-    hooks_route_actions(<void*>route)
+cdef void calls_route_actions(calls_action route, calls_asked is_over) noexcept nogil:
+    hooks_route_actions(<void*>route, <void*>is_over)
 
 
 cdef bint calls_shut(uintptr_t addr, size_t len_bytes) noexcept nogil:

@@ -53,8 +53,11 @@ static const struct sigaction *hooks_unmasked_action(const struct sigaction *act
 
 /* Who has handlers of SIGSEGV and SIGBUS of his own, and changes those of the program under them; NULL: nobody. */
 typedef int hooks_action(int, const struct sigaction *, struct sigaction *);
+typedef int hooks_asked(int);
 static hooks_action *hooks_action_route;
-static void hooks_route_actions(void *route) {
+static hooks_asked *hooks_is_over; /* is a handler of his in place at the moment? Set before the route */
+static void hooks_route_actions(void *route, void *is_over) {
+    hooks_is_over = (hooks_asked *)is_over;
     __atomic_store_n(&hooks_action_route, (hooks_action *)route, __ATOMIC_RELEASE);
 }
 
@@ -70,11 +73,13 @@ static int hooks_change_action(int sig, const struct sigaction *wanted, struct s
     return hooks_action_of(sig)(sig, wanted, was);
 }
 
-/* As the C library has it: system calls go on after it, and it stays. */
+/* As the C library has it: system calls go on after it, and it stays. (Unless siginterrupt() was called for it, which
+   the C library alone knows of.) */
 static sighandler_t hooks_change_handler(int sig, sighandler_t handler) {
     struct sigaction wanted = {.sa_flags = SA_RESTART}, own, was;
     hooks_action *change = hooks_action_of(sig);
-    if (change == hooks_below_sigaction || handler == SIG_ERR) return hooks_below_signal(sig, handler);
+    if (change == hooks_below_sigaction || handler == SIG_ERR || !hooks_is_over(sig))
+        return hooks_below_signal(sig, handler);
     wanted.sa_handler = handler;
     sigaddset(&wanted.sa_mask, sig);
     return change(sig, hooks_unmasked_action(&wanted, &own), &was) == 0 ? was.sa_handler : SIG_ERR;
@@ -142,7 +147,7 @@ static redirect_table hooks_table = {.rows = hooks_rows, .n_rows = sizeof hooks_
 #else
 static uint32_t hooks_keep_segv;
 static redirect_table hooks_table;
-static void hooks_route_actions(void *route) { (void)route; }
+static void hooks_route_actions(void *route, void *is_over) { (void)route, (void)is_over; }
 #endif
 
 #endif

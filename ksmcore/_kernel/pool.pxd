@@ -2,10 +2,13 @@
 
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
+from ksmcore._kernel.reader cimport ksm_reader
+
 cdef enum:
     POOL_MOST = 63             # threads of a pool, besides the owner's
 
-ctypedef void (*pool_work)(void* context, uint32_t piece) noexcept nogil
+# `reader`: of the thread that does it.
+ctypedef void (*pool_work)(void* context, uint32_t piece, ksm_reader* reader) noexcept nogil
 
 # Work in pieces. It lives as long as the pool.
 ctypedef struct pool_job:
@@ -24,6 +27,7 @@ ctypedef struct pool_t:
     uint32_t is_over
     bint was_late              # the owner has waited for long: the others get no processor, and nothing more to do
     pool_job* job
+    uint64_t spent_ns          # processor time of the others, once they have ended
     uintptr_t threads[<int>POOL_MOST]
 
 

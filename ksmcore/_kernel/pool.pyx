@@ -12,8 +12,8 @@ takes a piece of what there is now or none. In a forked child there are no threa
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._kernel.reader cimport reader_enter, reader_leave
-from ksmcore._kernel.syscalls cimport sys_now_ns
+from ksmcore._kernel.reader cimport ksm_reader, reader_borrow, reader_give_back, reader_here
+from ksmcore._kernel.syscalls cimport sys_now_ns, sys_spent_ns
 
 cdef extern from *:
     """
@@ -61,6 +61,7 @@ cdef extern from *:
     uint32_t __atomic_sub_fetch(uint32_t* value, uint32_t n, int order) nogil
     uint64_t take_ticket "__atomic_fetch_add"(uint64_t* ticket, uint64_t n, int order) nogil
     void put_ticket "__atomic_store_n"(uint64_t* ticket, uint64_t wanted, int order) nogil
+    uint64_t add_time "__atomic_add_fetch"(uint64_t* time_ns, uint64_t more_ns, int order) nogil
     pool_job* job_of "__atomic_load_n"(pool_job** job, int order) nogil
     void put_job "__atomic_store_n"(pool_job** job, pool_job* wanted, int order) nogil
     void pool_sleep(uint32_t* word, uint32_t value) nogil
@@ -74,12 +75,12 @@ cdef enum:
     LATE_NS = 1000000          # for one piece, of some ten microseconds
 
 
-cdef bint _take_piece(pool_t* pool, pool_job* job) noexcept nogil:
+cdef bint _take_piece(pool_t* pool, pool_job* job, ksm_reader* reader) noexcept nogil:
     """Take one piece of a job, and do it. False: there is none."""
     cdef uint64_t ticket = take_ticket(&job.ticket, 1, __ATOMIC_SEQ_CST)
     if <uint32_t>ticket >= <uint32_t>(ticket >> 32):
         return False
-    job.work(job.context, <uint32_t>ticket)
+    job.work(job.context, <uint32_t>ticket, reader)
     __atomic_add_fetch(&job.n_done, 1, __ATOMIC_SEQ_CST)
     if __atomic_load_n(&pool.is_waiting, __ATOMIC_SEQ_CST):
         __atomic_add_fetch(&pool.progress, 1, __ATOMIC_SEQ_CST)
@@ -91,15 +92,15 @@ cdef void* _run(void* own) noexcept nogil:
     cdef pool_t* pool = <pool_t*>own
     cdef pool_job* job
     cdef uint32_t version
+    cdef ksm_reader* reader = reader_borrow()
     cdef int i
-    reader_enter()
     while True:
         # Before the look at the job: what is handed out after it changes the version.
         version = __atomic_load_n(&pool.version, __ATOMIC_SEQ_CST)
         if __atomic_load_n(&pool.is_over, __ATOMIC_SEQ_CST):
             break
         job = job_of(&pool.job, __ATOMIC_SEQ_CST)
-        while job != NULL and _take_piece(pool, job):
+        while job != NULL and _take_piece(pool, job, reader):
             pass
         for i in range(SPINS):
             if __atomic_load_n(&pool.version, __ATOMIC_SEQ_CST) != version:
@@ -109,7 +110,8 @@ cdef void* _run(void* own) noexcept nogil:
             __atomic_add_fetch(&pool.n_sleeping, 1, __ATOMIC_SEQ_CST)
             pool_sleep(&pool.version, version)
             __atomic_sub_fetch(&pool.n_sleeping, 1, __ATOMIC_SEQ_CST)
-    reader_leave()
+    reader_give_back(reader)
+    add_time(&pool.spent_ns, sys_spent_ns(), __ATOMIC_SEQ_CST)
     return NULL
 
 
@@ -163,7 +165,7 @@ cdef void pool_finish(pool_t* pool, pool_job* job, uint32_t n_pieces) noexcept n
     cdef uint32_t progress
     cdef uint64_t begun_ns
     cdef int i
-    while _take_piece(pool, job):
+    while _take_piece(pool, job, reader_here()):
         pass
     for i in range(SPINS):
         if __atomic_load_n(&job.n_done, __ATOMIC_SEQ_CST) == n_pieces:

@@ -60,27 +60,35 @@ cdef extern from *:
         }
     }
 
+    static ksm_reader *reader_wait_for_place(void) {
+        uint32_t tid = (uint32_t)syscall(SYS_gettid);
+        ksm_reader *found;
+        while (!(found = reader_place(tid))) {
+            struct timespec pause = {0, 1000000L};
+            if (!reader_grow()) nanosleep(&pause, (struct timespec *)0);
+        }
+        return found;
+    }
+
+    static void reader_give_up(ksm_reader *reader) { __atomic_store_n(&reader->tid, 0, __ATOMIC_SEQ_CST); }
+
     /* The signals first: between them and the place nothing is read. SIGSEGV and SIGBUS must arrive, also
        where the thread blocks them otherwise. */
     static void reader_claim(void) {
         sigset_t mask;
-        uint32_t tid = (uint32_t)syscall(SYS_gettid);
         if (reader_depth++ != 0) return;
         ksm_block_signals(&reader_signals_before);
         sigemptyset(&mask);
         sigaddset(&mask, SIGSEGV);
         sigaddset(&mask, SIGBUS);
         pthread_sigmask(SIG_UNBLOCK, &mask, (sigset_t *)0);
-        while (!(reader_mine = reader_place(tid))) {
-            struct timespec pause = {0, 1000000L};
-            if (!reader_grow()) nanosleep(&pause, (struct timespec *)0);
-        }
+        reader_mine = reader_wait_for_place();
     }
 
     static void reader_free(void) {
         /* In a forked child: the claim was the parent's. */
         if (reader_depth == 0 || --reader_depth != 0) return;
-        __atomic_store_n(&reader_mine->tid, 0, __ATOMIC_SEQ_CST);
+        reader_give_up(reader_mine);
         reader_mine = (ksm_reader *)0;
         ksm_restore_signals(&reader_signals_before);
     }
@@ -112,6 +120,8 @@ cdef extern from *:
         reader_depth = 0;
     }
     """
+    ksm_reader* reader_wait_for_place() nogil
+    void reader_give_up(ksm_reader* reader) nogil
     void reader_claim() nogil
     void reader_free() nogil
     ksm_reader* reader_of_this_thread() nogil
@@ -132,6 +142,14 @@ cdef void reader_leave() noexcept nogil:
 
 cdef ksm_reader* reader_here() noexcept nogil:
     return reader_of_this_thread()
+
+
+cdef ksm_reader* reader_borrow() noexcept nogil:
+    return reader_wait_for_place()
+
+
+cdef void reader_give_back(ksm_reader* reader) noexcept nogil:
+    reader_give_up(reader)
 
 
 cdef void reader_return(void* context) noexcept nogil:

@@ -89,6 +89,7 @@ ctypedef struct pending_block:
     uint32_t n_in_run            # the longer of the runs that its founders are in
     uint32_t founders            # sum of the places of both among the intents
     bint alone                   # no other shared page had its checksum when it was given its place
+    bint moves                   # it is given a new place, now that its bytes are fixed
     bint goes_on                 # more pages are expected than this batch has
     uint32_t fate                # enum fate
     const uint8_t* source        # the candidate page

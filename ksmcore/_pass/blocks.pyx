@@ -11,7 +11,7 @@ from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pass.batch cimport (
     LEFT, OPEN, batch, batch_leave, batch_no_room, batch_offer, intent, pending_block,
 )
-from ksmcore._records.forest cimport forest_erase, forest_find, forest_holds, forest_put
+from ksmcore._records.forest cimport forest_erase, forest_holds, forest_put
 from ksmcore._records.store cimport (
     store_alloc, store_block_sharers, store_is_dead, store_is_pending, store_page, store_pending, store_release,
     store_set_pending, store_settle, store_write,
@@ -133,28 +133,24 @@ cdef void blocks_settle(batch* b) noexcept nogil:
     set aside has no place that could be wrong. The checksum is the one that its source had when it was looked at: if
     that was written since, whoever comes by the checksum is told from it under the guard.
     """
-    cdef uint32_t i, copy, slot, digest
+    cdef uint32_t i, copy, slot
+    cdef bint is_held
+    # All are taken out before the first is put back: among misplaced ones it would be misplaced again.
     for i in range(b.n_pendings):
         slot = b.pendings[i].slot
-        if (b.stable.one.by_content or b.pendings[i].fate != OPEN) and forest_holds(b.stable, slot):
+        is_held = forest_holds(b.stable, slot)
+        b.pendings[i].moves = b.pendings[i].fate == OPEN and (
+            b.stable.one.by_content or (is_held and not b.pendings[i].alone)
+        )
+        if is_held and (b.pendings[i].moves or b.pendings[i].fate != OPEN):
             forest_erase(b.stable, slot)
         for copy in range(b.pendings[i].n_copies):
             store_settle(b.store, slot + copy)
         if b.pendings[i].fate != OPEN:
             store_release(b.store, slot)
     for i in range(b.n_pendings):
-        if b.pendings[i].fate != OPEN:
-            continue
-        slot = b.pendings[i].slot
-        digest = b.store.nodes[slot].digest
-        if not b.stable.one.by_content:
-            if (
-                b.pendings[i].alone or not forest_holds(b.stable, slot)
-                or forest_find(b.stable, digest, store_page(b.store, slot), NULL) == slot
-            ):
-                continue
-            forest_erase(b.stable, slot)
-        forest_put(b.stable, slot, store_page(b.store, slot))
+        if b.pendings[i].moves:
+            forest_put(b.stable, b.pendings[i].slot, store_page(b.store, b.pendings[i].slot))
 
 
 cdef void blocks_release_unmapped(batch* b) noexcept nogil:

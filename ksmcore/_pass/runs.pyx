@@ -298,7 +298,6 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         if merge_restore_range(&run, False, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
             batch_lie_over(b, founder.item, 0)
-            batch_doubt(b, founder.item)
             b.counters.skipped.partner += 1
 
 

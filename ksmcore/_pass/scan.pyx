@@ -39,8 +39,9 @@ from ksmcore._kernel.pagemap cimport (
     pagemap_first_written, pagemap_survey,
 )
 from ksmcore._kernel.pool cimport pool_finish, pool_hand_out, pool_has_threads
+from ksmcore._kernel.reader cimport ksm_reader
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
-from ksmcore._pages cimport checksum_safely, page_compare, page_is_zero
+from ksmcore._pages cimport checksum_safely, checksum_with, page_compare, page_is_zero
 from ksmcore._pass.batch cimport batch_adopt, batch_end_stage
 from ksmcore._pass.look cimport look_at_intents
 from ksmcore._pass.match cimport (
@@ -197,13 +198,14 @@ cdef void _absent(engine_core* c, uint32_t item, uint8_t flag) noexcept nogil:
 
 # ---- stage 2: checksums -------------------------------------------------------------------------
 
-cdef void _hash_piece(void* context, uint32_t piece) noexcept nogil:
+cdef void _hash_piece(void* context, uint32_t piece, ksm_reader* reader) noexcept nogil:
     """A pool_work."""
     cdef engine_core* c = <engine_core*>context
     cdef size_t done = piece * <size_t>HASH_PAGES
     cdef size_t start = c.hashing_from + done
-    checksum_safely(
-        c.checksum, c.pages + start, min(<size_t>HASH_PAGES, c.n_hashing - done), c.page_bytes, c.digests + start
+    checksum_with(
+        reader, c.checksum, c.pages + start, min(<size_t>HASH_PAGES, c.n_hashing - done), c.page_bytes,
+        c.digests + start
     )
 
 

@@ -35,26 +35,30 @@ cdef uint32_t _copies_for(const map_budget* budget, uint64_t n_pages, uint32_t l
     return k
 
 
-cdef inline bint _is_doubted(const engine_core* c, size_t i) noexcept nogil:
-    return c.items[i] != 0 and c.rmap.tags[c.items[i]].doubted
+cdef inline bint _is_another(const engine_core* c, size_t i) noexcept nogil:
+    """Is this page doubted, and rightly so: has its neighbour before it, with the same checksum, other bytes?"""
+    return (
+        c.items[i] != 0 and c.rmap.tags[c.items[i]].doubted
+        and page_compare(c.pages[i], c.pages[i] - c.page_bytes, c.page_bytes) != 0
+    )
 
 
 cdef uint32_t stretch_follow(engine_core* c, size_t i, size_t n_look) noexcept nogil:
     """Go on to page i of the span: c.stretch is the stretch that it is in. Returns the copies that are best for it:
     for its length as far as it has been seen, or, where it reaches the end of the span, for what it may be expected
-    to become. A page that is doubted begins a new one."""
+    to become. A page that is doubted may begin a new one."""
     cdef stretch_t* stretch = &c.stretch
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes
     cdef size_t end = i
     if stretch.start <= page_no < stretch.end and c.digests[i] == stretch.digest:
         return stretch.n_copies
-    if page_no != stretch.end or c.digests[i] != stretch.digest or _is_doubted(c, i):
+    if page_no != stretch.end or c.digests[i] != stretch.digest or _is_another(c, i):
         stretch.n_pages = 0
         stretch.slot = 0
         stretch.digest = c.digests[i]
     while (
         end < n_look and c.digests[end] == c.digests[i]
-        and c.pages[end] == c.pages[i] + (end - i) * c.page_bytes and not (end > i and _is_doubted(c, end))
+        and c.pages[end] == c.pages[i] + (end - i) * c.page_bytes and not (end > i and _is_another(c, end))
     ):
         end += 1
     stretch.n_pages += end - i

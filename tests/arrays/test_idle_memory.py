@@ -222,8 +222,6 @@ def test_the_scanner_comes_back_when_what_was_young_is_so_no_more(rng, monkeypat
         arrays.append(arrays[0].copy())
     before = ksmcore.stats()
     with ksmcore.start():
-        wait_until(lambda: ksmcore.stats().full_scans > before.full_scans)
-        assert ksmcore.stats().skipped["young"] > before.skipped["young"]
         wait_until(lambda: ksmcore.stats().pages_sharing - before.pages_sharing >= 5 * MIB // PAGE)
     assert np.array_equal(*arrays)
 

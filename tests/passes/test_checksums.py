@@ -158,6 +158,21 @@ def test_a_long_stretch_is_read_by_the_guard_alone(engine, private_buffer):
     assert (pages == 7).all()
 
 
+def test_what_the_map_budget_left_out_is_a_stretch_all_the_same(private_buffer):
+    pages = octets(private_buffer(8 * SPAN)).reshape(-1, PAGE)
+    pages[:] = 7
+    with ksmcore.Engine(map_budget=0) as engine:
+        engine.register(pages)
+        assert engine.dedup().skipped["map_budget"] == len(pages)
+        engine.configure(map_budget=2000)
+        engine.dedup()
+        stats = engine.stats()
+        assert stats.pages_shared + stats.pages_sharing == len(pages)
+        assert stats.maps_used < len(pages) // 8
+        engine._core.check(are_filed=True)
+        assert (pages == 7).all()
+
+
 @pytest.mark.parametrize("immediate", [True, False])
 def test_pages_that_only_begin_and_end_like_the_stretch(engine, private_buffer, rng, immediate):
     """What differs in the middle is told apart, and the stretch beside it is merged."""

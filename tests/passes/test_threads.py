@@ -126,6 +126,28 @@ def test_a_page_that_goes_away_is_left_out_by_every_thread(rng):
         engine._core.check(are_filed=True)
 
 
+def test_they_take_no_address_space_with_them():
+    """Nor does the C library for them: the program's own memory is not to fail for that."""
+    run_python(
+        f"""
+        import resource
+        import numpy as np
+        import ksmcore
+        source = np.random.default_rng(1).integers(0, 256, (6000, {PAGE}), np.uint8)
+        with open("/proc/self/statm") as statm:
+            n_bytes = int(statm.read().split()[0]) * {PAGE}
+        limit = n_bytes + 2 * source.nbytes + (350 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with ksmcore.Engine(threads=8) as engine:
+            arrays = [engine.array(source) for _ in range(2)]
+            engine.dedup()
+            assert engine.stats().pages_sharing == len(source), engine.stats()
+            np.ones(200 << 20, np.uint8)
+            assert all(np.array_equal(array, source) for array in arrays)
+        """
+    )
+
+
 def test_where_no_thread_can_be_begun_one_does_everything():
     run_python(
         f"""
