@@ -65,18 +65,26 @@ cdef extern from *:
     static void mprotect_install_lock(void) { pthread_mutex_lock(&mprotect_install); }
     static void mprotect_install_unlock(void) { pthread_mutex_unlock(&mprotect_install); }
 
-    /* No handler runs on a thread that changes a chain: it could ask for a change itself. */
-    static pthread_mutex_t mprotect_chains = PTHREAD_MUTEX_INITIALIZER;
-    static uint32_t mprotect_changer; /* number of the thread that has it */
-    static uint32_t mprotect_here(void) { return (uint32_t)syscall(SYS_gettid); }
-    static void mprotect_chains_lock(sigset_t *before) {
+    /* The lock of the chains, held for some system calls: the number of the thread that changes one, 0: none. Handlers
+       of the signals that are let through may run in the midst of that and want to change one themselves; by the
+       number, which comes and goes with the lock, they know. 0: this is such a handler, and nothing is locked. */
+    static uint32_t mprotect_changer;
+    static int mprotect_chains_lock(sigset_t *before) {
+        const struct timespec pause = {0, 50000L};
+        uint32_t here = (uint32_t)syscall(SYS_gettid), found = 0;
         ksm_block_signals(before);
-        pthread_mutex_lock(&mprotect_chains);
-        __atomic_store_n(&mprotect_changer, mprotect_here(), __ATOMIC_RELAXED);
+        while (!__atomic_compare_exchange_n(&mprotect_changer, &found, here, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+            if (found == here) {
+                ksm_restore_signals(before);
+                return 0;
+            }
+            nanosleep(&pause, (struct timespec *)0);
+            found = 0;
+        }
+        return 1;
     }
     static void mprotect_chains_unlock(const sigset_t *before) {
-        __atomic_store_n(&mprotect_changer, 0, __ATOMIC_RELAXED);
-        pthread_mutex_unlock(&mprotect_chains);
+        __atomic_store_n(&mprotect_changer, 0, __ATOMIC_RELEASE);
         ksm_restore_signals(before);
     }
 
@@ -106,10 +114,9 @@ cdef extern from *:
         struct sigaction own, found;
         sigset_t before;
         int rc, saved = errno;
-        /* In a handler of a signal that is let through, in the midst of a change: as if it had come past us. */
-        if (__atomic_load_n(&mprotect_changer, __ATOMIC_RELAXED) == mprotect_here()) return sigaction(sig, wanted, was);
         if (wanted) own = *wanted;
-        mprotect_chains_lock(&before);
+        /* In the midst of a change: as if it had come past us. */
+        if (!mprotect_chains_lock(&before)) return sigaction(sig, wanted, was);
         rc = chain_change(sig == SIGBUS ? &segv_bus_chain : &segv_chain, wanted ? &own : (struct sigaction *)0, &found);
         if (rc != 0) saved = errno;
         mprotect_chains_unlock(&before);
@@ -124,7 +131,6 @@ cdef extern from *:
 
     static void mprotect_child(void) {
         pthread_mutex_init(&mprotect_install, 0);
-        pthread_mutex_init(&mprotect_chains, 0);
         mprotect_changer = 0;
         mprotect_n_users = 0;
         segv_child();
