@@ -110,10 +110,11 @@ cdef int _check_stable(engine_core* c, bint are_filed) noexcept nogil:
     while slot != 0:
         if not c.store.uses[slot].used or c.store.uses[slot].copy or c.store.uses[slot].orphan:
             return 17
-        page = store_page(&c.store, slot)
-        c.checksum(&page, 1, c.page_bytes, &digest)
-        if are_filed and digest != c.store.nodes[slot].digest:
-            return 18
+        if are_filed:
+            page = store_page(&c.store, slot)
+            c.checksum(&page, 1, c.page_bytes, &digest)
+            if digest != c.store.nodes[slot].digest:
+                return 18
         slot = forest_next(&c.stable, slot)
     return 0
 

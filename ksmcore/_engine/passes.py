@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import signal
 import time
@@ -202,7 +203,7 @@ class Passes:
         """Take the registered pages within `ranges`, which are sorted and disjoint, through the
         path, batch by batch."""
         n_pages = self._n_registered(ranges) if progress else 0
-        n_threads = self._n_threads(min(procfs.processors(), MOST_AUTO_THREADS))
+        n_threads = self._n_threads(self._auto_threads)
         done = 0
         with reporting(progress, what, n_pages) as tell:
             for cursor, end in ranges:
@@ -215,6 +216,11 @@ class Passes:
                     done = min(done + BATCH_PAGES, n_pages)
                     tell(done)
             tell(n_pages)
+
+    @functools.cached_property
+    def _auto_threads(self) -> int:
+        """Asked once: small copies are merged in less time than the control groups take to read."""
+        return min(procfs.processors(), MOST_AUTO_THREADS)
 
     def _n_threads(self, auto: int) -> int:
         wanted = self._in_force.settings.threads

@@ -108,19 +108,19 @@ cdef void batch_add(
 cdef void batch_leave(batch* b, intent* left, uint64_t* reason) noexcept nogil:
     """This page is not merged now: count why, in a field of `b.counters.skipped`, and let its item wait for the
     next pass."""
+    cdef bint is_left_out
     left.fate = LEFT
     if left.kind == INTENT_PLAIN:
         return                   # nothing was to be saved
     reason[0] += 1
+    is_left_out = reason == &b.counters.skipped.map_budget
     rmap_set_state(
         b.rmap, left.item, PAGE_VOLATILE if reason == &b.counters.skipped.changed else PAGE_UNSHARED
     )
-    if reason == &b.counters.skipped.map_budget:
+    rmap_set_left_out(b.rmap, left.item, is_left_out)
+    if is_left_out:
         # No guard has compared it with what it may only share the checksum of. The next search does.
-        rmap_set_left_out(b.rmap, left.item, True)
         b.rmap.tags[left.item].doubted = 1
-    else:
-        rmap_set_left_out(b.rmap, left.item, False)
 
 
 cdef void batch_doubt(batch* b, uint32_t item) noexcept nogil:
