@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import signal
 import time
@@ -107,6 +106,7 @@ class Passes:
         self._made_at = time.monotonic()
         self._maps_at_census = 0
         self._next_small_copy = 0.0  # that may be merged at once, not before
+        self._n_auto_threads = 0  # 0: not asked for yet
         self._has_warned = False
 
     def numbers(self) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class Passes:
         """Take the registered pages within `ranges`, which are sorted and disjoint, through the
         path, batch by batch."""
         n_pages = self._n_registered(ranges) if progress else 0
-        n_threads = self._n_threads(self._auto_threads)
+        n_threads = self._n_threads()
         done = 0
         with reporting(progress, what, n_pages) as tell:
             for cursor, end in ranges:
@@ -217,14 +217,19 @@ class Passes:
                     tell(done)
             tell(n_pages)
 
-    @functools.cached_property
-    def _auto_threads(self) -> int:
-        """Asked once: small copies are merged in less time than the control groups take to read."""
-        return min(procfs.processors(), MOST_AUTO_THREADS)
-
-    def _n_threads(self, auto: int) -> int:
+    def _n_threads(self, auto: int | None = None) -> int:
+        """In force now; `auto`: where none is wanted in numbers, if not as many as there are
+        processors."""
         wanted = self._in_force.settings.threads
-        return auto if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        if auto is not None:
+            return auto
+        # Asked once: small copies are merged in less time than the control groups take to read.
+        # No functools.cached_property: its lock would stay taken in a forked child.
+        if self._n_auto_threads == 0:
+            self._n_auto_threads = min(procfs.processors(), MOST_AUTO_THREADS)
+        return self._n_auto_threads
 
     def _n_registered(self, ranges: list[tuple[int, int]]) -> int:
         """Pages; some 0.5 us for each region there is."""
