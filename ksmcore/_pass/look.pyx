@@ -24,7 +24,7 @@ from ksmcore._kernel.maps cimport (
     vma_t,
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
-from ksmcore._pass.batch cimport batch_leave, intent
+from ksmcore._pass.batch cimport OPEN, batch_leave, intent
 from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.ranges cimport ranges_add, ranges_at
@@ -126,8 +126,17 @@ cdef void look_begin_pass(engine_core* c, bint patient) noexcept nogil:
         _take(c, &ignored)
 
 
+cdef bint _has_open(const engine_core* c) noexcept nogil:
+    cdef uint32_t i
+    for i in range(c.b.n_intents):
+        if c.b.intents[i].fate == OPEN:
+            return True
+    return False
+
+
 cdef bint _is_due(const engine_core* c) noexcept nogil:
-    """Is a look wanted before these intents are carried out? Sooner where one is in a region that no look has seen."""
+    """Is a look wanted before the open intents are carried out? Sooner where one is in a region that no look has
+    seen."""
     cdef uint64_t age_ns = sys_now_ns() - c.advice.seen_ns
     cdef bint is_fresh = age_ns < LOOK_SHARE * c.advice.cost_ns
     cdef const region_t* region
@@ -137,6 +146,8 @@ cdef bint _is_due(const engine_core* c) noexcept nogil:
     if is_fresh and c.regions.n_unseen == 0:
         return False
     for i in range(c.b.n_intents):
+        if c.b.intents[i].fate != OPEN:
+            continue
         region = regions_at(&c.regions, <uintptr_t>(c.b.intents[i].page_no * c.page_bytes))
         if region.flags & REGION_UNSEEN or not (is_fresh or region.looked):
             return True
@@ -144,18 +155,21 @@ cdef bint _is_due(const engine_core* c) noexcept nogil:
 
 
 cdef void look_at_intents(engine_core* c) noexcept nogil:
-    """Leave what must not be remapped, and give the rest the flags that its new mappings are to have."""
+    """Of the open intents, leave what must not be remapped, and give the rest the flags that its new mappings are to
+    have."""
     cdef intent* wanted
     cdef const region_t* region
     cdef uintptr_t addr, end
     cdef uint32_t i
     cdef bint some_left = False, is_unknown = False
-    if c.b.n_intents == 0:
+    if not _has_open(c):
         return
     if _is_due(c):
         is_unknown = _take(c, &c.b.err) != 0
     for i in range(c.b.n_intents):
         wanted = &c.b.intents[i]
+        if wanted.fate != OPEN:
+            continue
         addr = <uintptr_t>(wanted.page_no * c.page_bytes)
         region = regions_at(&c.regions, addr)
         if not is_unknown and region.bar == NOT_BARRED:

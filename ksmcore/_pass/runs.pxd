@@ -3,4 +3,5 @@
 from ksmcore._pass.batch cimport batch
 
 
-cdef int runs_flush(batch* b) noexcept nogil
+cdef void runs_choose(batch* b) noexcept nogil
+cdef int runs_carry_out(batch* b) noexcept nogil

@@ -1,8 +1,8 @@
 """From intents to runs: the batch of pages that are to be merged next, and how it is carried out.
 
-The scanner collects intents (this page -> that shared page). `runs_flush` sorts them by address and
+The scanner collects intents (this page -> that shared page). `runs_choose` sorts them by address and
 cuts them into runs, pages that are neighbours both in memory and in the store, so that one mapping
-serves a run. Then, in order: the map budget takes or leaves each run; shared pages that are still
+serves a run; the map budget takes or leaves each run. `runs_carry_out` then, in order: shared pages that are still
 wanted get their bytes; what is left, neighbours in memory together, goes through the merge protocol; what
 became of each page is accounted. A shared page with fewer than two sharers at the end is undone. A batch
 writes at most capacity / 2 pages to the store before it gives the merged pages back.
@@ -147,7 +147,7 @@ cdef uint32_t _other_of_pair(batch* b, uint32_t start, uint32_t end) noexcept no
     return other if other != start and blocks_pending(b, &b.intents[start]).n_in_run == 1 else start
 
 
-cdef void _choose(batch* b) noexcept nogil:
+cdef void _choose_runs(batch* b) noexcept nogil:
     """Take each run that the budget allows, leave the others; all, where no window may be opened. Pairs of single pages
     are taken or left as pairs: else the first ones would use up what the others cost.
 
@@ -301,14 +301,20 @@ cdef void _undo_halves(batch* b) noexcept nogil:
             b.counters.skipped.partner += 1
 
 
-cdef int runs_flush(batch* b) noexcept nogil:
-    """Carry out all intents. -1 when the guard failed to give a permission back (see b.err)."""
+cdef void runs_choose(batch* b) noexcept nogil:
+    """Leave the intents that the map budget has no room for, or that no window may be opened for."""
+    cdef uint64_t begun = sys_now_ns()
+    qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
+    _choose_runs(b)
+    blocks_give_up_unwanted(b, &b.counters.skipped.map_budget)
+    batch_end_stage(&b.counters.stage_ns.store, begun)
+
+
+cdef int runs_carry_out(batch* b) noexcept nogil:
+    """Carry out what was chosen. -1 when the guard failed to give a permission back (see b.err)."""
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
     b.n_doubted = 0
-    qsort(b.intents, b.n_intents, sizeof(intent), _by_page)
-    _choose(b)
-    blocks_give_up_unwanted(b, &b.counters.skipped.map_budget)
     blocks_write(b)
     blocks_settle(b)
     begun = batch_end_stage(&b.counters.stage_ns.store, begun)

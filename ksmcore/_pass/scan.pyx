@@ -5,7 +5,9 @@
     -> checksum                                      core.checksum
     -> rmap item                                     match_prepare
     -> stable, quiet, unstable tree, intent          match_page
-    -> runs, guard, store, account                   runs_flush
+    -> runs, and which of them the map budget allows runs_choose
+    -> what the program has advised                  look_at_intents
+    -> guard, store, account                         runs_carry_out
 
 A span, what one survey answers, goes through each stage before the next stage begins, and the lock is held that long.
 Nothing here needs the GIL; the caller holds the engine's lock.
@@ -28,7 +30,8 @@ forgotten once it was written.
 
 With smart_scan, pages that were looked at in vain again and again are looked at less often, down to every eighth
 pass. Whatever their ages, the passes in which they are looked at fall together every eighth time, and then they
-all meet.
+all meet. So do the pages that the map budget left out, while it has no more room: one of them may be part of a long
+run by then.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
@@ -48,7 +51,7 @@ from ksmcore._pass.match cimport (
     match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare, match_trust_changed,
 )
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
-from ksmcore._pass.runs cimport runs_flush
+from ksmcore._pass.runs cimport runs_carry_out, runs_choose
 from ksmcore._pass.state cimport IS_HUGE, IS_NEW, engine_core, state_page_of, stretch_t
 from ksmcore._pass.stretch cimport stretch_begin_span, stretch_guess
 from ksmcore._records.forest cimport forest_prefetch
@@ -82,6 +85,16 @@ cdef bint _rests(engine_core* c, uint32_t item) noexcept nogil:
         age >= <uint32_t>YOUNG and c.rmap.tags[item].state == PAGE_UNSHARED and not c.rmap.tags[item].quiet
         and c.counters.full_scans % (<uint64_t>1 << ((age - 1) // 2)) != 0
     )
+
+
+cdef uint64_t* _reason_to_rest(engine_core* c, uint32_t item) noexcept nogil:
+    """Why a page that could be looked at is not, as a field of the counters; or NULL."""
+    if c.rmap.tags[item].left_out:
+        if c.left_out_rests:
+            return &c.counters.skipped.map_budget
+    elif c.smart_scan and _rests(c, item):
+        return &c.counters.skipped.smart_scan
+    return NULL
 
 
 cdef bint _wants_look(engine_core* c, uint32_t item, const uint8_t* page, uint8_t flag) noexcept nogil:
@@ -128,6 +141,7 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
     cdef const page_range* there
     cdef const uint8_t* page
     cdef size_t k, i, n_gone, n_look = 0
+    cdef uint64_t* reason
     for k in range(c.survey.n_ranges):
         there = &c.survey.ranges[k]
         if not there.flags & PAGE_PRESENT:
@@ -151,8 +165,9 @@ cdef size_t _classify(engine_core* c, bint immediate, bint patient, size_t most)
                 continue
             if not _wants_look(c, item, page, there.flags):
                 continue
-            if c.smart_scan and not immediate and item != 0 and _rests(c, item):
-                c.counters.skipped.smart_scan += 1
+            reason = NULL if immediate or item == 0 else _reason_to_rest(c, item)
+            if reason != NULL:
+                reason[0] += 1
                 continue
             c.items[n_look] = item
             c.pages[n_look] = page
@@ -271,14 +286,21 @@ cdef int _scan_span(
         match_leave_store(c, region, n_look)
     batch_end_stage(&c.counters.stage_ns.trees, begun)
     sys_error_clear(&c.b.err)
-    look_at_intents(c)
-    rc = runs_flush(&c.b)
+    rc = _flush(c)
     if rc == 0 and c.b.n_doubted != 0:
         rc = _look_closer(c, n_look, immediate)
     quiet_after_flush(c)
     if rc != 0:
         err[0] = c.b.err
     return rc
+
+
+cdef int _flush(engine_core* c) noexcept nogil:
+    """Carry out the intents that are worth it. First what is worth it: where that is nothing, nobody need know what was
+    advised, which may take longer than all else."""
+    runs_choose(&c.b)
+    look_at_intents(c)
+    return runs_carry_out(&c.b)
 
 
 cdef uint8_t _was_new(const engine_core* c, uint32_t item, size_t n_look) noexcept nogil:
@@ -309,8 +331,7 @@ cdef int _look_closer(engine_core* c, size_t n_look, bint immediate) noexcept no
     for i in range(n):
         region = regions_at(&c.regions, <uintptr_t>c.pages[i])
         match_page(c, region, i, n, immediate)
-    look_at_intents(c)
-    rc = runs_flush(&c.b)
+    rc = _flush(c)
     c.stretch = stretch
     # Where its pages were a guess, so might be the next ones.
     c.stretch.n_pages = 0

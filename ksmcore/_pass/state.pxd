@@ -88,6 +88,7 @@ ctypedef struct engine_core:
     uint32_t n_idle_left         # slots that the last release had to leave idle
     batch b
     scan_counters counters
+    bint left_out_rests          # what the map budget left out is not looked at in this pass
     uint64_t merges_left         # in this batch; each page looked at makes one at most
     stretch_t stretch
     # one span's working memory: the answer of the survey, and of each page of it that is looked at

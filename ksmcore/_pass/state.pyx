@@ -11,6 +11,7 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pa
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_is_passing, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
+from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.forest cimport (
     forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
 )
@@ -22,6 +23,7 @@ from ksmcore._records.store cimport store_begin_pass, store_bytes, store_destroy
 cdef enum:
     LAST_EPOCH = 255           # rmap_tag.epoch has 8 bits, and 0 is in no tree
     NO_EPOCH = 256
+    ALL_MEET = 8               # passes, of which in one all pages are looked at
 
 
 cdef const uint8_t* state_page_of(const engine_core* c, uint32_t item) noexcept nogil:
@@ -154,7 +156,7 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 
 cdef void state_begin_pass(engine_core* c) noexcept nogil:
-    """Throw the unstable tree away; the items in it are told by their epoch, not visited."""
+    """Throw the unstable tree away; the items in it are told by their epoch, not visited. A census was taken before."""
     cdef size_t i, n_pages = 0
     for i in range(c.regions.n):
         n_pages += c.regions.all[i].n_pages
@@ -169,6 +171,8 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
         rmap_forget_epochs(&c.rmap)
         c.epoch = 1
         c.last_epoch = NO_EPOCH
+    # Of the whole pass or not at all: of two equal pages the one finds no partner while the other rests.
+    c.left_out_rests = c.counters.full_scans % ALL_MEET != 0 and not budget_affords(&c.budget, 2, 2)
     _forget_stretch(c)
 
 

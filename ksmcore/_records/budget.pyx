@@ -9,6 +9,8 @@ from libc.stdint cimport int64_t, uint32_t
 
 cdef enum:
     MAPS_BACK = 16             # the way back needs some six, and the store some of its own
+    LONG_HALVES = 128          # of a page for each mapping: a run that saves so much is worth what is kept for it, ...
+    KEPT_SHARE = 64            # ... one part in so many of the budget, for ever
 
 cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
@@ -37,8 +39,10 @@ cdef void budget_refresh(
 
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil:
     """Is what saves so many halves of a page worth so many mappings? A share of the budget is held back for what saves
-    more for each. The share shrinks with every pass that left pages behind, so that nothing of it is wasted."""
-    cdef int64_t reserve = 0
+    more for each. The share shrinks with every pass that left pages behind, so that nothing of it is wasted; but for
+    some mappings that only long runs get, a large array's copy of tomorrow: what was merged page by page could not be
+    taken back for that, since a page that is given its memory again is a mapping by itself as before."""
+    cdef int64_t reserve = 0, kept = budget.allowed // KEPT_SHARE if n_halves < LONG_HALVES * cost else 0
     if cost <= 0:
         return True
     if n_halves < cost:
@@ -49,4 +53,4 @@ cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halv
         reserve = budget.allowed // 4
     elif n_halves < 16 * cost:
         reserve = budget.allowed // 8
-    return budget.used + cost <= budget.allowed - (reserve >> budget.reserve_shift)
+    return budget.used + cost <= budget.allowed - max(reserve >> budget.reserve_shift, kept)

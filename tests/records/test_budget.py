@@ -30,6 +30,8 @@ FEW = 16
 ROOM = 6_000
 # Two pages in the midst of others: each one a mapping, and what it cuts off behind it.
 COST_OF_PAIR = 4
+# One part in so many of the budget is only for long runs, see budget.pyx.
+KEPT_SHARE = 64
 
 pytestmark = pytest.mark.skipif(
     LIMIT > 200_000, reason=f"vm.max_map_count is {LIMIT}: too many mappings to use up"
@@ -171,11 +173,12 @@ def test_program_works_after_all_was_merged():
         report = merge_all(engine)
         after, stats = n_maps(), engine.stats()
         assert_program_works(256 << 20)
-        # Half of what was free, and all of that is used.
+        # Half of what was free, and all of that is used, but for what is kept for long runs.
         half = (LIMIT - before) // 2
+        kept = half // KEPT_SHARE
         assert abs(stats.maps_allowed - half) <= FEW
-        assert stats.maps_used <= stats.maps_allowed + FEW
-        assert half - FEW <= after - before <= half + FEW
+        assert stats.maps_used <= stats.maps_allowed
+        assert half - kept - FEW <= after - before <= half + FEW
         assert pages.n_merged > half // 2
         assert pages.n_mergeable == 50_000
         pages.assert_all_accounted(report)
@@ -414,6 +417,46 @@ def test_left_pages_are_counted():
 @pytest.mark.xfail(reason="where a pair was left, a third page finds no twin, and is not counted")
 def test_left_pages_with_several_twins_are_counted():
     check_left(times=3)
+
+
+@alone
+def test_passes_over_what_is_left_out_cost_next_to_nothing():
+    """Not read but in one pass of eight; and what was advised is not asked for, which takes longer."""
+    with ksmcore.Engine(map_budget=100, smart_scan=False) as engine:
+        pages = Pages(engine, shuffled(900))
+        merge_all(engine, scan=True)
+        hashed, times = engine.stats().pages_hashed, 3
+        for _ in range(8 * times):
+            pages.assert_all_accounted(engine.scan())
+            assert engine._core.look_ns == 0
+        assert engine.stats().pages_left_out > 1_000
+        read = engine.stats().pages_hashed - hashed
+        assert engine.stats().pages_left_out * times <= read <= pages.n_mergeable * times
+        # As soon as there is room they are looked at.
+        engine.configure(map_budget=100_000)
+        engine.scan()
+        assert pages.n_merged == pages.n_mergeable
+        pages.assert_right()
+
+
+@alone
+def test_a_long_run_finds_room_after_many_short_ones():
+    budget = 6_400
+    for how in ("scan", "dedup"):
+        with ksmcore.Engine(map_budget=budget) as engine:
+            short = Pages(engine, shuffled(6_000))
+            merge_all(engine, scan=how == "scan")
+            assert short.n_merged < short.n_mergeable
+            assert engine.stats().maps_used >= budget - budget // KEPT_SHARE - FEW
+            long = [Pages(engine, np.arange(10**6, 10**6 + 3_000, dtype=np.uint64)) for _ in "ab"]
+            report = merge_all(engine, scan=how == "scan")
+            assert engine.stats().pages_shared >= 3_000
+            assert short.n_merged - len(long[0].tails) * 2 < short.n_mergeable
+            left = short.n_mergeable + 2 * 3_000 - short.n_merged
+            assert report.skipped["map_budget"] == left
+            assert engine.stats().maps_used <= budget
+            for pages in (short, *long):
+                pages.assert_right()
 
 
 # ---- leaving -------------------------------------------------------------------------------------
