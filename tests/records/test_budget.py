@@ -421,7 +421,7 @@ def test_left_pages_with_several_twins_are_counted():
 
 @alone
 def test_passes_over_what_is_left_out_cost_next_to_nothing():
-    """Not read but in one pass of eight; and what was advised is not asked for, which takes longer."""
+    """Not read but in one pass of eight; and what was advised, which takes longer, is not asked."""
     with ksmcore.Engine(map_budget=100, smart_scan=False) as engine:
         pages = Pages(engine, shuffled(900))
         merge_all(engine, scan=True)
@@ -451,7 +451,6 @@ def test_a_long_run_finds_room_after_many_short_ones():
             long = [Pages(engine, np.arange(10**6, 10**6 + 3_000, dtype=np.uint64)) for _ in "ab"]
             report = merge_all(engine, scan=how == "scan")
             assert engine.stats().pages_shared >= 3_000
-            assert short.n_merged - len(long[0].tails) * 2 < short.n_mergeable
             left = short.n_mergeable + 2 * 3_000 - short.n_merged
             assert report.skipped["map_budget"] == left
             assert engine.stats().maps_used <= budget
