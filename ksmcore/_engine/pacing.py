@@ -11,15 +11,16 @@ Two ways, by the settings:
 
 `max_cpu` holds in both: after each batch as much time must have gone by as its share asks for. What
 a sleep was too long is made up for in the next one. By hand, each pass that found nothing, and met
-little that it had not met before, halves that share for the next one, down to a 32nd; whatever is
-found, or new, gives all of it back. Where the rests are 0 it stays.
+little that it had not met before, halves that share for the next one, down to a 32nd, and to an
+eighth of that while the program's own threads have all processors; whatever is found, or new, gives
+all of it back. Where the rests are 0 it stays.
 """
 
 from __future__ import annotations
 
 from ksmcore._engine.settings import Settings
 
-__all__ = ["Pacer", "young_seconds"]
+__all__ = ["Pacer", "are_wanted", "young_seconds"]
 
 # An idle pass costs this part of a processor at most, and is waited for so many seconds at most.
 IDLE_SHARE = 1 / 300
@@ -28,6 +29,9 @@ LONGEST_REST_SECONDS = 60.0
 BATCH_SECONDS = 0.02
 LEAST_BATCH_PAGES = 64
 MOST_HALVINGS = 5
+# Where the program has this part of all processors, what is left is not the scanner's.
+WANTED_SHARE = 0.9
+HALVINGS_WHERE_WANTED = 3
 # What was allocated less than so many rests ago is left alone, or so long ago.
 YOUNG_RESTS = 50
 YOUNG_SECONDS = 1.0
@@ -43,6 +47,11 @@ def young_seconds(settings: Settings) -> float:
     if settings.target_scan_time is not None:
         return YOUNG_SECONDS
     return min(YOUNG_RESTS * settings.sleep_millisecs / 1000, YOUNG_SECONDS)
+
+
+def are_wanted(cpu_seconds: float, seconds: float, n_processors: int) -> bool:
+    """Does the program want all its processors, having had so much of them in that time?"""
+    return cpu_seconds >= WANTED_SHARE * n_processors * seconds > 0
 
 
 class Pacer:
@@ -76,15 +85,18 @@ class Pacer:
         part_done: float,
         *,
         was_fruitful: bool,
+        is_crowded: bool = False,
     ) -> float:
         """Seconds to rest after a batch that took so much of a processor; `part_done` of the pass
-        is behind it, 0 to 1."""
+        is behind it, 0 to 1. `is_crowded`: the program's threads want all processors."""
         self._pass_cpu_seconds += cpu_seconds
         if was_fruitful:
             self._n_fruitless = -1  # this pass is none
         seconds = cpu_seconds * 100 / settings.max_cpu
         if settings.target_scan_time is None and settings.sleep_millisecs > 0:
-            seconds *= 2 ** min(max(self._n_fruitless, 0), MOST_HALVINGS)
+            halvings = min(max(self._n_fruitless, 0), MOST_HALVINGS)
+            halvings += HALVINGS_WHERE_WANTED if is_crowded and halvings > 0 else 0
+            seconds *= 2**halvings
         self._owe(seconds, now)
         if settings.target_scan_time is None:
             wanted = settings.sleep_millisecs / 1000

@@ -21,7 +21,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ksmcore._engine.hidden_thread import Bell, HiddenThread, hide
-from ksmcore._engine.pacing import Pacer, young_seconds
+from ksmcore._engine.pacing import Pacer, are_wanted, young_seconds
 from ksmcore._engine.passes import (
     END_OF_MEMORY,
     Begun,
@@ -29,7 +29,7 @@ from ksmcore._engine.passes import (
     NotNowError,
     Passes,
 )
-from ksmcore._kernel import forks
+from ksmcore._kernel import forks, procfs
 
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
@@ -76,6 +76,9 @@ class Scanner:
         self._pacer = Pacer()
         self._cpu_at = 0.0
         self._helper_seconds = 0.0
+        # After the last batch: the time, the program's processor time, and its processors.
+        self._program_at = 0.0, 0.0
+        self._n_processors = 1
         # Between two passes it is None; END_OF_MEMORY in the rest after the last batch.
         self._cursor: int | None = None
         self._begun: Begun | None = None
@@ -183,6 +186,7 @@ class Scanner:
 
     def _work(self) -> bool:
         self._cpu_at = began = self._spent()
+        self._program_at = time.monotonic(), time.process_time()
         before = self.cpu_seconds
         while self._is_wanted():
             if self._resting is None:
@@ -239,6 +243,7 @@ class Scanner:
             if self._cursor is None:
                 self._begun = passes.begin_batches()
                 self._pacer.begin_pass(time.monotonic())
+                self._n_processors = procfs.processors()
                 self._cursor = 0
             self._is_resting = False
             batch_pages = self._pacer.batch_pages(settings, n_pages)
@@ -249,11 +254,18 @@ class Scanner:
         n_done, n_pages = passes.pages_before(self._cursor)
         # All that this thread has spent since the last batch, passes begun and ended included.
         self._helper_seconds = passes.helper_seconds
-        now = self._spent()
-        cpu_seconds, self._cpu_at = now - self._cpu_at, now
-        part_done = n_done / max(n_pages, 1)
+        spent, now, program = self._spent(), time.monotonic(), time.process_time()
+        cpu_seconds, self._cpu_at = spent - self._cpu_at, spent
+        (program_before, cpu_before), self._program_at = self._program_at, (now, program)
         return self._pacer.rest(
-            settings, time.monotonic(), cpu_seconds, part_done, was_fruitful=was_fruitful
+            settings,
+            now,
+            cpu_seconds,
+            n_done / max(n_pages, 1),
+            was_fruitful=was_fruitful,
+            is_crowded=are_wanted(
+                program - cpu_before - cpu_seconds, now - program_before, self._n_processors
+            ),
         )
 
     def _spent(self) -> float:

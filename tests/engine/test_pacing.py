@@ -3,7 +3,13 @@
 import pytest
 
 from ksmcore import Settings
-from ksmcore._engine.pacing import IDLE_SHARE, LONGEST_REST_SECONDS, LOOK_RESTS, Pacer
+from ksmcore._engine.pacing import (
+    IDLE_SHARE,
+    LONGEST_REST_SECONDS,
+    LOOK_RESTS,
+    Pacer,
+    are_wanted,
+)
 
 OVERSLEEPING = 0.0002  # what a sleep takes longer than asked
 
@@ -16,6 +22,7 @@ class Simulated:
         self.n_pages = n_pages
         self.page_seconds = page_seconds
         self.is_fruitful = False
+        self.is_crowded = False
         self.pacer = Pacer()
         self.now = 1000.0
         self.cpu = 0.0
@@ -38,6 +45,7 @@ class Simulated:
                 seconds,
                 done / self.n_pages,
                 was_fruitful=self.is_fruitful,
+                is_crowded=self.is_crowded,
             )
             assert rest >= 0
             self.now += rest + OVERSLEEPING
@@ -131,3 +139,28 @@ def test_what_finds_nothing_costs_less_and_less_until_it_does(sleep_millisecs):
     assert share() == pytest.approx(shares[0], rel=0.1)
     simulated.is_fruitful = False
     assert share() == pytest.approx(shares[1], rel=0.3)
+
+
+def test_what_finds_nothing_costs_next_to_nothing_while_the_program_wants_all_processors():
+    simulated = Simulated(Settings(sleep_millisecs=20, max_cpu=64), 250_000, 2e-6)
+
+    def share():
+        seconds, cpu = simulated.make_pass()
+        return cpu / seconds
+
+    simulated.is_fruitful = simulated.is_crowded = True
+    assert share() == pytest.approx(0.27, rel=0.3)  # something is found: nothing changes
+    simulated.is_fruitful = False
+    shares = [share() for _ in range(8)]
+    assert shares[-1] == pytest.approx(0.02 / 8, rel=0.2)
+    simulated.is_crowded = False
+    assert share() == pytest.approx(0.02, rel=0.2)
+
+
+def test_all_processors_are_wanted_by_whoever_has_nearly_all_of_them():
+    assert are_wanted(1.9, 1.0, 2)
+    assert not are_wanted(1.7, 1.0, 2)
+    assert are_wanted(0.95, 1.0, 1)
+    # No time has gone by; or what the scanner has had is more than was told of the process.
+    assert not are_wanted(0.0, 0.0, 1)
+    assert not are_wanted(-0.001, 0.01, 1)

@@ -15,6 +15,7 @@ from helpers.memory import PAGE
 from helpers.processes import run_python
 from helpers.waiting import WAIT_SECONDS, wait_until
 from ksmcore._engine.scanner import LOOK_SECONDS
+from ksmcore._kernel import procfs
 from ksmcore._testing import hooks
 
 
@@ -124,6 +125,25 @@ class TestLife:
             assert not quick._parts.scanner._is_resting
         assert looks[0] == 0
         assert all(np.array_equal(array, source) for array in arrays)
+
+    @pytest.mark.parametrize("is_busy", [False, True])
+    def test_it_sees_whether_the_program_wants_all_processors(
+        self, quick, full_buffer, monkeypatch, is_busy
+    ):
+        told = []
+
+        def rest(self, *_, is_crowded, **__):
+            told.append(is_crowded)
+            return 0.001
+
+        n_processors = procfs.processors()
+        speed = 1000 * n_processors if is_busy else 0.1
+        monkeypatch.setattr(time, "process_time", lambda: time.monotonic() * speed)
+        monkeypatch.setattr("ksmcore._engine.pacing.Pacer.rest", rest)
+        quick.register(full_buffer())
+        with quick.start():
+            wait_until(lambda: len(told) > 2)
+        assert set(told) == {is_busy}
 
     def test_close_stops_it(self, rng):
         engine = ksmcore.Engine(run=1, sleep_millisecs=0)
