@@ -11,7 +11,7 @@ from ksmcore._kernel.pagemap cimport SPAN_PAGES, pagemap_close, pagemap_open, pa
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_is_passing, sys_page_bytes
 from ksmcore._kernel.tracker cimport tracker_close, tracker_open
 from ksmcore._pass.batch cimport batch_destroy, batch_init, batch_stable_page
-from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.budget cimport budget_is_used_up
 from ksmcore._records.forest cimport (
     forest_bytes, forest_clear, forest_destroy, forest_erase, forest_expect, forest_holds, forest_init,
 )
@@ -172,7 +172,7 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
         c.epoch = 1
         c.last_epoch = NO_EPOCH
     # Of the whole pass or not at all: of two equal pages the one finds no partner while the other rests.
-    c.left_out_rests = c.counters.full_scans % ALL_MEET != 0 and not budget_affords(&c.budget, 2, 2)
+    c.left_out_rests = c.counters.full_scans % ALL_MEET != 0 and budget_is_used_up(&c.budget)
     _forget_stretch(c)
 
 

@@ -11,6 +11,8 @@ cdef enum:
     MAPS_BACK = 16             # the way back needs some six, and the store some of its own
     LONG_HALVES = 128          # of a page for each mapping: a run that saves so much is worth what is kept for it, ...
     KEPT_SHARE = 64            # ... one part in so many of the budget, for ever
+    SPENT_SHIFT = 6            # from here on next to nothing is held back for later
+    MAPS_OF_PAIR = 4           # two pages alone, of which one is saved
 
 cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
@@ -54,3 +56,8 @@ cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halv
     elif n_halves < 16 * cost:
         reserve = budget.allowed // 8
     return budget.used + cost <= budget.allowed - max(reserve >> budget.reserve_shift, kept)
+
+
+cdef bint budget_is_used_up(const map_budget* budget) noexcept nogil:
+    """Is it of no use to look again at what was left out, long runs aside?"""
+    return budget.reserve_shift >= SPENT_SHIFT and not budget_affords(budget, MAPS_OF_PAIR, 2)

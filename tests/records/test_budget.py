@@ -297,20 +297,26 @@ def corpora():
 
 
 @alone
-def test_restored_memory_stays_in_pieces_and_is_counted_so():
-    """It was moved to where it is, and so fuses with none of its neighbours."""
+def test_restored_memory_is_counted_as_the_pieces_it_is():
+    """It was moved to where it is, and so fuses with none of its neighbours, but where little lies
+    between: there all of it is moved."""
     n_pairs = 300
     random = np.random.default_rng(SEED)  # loads libraries
     before = smaps.count_maps()
-    with ksmcore.Engine(map_budget=2_000) as engine:
-        pages = engine.empty((4 * n_pairs, PAGE), np.uint8)
-        pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
-        pages[2 * n_pairs :: 2] = pages[: 2 * n_pairs : 2]
-        for change in (engine.dedup, engine.unmerge):
-            change()
-            assert engine.stats().maps_used >= 2 * n_pairs
+    for distance, most, least in ((2, FEW, 0), (20, 4 * n_pairs + FEW, 4 * n_pairs)):
+        with ksmcore.Engine(map_budget=2_000) as engine:
+            pages = engine.empty((2 * distance * n_pairs, PAGE), np.uint8)
+            pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
+            first, second = pages[: len(pages) // 2 : distance], pages[len(pages) // 2 :: distance]
+            second[:] = first
+            engine.dedup()
+            assert engine.stats().maps_used >= 4 * n_pairs
             assert abs(smaps.count_maps() - before - engine.stats().maps_used) <= FEW
-        assert engine.stats().pages_sharing == 0
+            engine.unmerge()
+            assert least <= engine.stats().maps_used <= most
+            assert abs(smaps.count_maps() - before - engine.stats().maps_used) <= FEW
+            assert engine.stats().pages_sharing == 0
+            assert np.array_equal(first, second)
 
 
 @alone
@@ -425,10 +431,15 @@ def test_passes_over_what_is_left_out_cost_next_to_nothing():
     with ksmcore.Engine(map_budget=100, smart_scan=False) as engine:
         pages = Pages(engine, shuffled(900))
         merge_all(engine, scan=True)
+        # A census may find a mapping to spare yet.
+        n_idle = 0
+        while n_idle < 9:
+            n_idle = 0 if engine.scan().pages_merged else n_idle + 1
         hashed, times = engine.stats().pages_hashed, 3
         for _ in range(8 * times):
-            pages.assert_all_accounted(engine.scan())
-            assert engine._core.look_ns == 0
+            report = engine.scan()
+            pages.assert_all_accounted(report)
+            assert report.pages_merged > 0 or engine._core.look_ns == 0
         assert engine.stats().pages_left_out > 1_000
         read = engine.stats().pages_hashed - hashed
         assert engine.stats().pages_left_out * times <= read <= pages.n_mergeable * times
