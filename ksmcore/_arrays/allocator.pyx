@@ -113,7 +113,7 @@ cdef object _capsule(size_t threshold_bytes, bint as_default):
 
 
 def begin(core, bint wants_huge):
-    """Have memory registered with this core (None: with nobody) from now on. Once."""
+    """Have memory registered with this core from now on. Once."""
     arena_begin(core, wants_huge)
 
 

@@ -41,9 +41,12 @@ _begun = False
 
 
 class Home(Protocol):
-    """The engine that the arena registers its memory with."""
+    """The engine that the arena registers its memory with. One that is disabled registers nothing;
+    then memory is left to whoever has it without ksmcore."""
 
-    def _adopt(self, tidy: Callable[[bool, float], object]) -> Core | None: ...
+    _disabled: bool
+
+    def _adopt(self, tidy: Callable[[bool, float], object]) -> Core: ...
 
 
 def _checked(value: SupportsIndex, name: str = "threshold_bytes", least: int = 1) -> int:
@@ -101,6 +104,8 @@ class Allocator:
         self._engine = engine
 
     def __enter__(self) -> None:
+        if self._engine._disabled:
+            return
         if _begin(self._engine):
             _set_limits(None)
         before = allocator.use_here(self._threshold_bytes)
@@ -115,7 +120,7 @@ class Allocator:
         blocks = _blocks.get()
         place = max((i for i, (whose, _) in enumerate(blocks) if whose is self), default=None)
         if place is None:
-            return  # entered in another context, in which it stays
+            return  # disabled; or entered in another context, in which it stays
         (_, before), inner = blocks[place], blocks[place + 1 :]
         if inner:
             # Left before one that was entered later: that is to bring back what this one would.
@@ -137,6 +142,8 @@ def install(
         max_free_bytes = _checked(max_free_bytes, "max_free_bytes", 0)
     if which not in ("numpy", "all"):
         raise ValueError(f"memory must be 'numpy' or 'all', not {which!r}")
+    if engine._disabled:
+        return
     reason = memory.missing() if which == "all" else None
     if reason is None:
         _begin(engine)

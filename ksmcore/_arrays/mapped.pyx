@@ -299,10 +299,10 @@ cdef void mapped_swap_limits(size_t* most_free_bytes, uint64_t* decay_ns) noexce
 # ---- life -------------------------------------------------------------------------------------------
 
 cdef int mapped_begin(Registry core) except -1:
-    """Register chunks with this core from now on; None: with nobody. It is kept for ever, since memory may be given
-    back until the very end of the process."""
+    """Register chunks with this core from now on. It is kept for ever, since memory may be given back until the very
+    end of the process."""
     global mapped_core
-    if core is not None and <void*>core != mapped_core:
+    if <void*>core != mapped_core:
         if mapped_core != NULL:
             raise ValueError("the arena registers its memory with another core already")
         Py_INCREF(core)

@@ -376,11 +376,10 @@ class Engine(Closing):
         """
         return changed(self._open().registrar, copy, since)
 
-    def _adopt(self, tidy: Callable[[bool, float], object]) -> Core | None:
-        """For the arena: what its memory is to be registered with (None: nothing, see
-        KSMCORE_DISABLE); it is tidied before passes."""
+    def _adopt(self, tidy: Callable[[bool, float], object]) -> Core:
+        """For the arena: what its memory is to be registered with; it is tidied before passes."""
         self._open().in_force.tidiers.append(tidy)
-        return None if self._disabled else self._core
+        return self._core
 
     # ---- numbers ------------------------------------------------------------------------------
 

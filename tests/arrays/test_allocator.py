@@ -618,14 +618,21 @@ def test_a_closed_engine_leaves_its_arrays_as_they_are():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_disabled_it_registers_nothing():
+def test_disabled_it_leaves_memory_alone():
     done = run_python(
         """
         import numpy as np
         import ksmcore
-        from ksmcore._testing.arena import is_here
-        with ksmcore.allocator():
+        from ksmcore._arrays import arena
+        with ksmcore.allocator(), ksmcore.allocator(1):
             arrays = [np.ones(1 << 20, np.uint8) for _ in range(10)]
+        ksmcore.install_allocator(1 << 16)
+        arrays.append(np.ones(1 << 20, np.uint8))
+        if ksmcore.features()["memory"] is None:
+            ksmcore.install_allocator(1 << 16, memory="all")
+        arrays.append(np.frombuffer(bytearray(b"\\1") * (1 << 20), np.uint8))
+        assert arena.numbers()["chunks"] == 0
+        ksmcore.uninstall_allocator()
         assert ksmcore.dedup().bytes_saved == 0
         assert ksmcore.stats().regions == 0
         assert all((array == 1).all() for array in arrays)
