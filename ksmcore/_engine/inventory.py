@@ -249,12 +249,18 @@ def _pages_outside(process: Outside, ranges: list[tuple[int, int]]) -> Iterator[
 def _memory(homes: NDArray[np.uint64]) -> int:
     """Pages of physical memory."""
     n_own = int(np.count_nonzero(homes == 1))
-    return n_own + len(np.unique(homes[homes != 1]))
+    return n_own + _n_different(homes[homes != 1])
 
 
 def _contents(keys: NDArray[np.uint64]) -> int:
     """Different contents that would remain: none for zeros."""
-    return len(np.unique(keys[keys != ZERO]))
+    return _n_different(keys[keys != ZERO])
+
+
+def _n_different(numbers: NDArray[np.uint64]) -> int:
+    """As many as `np.unique` finds, which imports numpy.ma for it."""
+    ordered = np.sort(numbers)
+    return min(len(ordered), 1) + int(np.count_nonzero(ordered[1:] != ordered[:-1]))
 
 
 def _in_several(all_keys: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:

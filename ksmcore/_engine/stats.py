@@ -218,9 +218,9 @@ def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
     """
     totals = smaps.smaps_rollup()
     unsharing = 0
-    for vma in smaps.Snapshot().vmas_in(0, 1 << 64):
+    for vma in smaps.Snapshot().vmas_of(STORE_PATH):
         # The engine's own views of the store are read-only.
-        if vma.path.startswith(STORE_PATH) and vma.writable:
+        if vma.writable:
             unsharing += (vma.end - vma.start) - vma.anonymous - vma.swap
     held = 0
     for fd in store_fds:

@@ -188,13 +188,21 @@ class Snapshot:
         low = max(bisect.bisect_right(self._starts, start) - 1, 0)
         high = bisect.bisect_left(self._starts, end)
         if self._parsed_range != (low, high):
-            text = os.fsdecode(b"".join(self._chunks[low:high]))
-            # The kernel writes a newline in a file name as \012, but leaves alone other
-            # characters at which splitlines() would break.
-            lines = text.removesuffix("\n").split("\n") if text else []
-            self._parsed = list(parse_smaps(lines))
+            self._parsed = _parsed(self._chunks[low:high])
             self._parsed_range = (low, high)
         return [vma for vma in self._parsed if vma.start < end and vma.end > start]
+
+    def vmas_of(self, path: str) -> list[Vma]:
+        """The mappings of files whose path begins so, lowest first: few, of many."""
+        found = _parsed([chunk for chunk in self._chunks if os.fsencode(path) in chunk])
+        return [vma for vma in found if vma.path.startswith(path)]
+
+
+def _parsed(chunks: list[bytes]) -> list[Vma]:
+    text = os.fsdecode(b"".join(chunks))
+    # The kernel writes a newline in a file name as \012, but leaves alone other characters at
+    # which splitlines() would break.
+    return list(parse_smaps(text.removesuffix("\n").split("\n") if text else []))
 
 
 def _chunks_of(path: str) -> Iterator[tuple[int, bytes]]:

@@ -101,8 +101,9 @@ class Session(Companion):
         """Takes the numbers and writes the reports; what goes wrong with those is told too."""
         try:
             self._engine._now().passes.tidy(idle_only=False)
-            figures = {**self._source.snapshot(), "exit_status": exit_status}
-            if not self._options.quiet or self._options.json is not None:
+            figures = {**self._source.snapshot(), "exit_status": exit_status, "elsewhere": None}
+            is_told = not self._options.quiet or self._options.json is not None
+            if is_told and not figures["disabled"]:
                 figures["elsewhere"] = elsewhere(self._engine, figures["seconds"])
         except Exception as error:
             return [f"ksmcore: no summary: {error!r}"]

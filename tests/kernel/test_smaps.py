@@ -272,3 +272,24 @@ def test_rollup_is_summed_up_where_the_kernel_has_none(monkeypatch):
     summed = smaps.smaps_rollup()
     assert set(summed) >= {"Rss", "Pss", "Anonymous"}
     assert summed["Rss"] == pytest.approx(expected["Rss"], rel=0.2)
+
+
+def test_mappings_of_a_path_are_found_among_many():
+    fds = [os.memfd_create(name) for name in ("ksmcore-test-a", "ksmcore-test-b", "other")]
+    maps = []
+    try:
+        for fd in fds:
+            os.ftruncate(fd, 8 * PAGE)
+            maps += [mmap.mmap(fd, 8 * PAGE) for _ in range(40)]
+        snapshot = smaps.Snapshot()
+        for path, n in (("/memfd:ksmcore-test-", 80), ("/memfd:ksmcore-test-b", 40), ("none", 0)):
+            found = snapshot.vmas_of(path)
+            assert sum(vma.end - vma.start for vma in found) == n * 8 * PAGE
+            assert found == [
+                vma for vma in snapshot.vmas_in(0, 1 << 64) if vma.path.startswith(path)
+            ]
+    finally:
+        for one in maps:
+            one.close()
+        for fd in fds:
+            os.close(fd)
