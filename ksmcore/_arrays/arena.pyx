@@ -186,6 +186,16 @@ cdef bint arena_give(void* memory) noexcept nogil:
     return True
 
 
+cdef void _make_young(uint32_t entry, uintptr_t addr) noexcept nogil:
+    """What changes its length will mostly do so again. By then nothing of it is to be merged: that could not be moved,
+    and would be copied."""
+    cdef uint32_t now = chunks_time(sys_now_ns())
+    if mapped_table.all[entry].tags == NULL:
+        mapped_table.all[entry].taken_at = now
+    else:
+        chunks_tag(&mapped_table, chunks_page(&mapped_table, entry, addr)).next = now
+
+
 cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
     """Give back the pages behind the first len_bytes > 0 bytes, where that can be. False: it cannot, and is worth a
     move to somewhere else."""
@@ -208,6 +218,7 @@ cdef bint arena_shrink(void* memory, size_t len_bytes) noexcept nogil:
         before = chunks_tag(&mapped_table, first).n_pages
         if n_pages < before:
             chunks_give(&mapped_table, first + <uint32_t>n_pages, before - n_pages)
+    _make_young(entry, <uintptr_t>memory)
     mapped_unlock()
     return stays
 
@@ -230,6 +241,7 @@ cdef bint arena_grow(void* memory, size_t len_bytes) noexcept nogil:
         grown = chunks_extend(
             &mapped_table, chunks_page(&mapped_table, entry, <uintptr_t>memory), n_pages, chunks_time(sys_now_ns())
         )
+    _make_young(entry, <uintptr_t>memory)
     mapped_unlock()
     return grown
 

@@ -136,6 +136,43 @@ def test_what_grows_while_it_is_merged_keeps_its_bytes():
     """)
 
 
+@pytest.mark.parametrize("mib", [5, 40])
+def test_a_block_that_grows_is_young_again(mib):
+    """In place: what was merged of it could not be moved when it grows on. On a machine that stalls
+    it may have aged again before it is looked at; then it is given longer."""
+    passes(
+        """
+        import time
+        engine = ksmcore.default_engine()
+        size = int(sys.argv[1]) * MIB
+
+        def young(seconds):
+            passes = engine._now().passes
+            passes.tidy(idle_only=True, young_seconds=seconds)
+            before = engine.stats()
+            begun = passes.begin_batches()
+            passes.make_batch(0, 1 << 40)
+            passes.end_batches(begun)
+            return engine.stats().skipped["young"] - before.skipped["young"]
+
+        for attempt in range(8):
+            seconds = 0.1 * 2**attempt
+            block = bytearray(os.urandom(size))
+            made = time.monotonic()
+            block += b"x"  # with room from here on
+            time.sleep(max(made + 1.2 * seconds - time.monotonic(), 0))
+            before = young(seconds)
+            block += bytes(len(block) // 7)  # more than Python itself has kept room for
+            gained = young(seconds) - before
+            if gained >= size // 4096:
+                break
+        else:
+            raise AssertionError(f"{gained} pages were young")
+        """,
+        mib,
+    )
+
+
 def test_given_back_after_it_was_undone():
     passes("""
         block = bytes(3 * MIB)
