@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsIndex
 
 from ksmcore._arrays import allocator, arena, memory
+from ksmcore._kernel.per_process import PerProcess
 from ksmcore._kernel.procfs import available_bytes
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ FREE_SHARE = 1 / 8
 # for all allocators: each may be entered in several contexts at a time.
 _blocks: ContextVar[tuple[tuple[Allocator, object], ...]] = ContextVar("ksmcore_blocks", default=())
 
-_beginning = threading.Lock()
+_beginning = PerProcess(threading.Lock)
 _begun = False
 
 
@@ -59,7 +60,7 @@ def _checked(value: SupportsIndex, name: str = "threshold_bytes", least: int = 1
 def _begin(engine: Home) -> bool:
     """Tie the arena to the default engine, once. Was it now?"""
     global _begun
-    with _beginning:
+    with _beginning.get():
         if _begun:
             return False
         allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())

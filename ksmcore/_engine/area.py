@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, overload
 
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.stats import RegionStats
+from ksmcore._kernel.per_process import PerProcess
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -49,7 +50,8 @@ class Area(Closing):
         # What `register` made stays registered, as every region does that is not closed.
         self._ends_when_collected = regions is None
         self._most_kept = 16  # closed ones are dropped once there are so many
-        self._lock = threading.RLock()  # a finaliser may run while its own thread holds it
+        # A finaliser may run while its own thread holds it, a child be forked while another does.
+        self._lock = PerProcess(threading.RLock)
         self._closed = False
 
     @overload
@@ -63,7 +65,7 @@ class Area(Closing):
         """
         self._check_open()
         made = self._engine.register(buffer, privatize=privatize)
-        with self._lock:
+        with self._lock.get():
             if not self._closed:
                 self._regions.update(made.regions if isinstance(made, Area) else [made])
                 if isinstance(made, Area):
@@ -84,7 +86,7 @@ class Area(Closing):
     @property
     def regions(self) -> tuple[Region, ...]:
         """Its open regions, by address."""
-        with self._lock:
+        with self._lock.get():
             return tuple(sorted((r for r in self._regions if not r.closed), key=lambda r: r.addr))
 
     def stats(self) -> RegionStats:
@@ -104,7 +106,7 @@ class Area(Closing):
                 closed; the area stays open with those that could not be.
         """
         failed: Exception | None = None
-        with self._lock:
+        with self._lock.get():
             self._closed = True
             for region in list(self._regions):
                 try:

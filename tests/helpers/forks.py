@@ -286,3 +286,32 @@ def life_of_a_worker(seed: int, given: np.ndarray) -> np.ndarray:
     assert ksmcore.dedup(*memory.arrays).pages_merged == given.nbytes // PAGE * 2
     memory.check()
     return memory.arrays[0][::-1]
+
+
+class Paused:
+    """A function that another thread calls and does not come back from until it is let go."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function = function
+        self.reached = threading.Event()
+        self.may_go = threading.Event()
+        self.pid = os.getpid()
+
+    def __call__(self, *arguments: object) -> object:
+        if os.getpid() == self.pid:
+            self.reached.set()
+            self.may_go.wait()
+        return self.function(*arguments)
+
+
+@contextlib.contextmanager
+def another_is_in(paused: Paused, act: Callable[[], object]) -> Iterator[None]:
+    """A thread does this, and has come to what is paused."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        paused.reached.wait()
+        yield
+    finally:
+        paused.may_go.set()
+        thread.join()

@@ -12,6 +12,8 @@ from helpers.forks import (
     THREADS_RUN,
     Child,
     Memory,
+    Paused,
+    another_is_in,
     exit_code,
     finish,
     fork,
@@ -19,6 +21,7 @@ from helpers.forks import (
     scanning,
 )
 from helpers.memory import PAGE, random_pages
+from helpers.processes import run_python
 from helpers.waiting import wait_until
 from ksmcore._testing import hooks
 
@@ -176,3 +179,49 @@ def test_children_that_stay_for_a_while(engine, memory):
     finally:
         for child in children:
             child.__exit__()
+
+
+def test_while_an_area_is_being_closed(engine, memory, monkeypatch):
+    """Whatever it waits for: to make large regions plain again takes long."""
+    area = engine.area()
+    buffer = bytearray(random_pages(50, 6))
+    region = area.register(buffer)
+    paused = Paused(type(region).close)
+    monkeypatch.setattr(type(region), "close", lambda self: paused(self))
+
+    def work() -> None:
+        assert area.regions == ()
+        area.close()
+        with engine.area() as own:
+            own.register(bytearray(random_pages(51, 6)))
+
+    with another_is_in(paused, area.close):
+        assert in_child(work) == 0
+    assert region.closed
+    assert buffer == random_pages(50, 6).tobytes()
+
+
+def test_while_the_allocator_is_being_installed():
+    """For the first time."""
+    done = run_python(
+        """
+        import numpy as np
+        import ksmcore
+        from helpers.forks import Paused, another_is_in, in_child
+        from ksmcore._arrays import installing
+
+        def work():
+            ksmcore.install_allocator()
+            with ksmcore.allocator():
+                assert np.ones(1 << 20, np.uint8).all()
+
+        paused = installing._numpy_wants_huge = Paused(installing._numpy_wants_huge)
+        with another_is_in(paused, ksmcore.install_allocator):
+            assert in_child(work) == 0
+        assert ksmcore.stats().regions == 0
+        kept = np.ones(1 << 20, np.uint8)
+        assert ksmcore.stats().regions == 1
+        """,
+        flags=("-W", "ignore::DeprecationWarning"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
