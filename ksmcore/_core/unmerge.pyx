@@ -11,9 +11,7 @@ from ksmcore._core.census cimport census_of_range
 from ksmcore._core.release cimport release_if_worth
 from ksmcore._guard.merge cimport merge_empty_range, merge_restore_range, run_t
 from ksmcore._guard.window cimport guard_kind
-from ksmcore._kernel.pagemap cimport (
-    PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query,
-)
+from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pass.batch cimport batch_drop_sharer, batch_lie_over
 from ksmcore._pass.look cimport look_before_restoring, look_flags
@@ -24,9 +22,6 @@ from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
 from ksmcore._records.regions cimport region_t, regions_end_of
 from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_slot, rmap_step, rmap_walk, rmap_walk_over
 from ksmcore._records.store cimport store_lose
-
-cdef enum:
-    FUSED_PAGES = 16           # most pages between two restored runs that are copied, so that all is one mapping again
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -51,73 +46,6 @@ cdef bint unmerge_is_due(engine_core* c, const region_t* region) noexcept nogil:
     return False
 
 
-# Runs that were restored, with few pages between one and the next.
-ctypedef struct cluster_t:
-    uintptr_t addr
-    uintptr_t end
-    uintptr_t limit              # the flags are the same up to here
-    int flags
-    size_t n_runs
-
-
-cdef size_t _pages_there(engine_core* c, uintptr_t addr, uintptr_t end) noexcept nogil:
-    """How many pages from addr on, SPAN_PAGES at most, are there, plain memory, and nobody else's."""
-    cdef uint8_t flags[<int>SPAN_PAGES]
-    cdef size_t n_pages = min((end - addr) // c.page_bytes, <size_t>SPAN_PAGES), i
-    cdef sys_error ignored
-    sys_error_clear(&ignored)
-    if pagemap_query(&c.pm, addr, n_pages, flags, &ignored) != 0:
-        return 0
-    for i in range(n_pages):
-        if flags[i] != PAGE_PRESENT | PAGE_OWNED:
-            return i
-    return n_pages
-
-
-cdef void _fuse(engine_core* c, guard_kind guard, const cluster_t* cluster) noexcept nogil:
-    """Make one piece of a cluster, where it lies in plain memory: what was moved to where it is fuses with none of its
-    neighbours but those that come from the same mapping. So the pages in between are copied, too. Where that cannot be
-    the pieces stay, and all bytes are right."""
-    cdef uintptr_t addr = cluster.addr
-    cdef size_t n_there, n_fused = 0
-    cdef sys_error ignored
-    cdef run_t run
-    if cluster.n_runs < 2:
-        return
-    sys_error_clear(&ignored)
-    run.guard = guard
-    run.page_bytes = c.page_bytes
-    run.over_store = False
-    run.flags = cluster.flags
-    run.tracker = &c.tracker
-    while addr < cluster.end:
-        run.addr = addr
-        n_there = SPAN_PAGES
-        while n_there == <size_t>SPAN_PAGES and addr < cluster.end:
-            n_there = _pages_there(c, addr, cluster.end)
-            addr += n_there * c.page_bytes
-        run.n_pages = (addr - run.addr) // c.page_bytes
-        if run.n_pages > 1:
-            merge_restore_range(&run, False, &n_fused, &ignored)
-        addr += c.page_bytes     # one that is not there, and must not come to be
-    if n_fused == (cluster.end - cluster.addr) // c.page_bytes:
-        c.budget.used -= 2 * <int64_t>(cluster.n_runs - 1)
-
-
-cdef void _next_run(engine_core* c, const region_t* region, rmap_walk* walk, run_t* run, uintptr_t* end) noexcept nogil:
-    """The pages over the store that begin where the walk is, as far as they are to have the same flags, which is until
-    *end at most. The walk goes on behind them."""
-    cdef uint32_t item = walk.item
-    run.addr = walk.page_no * c.page_bytes
-    run.flags = look_flags(c, region, run.addr, end)
-    end[0] = min(end[0], regions_end_of(&c.regions, region))
-    walk.next_no = walk.page_no
-    while item != 0 and c.rmap.tags[item].over_store and walk.next_no * c.page_bytes < end[0]:
-        walk.next_no += 1
-        item = rmap_find(&c.rmap, walk.next_no, item)
-    run.n_pages = walk.next_no - walk.page_no
-
-
 cdef int unmerge_region(
     engine_core* c, const region_t* region, guard_kind guard, sys_error* err
 ) noexcept nogil:
@@ -129,39 +57,32 @@ cdef int unmerge_region(
     """
     cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
     cdef size_t n_restored
+    cdef uint32_t item
     cdef uintptr_t end
     cdef bint has_looked = False
     cdef int rc = 0
     cdef run_t run
-    cdef cluster_t cluster
-    cluster.n_runs = 0
     run.guard = guard
     run.page_bytes = c.page_bytes
     run.over_store = True
     run.tracker = &c.tracker
     while rc == 0 and rmap_step(&c.rmap, &walk):
-        if not c.rmap.tags[walk.item].over_store:
+        item = walk.item
+        if not c.rmap.tags[item].over_store:
             continue
         if not has_looked:
             look_before_restoring(c)
             has_looked = True
-        _next_run(c, region, &walk, &run, &end)
-        if cluster.n_runs != 0 and (
-            run.addr - cluster.end > <size_t>FUSED_PAGES * c.page_bytes or run.addr >= cluster.limit
-        ):
-            _fuse(c, guard, &cluster)
-            cluster.n_runs = 0
+        run.addr = walk.page_no * c.page_bytes
+        run.flags = look_flags(c, region, run.addr, &end)
+        end = min(end, regions_end_of(&c.regions, region))
+        walk.next_no = walk.page_no
+        while item != 0 and c.rmap.tags[item].over_store and walk.next_no * c.page_bytes < end:
+            walk.next_no += 1
+            item = rmap_find(&c.rmap, walk.next_no, item)
+        run.n_pages = walk.next_no - walk.page_no
         rc = merge_restore_range(&run, True, &n_restored, err)
         _settle_restored(c, walk.page_no, n_restored)
-        if cluster.n_runs == 0:
-            cluster.addr = run.addr
-            cluster.flags = run.flags
-            cluster.limit = end
-        cluster.end = run.addr + n_restored * c.page_bytes
-        # What the program has changed here is not touched but where it must be.
-        cluster.n_runs += n_restored != 0 and not region.altered
-    if cluster.n_runs != 0:
-        _fuse(c, guard, &cluster)
     return rc
 
 

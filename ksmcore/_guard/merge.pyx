@@ -271,25 +271,15 @@ cdef int merge_move(uintptr_t fresh, uintptr_t target, size_t len_bytes, sys_err
     return 0
 
 
-cdef bint _is_all_shut(const window_t* w) noexcept nogil:
-    """A page that a device may be writing into cannot be moved away."""
-    cdef uint32_t i
-    for i in range(w.n_pages):
-        if w.outcomes[i] != DONE:
-            return False
-    return True
-
-
 cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys_error* err) noexcept nogil:
-    """Make pages over the store plain private anonymous memory again, with the bytes they show; or pages that are so
-    already (not run.over_store), in pieces, one piece.
+    """Make pages over the store plain private anonymous memory again, with the bytes they show.
 
     The bytes go to fresh memory, window by window, and that is moved over the pages in one step each,
     so other threads see the same bytes throughout and lose no write. The fresh memory is one mapping
     for the whole range, because only pieces of one mapping fuse again at their new place.
 
     due: also where a call in flight, that does not end, may write into them; else that is where it stops, with err.code
-    0, as at a page of memory that is plain already and cannot be moved now.
+    0.
 
     0 with *n_restored == run.n_pages, or -1 with *err: the first *n_restored pages are plain memory, the
     others are as they were. All bytes are right in both cases.
@@ -300,7 +290,8 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
     cdef size_t window_bytes
     cdef uintptr_t fresh
     cdef ksm_reader* reader
-    cdef int rc = 0, tracker_fd = _tracker_fd(run)
+    cdef bint has_moved
+    cdef int rc = 0
     n_restored[0] = 0
     sys_error_clear(&ignored)
     fresh = <uintptr_t>sys_map_anon(run.n_pages * run.page_bytes, err)
@@ -308,10 +299,10 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
         return -1
     _advise_again(fresh, run.n_pages * run.page_bytes, run.flags, &ignored)
     w.guard = run.guard
-    w.over_store = run.over_store
+    w.over_store = True
     w.page_bytes = run.page_bytes
     w.is_huge = False
-    w.is_way_back = run.over_store
+    w.is_way_back = True
     w.is_due = due
     w.outcomes = outcomes
     while n_restored[0] < run.n_pages:
@@ -331,9 +322,6 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
             err[0] = ignored
             rc = -1
             break
-        if not run.over_store and tracker_let_go(tracker_fd, w.addr, window_bytes, err) != 0:
-            rc = -1
-            break
         rc = guard_open(&w, err)
         if rc != 0:
             if rc == WINDOW_BARRED:
@@ -341,14 +329,10 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
                 err.call = <int>CALL_SIGNAL_MASKS
                 err.addr = w.addr
                 err.len_bytes = window_bytes
-            if not run.over_store:
-                tracker_take_back(tracker_fd, w.addr, window_bytes)
             rc = -1
             break
         reader = reader_here()
-        if not _is_all_shut(&w):
-            rc = -1
-        elif reader == NULL:
+        if reader == NULL:
             memcpy(<void*>fresh, w.bytes, window_bytes)
         elif ksm_read_copy(reader, <void*>fresh, w.bytes, window_bytes):
             err.code = EFAULT
@@ -361,17 +345,16 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
             maps_give_key(fresh, window_bytes, (run.flags & REGION_KEY) >> <int>REGION_KEY_SHIFT)
         if rc == 0:
             rc = merge_move(fresh, w.addr, window_bytes, err)
-        if rc != 0:
-            memset(outcomes, CHANGED, w.n_pages)     # whatever was moved away comes back
-        if guard_close(&w, rc == 0, err) != 0:
+        has_moved = rc == 0
+        if guard_close(&w, has_moved, err) != 0:
             rc = -1
-        if rc == 0 or not run.over_store:
-            # Over the store there is nothing that could be watched.
-            tracker_take_back(tracker_fd, w.addr, window_bytes)
+        if has_moved:
+            # Also where the window could not be opened again: what was moved away is no longer ours to unmap.
+            tracker_take_back(_tracker_fd(run), w.addr, window_bytes)
+            n_restored[0] += w.n_pages
+            fresh += window_bytes
         if rc != 0:
             break
-        n_restored[0] += w.n_pages
-        fresh += window_bytes
     if n_restored[0] < run.n_pages:
         # Unchecked: our own mapping, whole from here to its end.
         sys_unmap(fresh, (run.n_pages - n_restored[0]) * run.page_bytes, &ignored)

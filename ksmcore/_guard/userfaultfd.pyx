@@ -41,7 +41,9 @@ from libc.string cimport memcpy, memset
 from ksmcore._guard.scratch cimport scratch_empty, scratch_end, scratch_init, scratch_ready, scratch_t
 from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES, WINDOW_STUCK
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
-from ksmcore._kernel.pagemap cimport pagemap, pagemap_close, pagemap_open, pagemap_query
+from ksmcore._kernel.pagemap cimport (
+    PAGE_PRESENT, PAGE_SWAPPED, pagemap, pagemap_close, pagemap_open, pagemap_query,
+)
 from ksmcore._kernel.syscalls cimport (
     ADVISE_COLD, ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, CALL_OPEN, CALL_USERFAULTFD, sys_advise, sys_close, sys_drop,
     sys_error, sys_error_clear, sys_file, sys_is_kept, sys_is_passing, sys_keep, sys_page_bytes, sys_pause, sys_unmap,
@@ -187,7 +189,8 @@ cdef uint32_t _n_there(guard_state* state, uintptr_t target, uint32_t n) noexcep
     if pagemap_query(&state.pm, target, n, flags, &ignored) != 0:
         return 0
     for i in range(n):
-        if flags[i] == 0:
+        # Not PAGE_UNSURE by itself: where there is no page map to ask, that is said of pages that are not there.
+        if not flags[i] & (PAGE_PRESENT | PAGE_SWAPPED):
             return i
     return n
 

@@ -47,13 +47,6 @@ def present_pages(addr: int, n_pages: int) -> list[bool]:
     return [entry >> 62 != 0 for (entry,) in struct.iter_unpack("=Q", entries)]
 
 
-def own_pages(addr: int, n_pages: int) -> list[bool]:
-    """For each page whether it is present and no other process has it, from /proc/self/pagemap."""
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        entries = os.pread(pagemap.fileno(), 8 * n_pages, addr // mmap.PAGESIZE * 8)
-    return [entry >> 63 & entry >> 56 & 1 == 1 for (entry,) in struct.iter_unpack("=Q", entries)]
-
-
 def store_mappings(start: int = 0, end: int = 1 << 64) -> list[smaps.Vma]:
     """The mappings of stores that overlap [start, end)."""
     found = smaps.Snapshot(start, end).vmas_in(start, end)

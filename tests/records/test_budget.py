@@ -297,26 +297,20 @@ def corpora():
 
 
 @alone
-def test_restored_memory_is_counted_as_the_pieces_it_is():
-    """It was moved to where it is, and so fuses with none of its neighbours, but where little lies
-    between: there all of it is moved."""
+def test_restored_memory_stays_in_pieces_and_is_counted_so():
+    """It was moved to where it is, and so fuses with none of its neighbours."""
     n_pairs = 300
     random = np.random.default_rng(SEED)  # loads libraries
     before = smaps.count_maps()
-    for distance, most, least in ((2, FEW, 0), (20, 4 * n_pairs + FEW, 4 * n_pairs)):
-        with ksmcore.Engine(map_budget=2_000) as engine:
-            pages = engine.empty((2 * distance * n_pairs, PAGE), np.uint8)
-            pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
-            first, second = pages[: len(pages) // 2 : distance], pages[len(pages) // 2 :: distance]
-            second[:] = first
-            engine.dedup()
-            assert engine.stats().maps_used >= 4 * n_pairs
+    with ksmcore.Engine(map_budget=2_000) as engine:
+        pages = engine.empty((4 * n_pairs, PAGE), np.uint8)
+        pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
+        pages[2 * n_pairs :: 2] = pages[: 2 * n_pairs : 2]
+        for change in (engine.dedup, engine.unmerge):
+            change()
+            assert engine.stats().maps_used >= 2 * n_pairs
             assert abs(smaps.count_maps() - before - engine.stats().maps_used) <= FEW
-            engine.unmerge()
-            assert least <= engine.stats().maps_used <= most
-            assert abs(smaps.count_maps() - before - engine.stats().maps_used) <= FEW
-            assert engine.stats().pages_sharing == 0
-            assert np.array_equal(first, second)
+        assert engine.stats().pages_sharing == 0
 
 
 @alone

@@ -25,7 +25,6 @@ from helpers.detector import (
     running,
     working,
 )
-from ksmcore._kernel import smaps
 from ksmcore._testing import faults
 
 N_PAGES = 600
@@ -95,34 +94,6 @@ def test_pages_that_become_zero_are_given_back_among_writers(writers, guard, rec
         record_property("words", f"{threads.n_writes:,}; zeroed: {engine.stats().pages_zeroed:,}")
         threads.check()
         assert engine.stats().pages_zeroed > N_PAGES // 4
-
-
-def test_no_word_is_lost_while_pieces_become_one_mapping(writers, guard, record_property):
-    """Merged here and there, and made plain again: what lies between is copied, and moved, too."""
-    memory, pages = private_pages(N_PAGES)
-    pages[:, 64:] = np.arange(N_PAGES)[:, None] % 3 + 1
-    fixed = pages[:, 64:].copy()
-    fewer: list[int] = []
-    enough = at_least(20 * N_PAGES, 50)
-    with ksmcore.Engine(guard=guard) as engine:
-        region = engine.register(memory)
-
-        def n_mappings():
-            return len(smaps.vmas_in(region.addr, region.addr + region.nbytes))
-
-        threads = Writers(writers, pages)
-        with threads.running():
-            for _ in rounds(1.2, lambda: sum(fewer) >= enough):
-                engine.dedup()
-                before = n_mappings()
-                engine.unmerge()
-                fewer.append(max(before - n_mappings(), 0))
-                assert np.array_equal(pages[:, 64:], fixed)
-        record_property("words", f"{threads.n_writes:,}; mappings fewer: {sum(fewer):,}")
-        threads.check()
-        assert np.array_equal(pages[:, 64:], fixed)
-        assert sum(fewer) >= enough
-        engine._core.check()
 
 
 class Calculator(threading.Thread):
