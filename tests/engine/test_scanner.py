@@ -85,7 +85,8 @@ class TestLife:
             wait_until(lambda: quick._parts.scanner._is_resting)
             assert quick.stats().full_scans == 0
             quick.register(buffer)
-            wait_until(lambda: quick.stats().pages_hashed == 64)
+            # Once, or twice: about to park, it may have seen the buffer before it is woken.
+            wait_until(lambda: quick.stats().pages_hashed >= 64)
 
     def test_a_registration_ends_the_rest_of_an_idle_engine(self, quick, full_buffer, monkeypatch):
         rests = []
