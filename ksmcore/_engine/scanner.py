@@ -187,6 +187,8 @@ class Scanner:
     def _work(self) -> bool:
         self._cpu_at = began = self._spent()
         self._program_at = time.monotonic(), time.process_time()
+        # Not in every pass: the control groups take longer to read than a small pass.
+        self._n_processors = procfs.processors()
         before = self.cpu_seconds
         while self._is_wanted():
             if self._resting is None:
@@ -243,7 +245,6 @@ class Scanner:
             if self._cursor is None:
                 self._begun = passes.begin_batches()
                 self._pacer.begin_pass(time.monotonic())
-                self._n_processors = procfs.processors()
                 self._cursor = 0
             self._is_resting = False
             batch_pages = self._pacer.batch_pages(settings, n_pages)

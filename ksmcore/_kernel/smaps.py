@@ -194,7 +194,8 @@ class Snapshot:
 
     def vmas_of(self, path: str) -> list[Vma]:
         """The mappings of files whose path begins so, lowest first: few, of many."""
-        found = _parsed([chunk for chunk in self._chunks if os.fsencode(path) in chunk])
+        sought = os.fsencode(path)
+        found = _parsed([chunk for chunk in self._chunks if sought in chunk])
         return [vma for vma in found if vma.path.startswith(path)]
 
 
