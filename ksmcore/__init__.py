@@ -13,30 +13,17 @@ engine; `Engine` makes further ones, which share nothing with each other.
 PYTEST_DONT_REWRITE (there is nothing to rewrite; it would warn where this is imported before it)
 """
 
+from __future__ import annotations
+
 from ksmcore._platform import require_linux
 
 require_linux()
 
-import functools  # noqa: E402
+import importlib  # noqa: E402
 import operator  # noqa: E402
 from typing import TYPE_CHECKING, Any, overload  # noqa: E402
 
-from ksmcore._arrays import installing as _allocating  # noqa: E402
-from ksmcore._arrays.installing import THRESHOLD_BYTES, Allocator  # noqa: E402
-from ksmcore._engine.all_engines import process_memory_info as memory_info  # noqa: E402
-from ksmcore._engine.area import Area  # noqa: E402
-from ksmcore._engine.changes import Changes  # noqa: E402
-from ksmcore._engine.counters import Stats  # noqa: E402
-from ksmcore._engine.engine import Engine  # noqa: E402
-from ksmcore._engine.features import features  # noqa: E402
-from ksmcore._engine.history import History, Sample  # noqa: E402
-from ksmcore._engine.page_state import PageState  # noqa: E402
-from ksmcore._engine.progress import Progress  # noqa: E402
-from ksmcore._engine.region import Region  # noqa: E402
-from ksmcore._engine.settings import Settings  # noqa: E402
-from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats  # noqa: E402
-from ksmcore._gate.phase import PhaseWarning  # noqa: E402
-from ksmcore.errors import InternalError  # noqa: E402
+from ksmcore.sizes import THRESHOLD_BYTES  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,8 +33,23 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
     from typing_extensions import Buffer
 
+    from ksmcore._arrays.installing import Allocator
     from ksmcore._arrays.making import Order
+    from ksmcore._engine.all_engines import process_memory_info as memory_info
+    from ksmcore._engine.area import Area
+    from ksmcore._engine.changes import Changes
+    from ksmcore._engine.counters import Stats
+    from ksmcore._engine.engine import Engine
+    from ksmcore._engine.features import features
+    from ksmcore._engine.history import History, Sample
+    from ksmcore._engine.page_state import PageState
+    from ksmcore._engine.progress import Progress
+    from ksmcore._engine.region import Region
+    from ksmcore._engine.settings import Settings
+    from ksmcore._engine.stats import Estimate, MemoryInfo, PassReport, RegionStats
+    from ksmcore._gate.phase import PhaseWarning
     from ksmcore._show.plotting import Picture
+    from ksmcore.errors import InternalError
 
 __all__ = [
     "Area",
@@ -98,10 +100,59 @@ __all__ = [
 __version__ = "0.2.0"
 
 
-@functools.cache
+# The public names that are made elsewhere, and where; with its name there, if that is another. They
+# come when they are first asked for: whoever imports this and uses nothing pays next to nothing.
+_ELSEWHERE = {
+    "Area": "_engine.area",
+    "Changes": "_engine.changes",
+    "Engine": "_engine.engine",
+    "Estimate": "_engine.stats",
+    "History": "_engine.history",
+    "InternalError": "errors",
+    "MemoryInfo": "_engine.stats",
+    "PageState": "_engine.page_state",
+    "PassReport": "_engine.stats",
+    "PhaseWarning": "_gate.phase",
+    "Region": "_engine.region",
+    "RegionStats": "_engine.stats",
+    "Sample": "_engine.history",
+    "Settings": "_engine.settings",
+    "Stats": "_engine.counters",
+    "features": "_engine.features",
+    "memory_info": "_engine.all_engines:process_memory_info",
+}
+
+if not TYPE_CHECKING:  # which would take any name then
+
+    def __getattr__(name: str) -> Any:
+        if name not in _ELSEWHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, its_name = _ELSEWHERE[name].partition(":")
+        found = getattr(importlib.import_module(f"ksmcore.{module}"), its_name or name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_engines: dict[str, Engine] = {}
+
+
 def default_engine() -> Engine:
     """The engine behind the functions of this module; made when it is first needed."""
-    return Engine()
+    engine = _engines.get("default")
+    if engine is None:
+        from ksmcore._engine.engine import Engine
+
+        # No lock, which a signal handler on this thread, or a forked child, would wait for: of two
+        # that make one at a time, the first wins.
+        made = Engine()
+        engine = _engines.setdefault("default", made)
+        if engine is not made:
+            made.close()
+    return engine
 
 
 def configure(**changes: Any) -> Settings:
@@ -110,7 +161,7 @@ def configure(**changes: Any) -> Settings:
 
 
 @overload
-def register(buffer: "Buffer", *, privatize: bool = False) -> Region: ...
+def register(buffer: Buffer, *, privatize: bool = False) -> Region: ...
 @overload
 def register(buffer: object, *, privatize: bool = False) -> Region | Area: ...
 def register(buffer: object, *, privatize: bool = False) -> Region | Area:
@@ -123,15 +174,20 @@ def unregister(buffer: object) -> None:
     """Make the pages of a region, an area, or of what is registered of an object, plain private
     memory again, whichever engine has the region or area (all else is looked up in the default
     engine). See `Engine.unregister`."""
+    from ksmcore._engine.area import Area
+    from ksmcore._engine.region import Region
+
     if isinstance(buffer, Region | Area):
         buffer.close()
     else:
         default_engine().unregister(buffer)
 
 
-def hold(buffer: object) -> "AbstractContextManager[None]":
+def hold(buffer: object) -> AbstractContextManager[None]:
     """Keep the scanner away from registered memory while system calls write into it, whichever
     engine has the region (a bare buffer: the default engine). See `Engine.hold`."""
+    from ksmcore._engine.region import Region
+
     return buffer.hold() if isinstance(buffer, Region) else default_engine().hold(buffer)
 
 
@@ -145,7 +201,7 @@ def dedup(*buffers: object, progress: Progress = None) -> PassReport:
     return default_engine().dedup(*buffers, progress=progress)
 
 
-def start(**changes: Any) -> "AbstractContextManager[Engine]":
+def start(**changes: Any) -> AbstractContextManager[Engine]:
     """`Engine.start` of the default engine: scan in the background; `with` stops it again."""
     return default_engine().start(**changes)
 
@@ -176,59 +232,59 @@ def stats() -> Stats:
 
 
 def empty(
-    shape: "SupportsIndex | Sequence[SupportsIndex]",
-    dtype: "DTypeLike" = float,
-    order: "Order" = "C",
-) -> "NDArray[Any]":
+    shape: SupportsIndex | Sequence[SupportsIndex],
+    dtype: DTypeLike = float,
+    order: Order = "C",
+) -> NDArray[Any]:
     """`Engine.empty` of the default engine: a page-aligned, registered array."""
     return default_engine().empty(shape, dtype, order)
 
 
 def zeros(
-    shape: "SupportsIndex | Sequence[SupportsIndex]",
-    dtype: "DTypeLike" = float,
-    order: "Order" = "C",
-) -> "NDArray[Any]":
+    shape: SupportsIndex | Sequence[SupportsIndex],
+    dtype: DTypeLike = float,
+    order: Order = "C",
+) -> NDArray[Any]:
     """`Engine.zeros` of the default engine: a page-aligned, registered array of zeros."""
     return default_engine().zeros(shape, dtype, order)
 
 
 def full(
-    shape: "SupportsIndex | Sequence[SupportsIndex]",
+    shape: SupportsIndex | Sequence[SupportsIndex],
     fill_value: Any,
-    dtype: "DTypeLike | None" = None,
-    order: "Order" = "C",
-) -> "NDArray[Any]":
+    dtype: DTypeLike | None = None,
+    order: Order = "C",
+) -> NDArray[Any]:
     """`Engine.full` of the default engine: a page-aligned, registered array of one value."""
     return default_engine().full(shape, fill_value, dtype, order)
 
 
 def rows(
-    n: "SupportsIndex",
-    row_shape: "SupportsIndex | Sequence[SupportsIndex]",
-    dtype: "DTypeLike" = float,
-) -> "NDArray[Any]":
+    n: SupportsIndex,
+    row_shape: SupportsIndex | Sequence[SupportsIndex],
+    dtype: DTypeLike = float,
+) -> NDArray[Any]:
     """`Engine.rows` of the default engine: an array whose rows each begin on a page."""
     return default_engine().rows(n, row_shape, dtype)
 
 
-def array(source: "ArrayLike", dtype: "DTypeLike | None" = None) -> "NDArray[Any]":
+def array(source: ArrayLike, dtype: DTypeLike | None = None) -> NDArray[Any]:
     """`Engine.array` of the default engine: a page-aligned, registered copy of any array-like."""
     return default_engine().array(source, dtype)
 
 
-def copy(source: "NDArray[Any]") -> "NDArray[Any]":
+def copy(source: NDArray[Any]) -> NDArray[Any]:
     """`Engine.copy` of the default engine: a page-aligned, registered copy of an array."""
     return default_engine().copy(source)
 
 
-def changed(copy: "NDArray[Any]", *, since: "NDArray[Any]") -> Changes:
+def changed(copy: NDArray[Any], *, since: NDArray[Any]) -> Changes:
     """`Engine.changed` of the default engine: which pages and rows of a copy differ from its
     source, reading only pages that they do not share."""
     return default_engine().changed(copy, since=since)
 
 
-def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator":
+def allocator(threshold_bytes: SupportsIndex = THRESHOLD_BYTES) -> Allocator:
     """Have large NumPy arrays be page-aligned and registered with the default engine, while in the
     block:
 
@@ -243,14 +299,16 @@ def allocator(threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES) -> "Allocator"
     Raises:
         TypeError, ValueError: threshold_bytes is no positive integer.
     """
+    from ksmcore._arrays.installing import Allocator
+
     return Allocator(default_engine(), threshold_bytes)
 
 
 def install_allocator(
-    threshold_bytes: "SupportsIndex" = THRESHOLD_BYTES,
+    threshold_bytes: SupportsIndex = THRESHOLD_BYTES,
     *,
-    memory: "Literal['numpy', 'all']" = "numpy",
-    max_free_bytes: "SupportsIndex | None" = None,
+    memory: Literal["numpy", "all"] = "numpy",
+    max_free_bytes: SupportsIndex | None = None,
 ) -> None:
     """Have all large NumPy arrays of the process be page-aligned and registered with the default
     engine from now on, in all threads, those that run already among them. Again: with another
@@ -270,21 +328,25 @@ def install_allocator(
         TypeError, ValueError: threshold_bytes is no positive integer; max_free_bytes is negative,
             or none; memory is something else, or "all" is not to be had here.
     """
-    _allocating.install(default_engine(), threshold_bytes, memory, max_free_bytes)
+    from ksmcore._arrays import installing
+
+    installing.install(default_engine(), threshold_bytes, memory, max_free_bytes)
 
 
 def uninstall_allocator() -> None:
     """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they
     are collected. Nothing happens when it is not installed."""
-    _allocating.uninstall()
+    from ksmcore._arrays import installing
+
+    installing.uninstall()
 
 
 def html_report(
-    engine: "Engine | None" = None,
+    engine: Engine | None = None,
     *,
     title: str = "ksmcore",
-    command: "str | Sequence[str] | None" = None,
-    exit_status: "int | None" = None,
+    command: str | Sequence[str] | None = None,
+    exit_status: int | None = None,
 ) -> str:
     """One HTML page, complete in itself, about an engine (None: the default engine) and the memory
     of this process.
@@ -299,9 +361,11 @@ def html_report(
     Raises:
         TypeError: something else than an engine was given.
     """
+    from ksmcore._engine.engine import Engine
+    from ksmcore._show import report
+
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"html_report is about an Engine, not {type(engine).__name__}")
-    from ksmcore._show import report
 
     return report.html_report(
         default_engine() if engine is None else engine,
@@ -318,7 +382,7 @@ def load_ipython_extension(shell: Any) -> None:
     magic.register(shell, default_engine, allocator)
 
 
-def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "Picture":
+def plot(target: Engine | Region | None = None, *, most_regions: int = 6) -> Picture:
     """Draw page maps, and of an engine what was saved over time (extra `plot`: matplotlib).
 
     `target`: a region, an engine with all its memory, or None for the default engine. The largest
@@ -333,6 +397,9 @@ def plot(target: "Engine | Region | None" = None, *, most_regions: int = 6) -> "
         TypeError: something else was given, or `most_regions` is no integer.
         ValueError: `most_regions` is below 0, or the region or engine is closed.
     """
+    from ksmcore._engine.engine import Engine
+    from ksmcore._engine.region import Region
+
     if target is not None and not isinstance(target, Engine | Region):
         raise TypeError(f"plot draws an Engine or a Region, not {type(target).__name__}")
     most_regions = operator.index(most_regions)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 from distributed.diagnostics.plugin import WorkerPlugin
 
 import ksmcore
-from ksmcore._arrays.installing import THRESHOLD_BYTES
 from ksmcore._engine.settings import check_names
 from ksmcore._kernel.per_process import PerProcess
+from ksmcore.sizes import THRESHOLD_BYTES
 
 if TYPE_CHECKING:
     from distributed import Worker

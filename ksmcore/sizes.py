@@ -6,7 +6,11 @@ import operator
 import re
 from typing import SupportsIndex
 
-__all__ = ["counted", "human_bytes", "parse_bytes"]
+__all__ = ["THRESHOLD_BYTES", "counted", "human_bytes", "parse_bytes"]
+
+THRESHOLD_BYTES = 64 * 1024
+"""Smaller arrays are left to NumPy, if nobody says otherwise: every array of ours takes whole
+pages, and a page is the least that is merged."""
 
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", start=1):

@@ -21,11 +21,7 @@ from ksmcore._kernel.procfs import available_bytes
 if TYPE_CHECKING:
     from ksmcore._core.core import Core
 
-__all__ = ["THRESHOLD_BYTES", "Allocator", "install", "uninstall"]
-
-THRESHOLD_BYTES = 64 * 1024
-"""Smaller arrays are left to NumPy: every array takes whole pages, and a page is the least that is
-merged."""
+__all__ = ["Allocator", "install", "uninstall"]
 
 # Freed memory that was not needed for so long goes back to the kernel.
 IDLE_SECONDS = 1.0

@@ -7,7 +7,6 @@ one callable that it needs; the engine hands calls on to them. The parts belong 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from ksmcore._arrays import making
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
-from ksmcore._engine.changes import Changes, changed
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.counters import Stats
 from ksmcore._engine.history import History, Sample
@@ -29,6 +27,7 @@ from ksmcore._engine.settings import InForce, Settings
 from ksmcore._engine.stats import Estimate, PassReport
 from ksmcore._kernel import forks
 from ksmcore._kernel.syscalls import page_bytes
+from ksmcore._platform import is_disabled
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from ksmcore._arrays.making import Order
     from ksmcore._core.core import Core
+    from ksmcore._engine.changes import Changes
 
 __all__ = ["Engine"]
 
@@ -51,7 +51,7 @@ class Engine(Closing):
 
     def __init__(self, **settings: Any) -> None:
         made = Settings.made(**settings)
-        self._disabled = os.environ.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no")
+        self._disabled = is_disabled()
         self._core = make_core(made, disabled=self._disabled)
         self._closed = False
         self._renewed: dict[int, Parts] = {}
@@ -374,6 +374,8 @@ class Engine(Closing):
             ValueError: arrays of different shapes or dtypes, or not C-contiguous; or the engine is
                 closed.
         """
+        from ksmcore._engine.changes import changed
+
         return changed(self._open().registrar, copy, since)
 
     def _adopt(self, tidy: Callable[[bool, float], object]) -> Core:
@@ -460,9 +462,10 @@ class Engine(Closing):
     def closed(self) -> bool:
         return self._closed
 
-    def __del__(self) -> None:
-        # When the interpreter ends, what could not be closed at exit ends with the process.
-        if getattr(self, "_closed", True) or sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends, what could not be closed at exit ends with the process. The
+        # names of this module may be gone then.
+        if getattr(self, "_closed", True) or is_finalizing():
             return
         registrar = self._parts.registrar
         if registrar.regions and registrar.is_current():

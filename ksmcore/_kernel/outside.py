@@ -178,11 +178,13 @@ class Outside(contextlib.AbstractContextManager["Outside"]):
 
         Raises OSError.
         """
-        text = procfs.read(f"{self._here}/maps")
+        lines = procfs.read(f"{self._here}/maps").splitlines()
+        # Most are of files, in a program of many libraries; the inode is the fifth word.
+        of_no_file = (line for line in lines if line.split(None, 5)[4:5] == ["0"])
         return [
             Place(vma.path, vma.start, vma.end, may_own=True, is_written_file=False)
-            for vma in smaps.parse_smaps(text.removesuffix("\n").split("\n") if text else [])
-            if not vma.shared and vma.inode == 0 and not vma.path.startswith(KERNELS)
+            for vma in smaps.parse_smaps(of_no_file)
+            if not vma.shared and not vma.path.startswith(KERNELS)
         ]
 
     def own_pages(self, place: Place) -> Iterator[Pages]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import ksmcore
+from ksmcore._platform import is_disabled
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
-from ksmcore.cli.whose_memory import Whose
 from ksmcore.sizes import parse_bytes
 
 __all__ = ["Runner", "cli"]
@@ -28,6 +28,8 @@ Runner = Callable[[], None]
 """Runs a program, and raises what that raised."""
 
 if TYPE_CHECKING:
+    from ksmcore.cli.whose_memory import Whose
+
     SizeBase = click.ParamType[int]
 else:
     SizeBase = click.ParamType  # which has no type arguments in older releases
@@ -219,11 +221,15 @@ def run(
     Where `ksmcore doctor` names another guard than userfaultfd, that takes the GNU C library, and
     what goes past it (io_uring, say) may fail with EFAULT then.
     """
-    from ksmcore.cli.run import RunOptions, Session
-
     if report is not None and json is not None and report.is_same_file(json):
         raise click.UsageError("--report and --json name the same file")
     program = _program(script, args, is_module, is_code)
+    if is_disabled() and report is None and json is None:
+        from ksmcore.cli.untouched import Untouched
+
+        return _accompanying(lambda: Untouched(quiet), program)
+    from ksmcore.cli.run import RunOptions, Session
+
     options = RunOptions(
         threshold_bytes=threshold,
         memory=memory,

@@ -19,10 +19,11 @@ from ksmcore._engine.hidden_thread import NowAndThen
 from ksmcore._engine.inventory import Inventory, take_inventory
 from ksmcore._engine.stats import Estimate
 from ksmcore.cli.companion import Companion
-from ksmcore.cli.figures import DISABLED, SCHEMA, blocks_of, elsewhere_lines
+from ksmcore.cli.figures import SCHEMA, blocks_of, elsewhere_lines
 from ksmcore.cli.inventory import place_lines
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
+from ksmcore.cli.untouched import DISABLED
 from ksmcore.cli.whose_memory import Whose, elsewhere, install, past_malloc
 from ksmcore.sizes import counted, human_bytes
 

@@ -12,19 +12,18 @@ import ksmcore
 from ksmcore._arrays import arena
 from ksmcore._engine.counters import SKIPPED
 from ksmcore._engine.stats import RegionStats
+from ksmcore.cli.untouched import DISABLED
 from ksmcore.cli.whose_memory import Whose, past_malloc
 from ksmcore.sizes import counted, human_bytes
 
 if TYPE_CHECKING:
     from ksmcore._engine.engine import Engine
 
-__all__ = ["DISABLED", "SCHEMA", "Source", "blocks_of", "elsewhere_lines", "summary"]
+__all__ = ["SCHEMA", "Source", "blocks_of", "elsewhere_lines", "summary"]
 
 SCHEMA = 1
 """Of what `run --json` and `estimate --json` write: names and meanings stay, as long as this number
 does; more may be added."""
-
-DISABLED = "KSMCORE_DISABLE is set, so no memory was touched"
 
 # What the interpreter itself takes in large blocks, and is not worth more than a line.
 LITTLE_BYTES = 2 << 20

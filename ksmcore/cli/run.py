@@ -11,17 +11,19 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ksmcore
 from ksmcore._engine import all_engines
-from ksmcore.cli.children import Children
 from ksmcore.cli.companion import Companion
 from ksmcore.cli.figures import Source, summary
 from ksmcore.cli.output import OutputFile
 from ksmcore.cli.program import Program
 from ksmcore.cli.serving import Server
 from ksmcore.cli.whose_memory import Whose, elsewhere, install
+
+if TYPE_CHECKING:
+    from ksmcore.cli.children import Children
 
 __all__ = ["RunOptions", "Session"]
 
@@ -82,6 +84,8 @@ class Session(Companion):
                 self.messages.say(f"ksmcore: `ksmcore live` will not see this process: {error}")
 
     def _order_children(self) -> Children:
+        from ksmcore.cli.children import Children
+
         options = self._options
         try:
             return Children(

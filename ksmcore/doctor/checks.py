@@ -25,6 +25,7 @@ from ksmcore._kernel.procfs import (
     threads_blocking,
     words,
 )
+from ksmcore._platform import is_disabled
 from ksmcore.sizes import human_bytes
 
 __all__ = ["Check", "Level"]
@@ -355,7 +356,7 @@ def environment(environ: Mapping[str, str] = os.environ) -> Check:
     if not own:
         return Check("environment", "good", "no KSMCORE_... variable is set", None, facts)
     text = " ".join(f"{name}={value}" for name, value in own.items())
-    if own.get("KSMCORE_DISABLE", "0").lower() not in ("", "0", "no"):
+    if is_disabled(own):
         return Check("environment", "broken", text, "unset KSMCORE_DISABLE to merge at all", facts)
     try:
         Settings.made()

@@ -376,6 +376,17 @@ def test_why_nothing_was_saved(tmp_path, script, options, environ, reason):
     assert reason in done.stderr
 
 
+def test_a_program_that_is_left_alone_has_nothing_of_ours_loaded(tmp_path):
+    write(
+        tmp_path, "import sys; print([n for n in sys.modules if n in ('numpy', 'ksmcore._core')])"
+    )
+    environ = {**os.environ, "KSMCORE_DISABLE": "1"}
+    done = ksmcore("run", "--quiet", "program.py", cwd=tmp_path, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    done = ksmcore("run", "--json", "out.json", "program.py", cwd=tmp_path, env=environ)
+    assert json.loads((tmp_path / "out.json").read_text())["disabled"] is True
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

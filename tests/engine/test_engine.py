@@ -126,6 +126,59 @@ class TestModuleFunctions:
     def test_one_default_engine(self):
         assert ksmcore.default_engine() is ksmcore.default_engine()
 
+    def test_one_default_engine_for_threads_that_ask_at_a_time(self):
+        done = run_python(
+            """
+            import threading
+            import ksmcore
+            barrier, found = threading.Barrier(8), []
+
+            def ask():
+                barrier.wait()
+                found.append(ksmcore.default_engine())
+
+            threads = [threading.Thread(target=ask) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(found) == 8 and len(set(map(id, found))) == 1
+            from ksmcore._engine import all_engines
+            assert [one for one in list(all_engines._open) if not one.closed] == found[:1]
+            """
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_one_default_engine_for_a_handler_in_the_midst_of_the_first_call(self):
+        done = run_python(
+            """
+            import ksmcore
+            from ksmcore._engine import engine as engines
+            from ksmcore._engine.settings import Settings
+            made, found = Settings.made, []
+
+            def interrupted(**settings):
+                engines.Settings.made = made
+                found.append(ksmcore.default_engine())
+                return made(**settings)
+
+            engines.Settings.made = interrupted
+            first = ksmcore.default_engine()
+            assert found == [first] and first is ksmcore.default_engine() and not first.closed
+            """
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_what_outlives_the_names_of_its_module_ends_without_a_word(self, monkeypatch):
+        """As the interpreter's end has it, now and then."""
+        engine = ksmcore.Engine()
+        for name in ("sys", "warnings", "contextlib"):
+            monkeypatch.setattr(f"ksmcore._engine.engine.{name}", None)
+        engine.__del__(is_finalizing=lambda: True)
+        engine.__del__()  # where nothing is registered
+        monkeypatch.undo()
+        engine.close()
+
 
 class TestArraysOfTheEngine:
     """An array made by the engine owns its last page too, full or not."""
