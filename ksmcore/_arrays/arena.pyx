@@ -39,12 +39,24 @@ from ksmcore._kernel.syscalls cimport (
 )
 from ksmcore._records.ranges cimport range_list, ranges_destroy
 
+cdef extern from *:
+    """
+    /* A block that was never there: volatile keeps the compiler from seeing that. */
+    static void arena_show_block(size_t len_bytes) {
+        void *volatile shown = malloc(len_bytes);
+        free(shown);
+    }
+    """
+    void arena_show_block(size_t len_bytes) nogil
+
 cdef enum:
+    MOST_SHOWN_BYTES = 32 << 20    # where the GNU C library stops to learn
     POPULATE_BYTES = 256 << 10
     ZEROED_BYTES = 1 << 20         # zeros of at most so many bytes are written where pages are at hand
 
 cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
 cdef bint _wants_huge = False
+cdef size_t _shown_bytes = 0           # the largest block that the C library was shown
 
 
 cdef void arena_trim() noexcept nogil:
@@ -156,12 +168,23 @@ cdef void _give_inherited(uint32_t entry, uintptr_t addr, size_t n_pages) noexce
         mapped_remove(entry)
 
 
+cdef void _show_block(size_t len_bytes) noexcept nogil:
+    """The C library keeps freed memory for as large blocks as it has seen freed, and gives all larger ones back to the
+    kernel at once (the dynamic threshold of mallopt(3)). It sees none of those that come from here; without this,
+    everybody who goes on asking it for large blocks would wait for new pages each time."""
+    global _shown_bytes
+    if len_bytes > _shown_bytes and len_bytes <= <size_t>MOST_SHOWN_BYTES:
+        # With some room, lest blocks that get larger and larger are shown one by one. Two threads may show one each.
+        _shown_bytes = min(len_bytes + len_bytes // 4, <size_t>MOST_SHOWN_BYTES)
+        arena_show_block(_shown_bytes)
+
+
 cdef bint arena_give(void* memory) noexcept nogil:
     """Take back what arena_take handed out; False where it is not from here."""
     cdef uintptr_t addr = <uintptr_t>memory
     cdef uint32_t entry, first
     cdef chunk_t* chunk
-    cdef size_t ignored
+    cdef size_t n_pages, ignored
     if addr % mapped_table.page_bytes != 0:
         return False
     if mapped_is_inside():
@@ -173,16 +196,19 @@ cdef bint arena_give(void* memory) noexcept nogil:
         mapped_unlock()
         return False
     chunk = &mapped_table.all[entry]
+    n_pages = chunk.n_pages
     if chunk.tags == NULL:
         mapped_remove(entry)
     else:
         first = chunks_page(&mapped_table, entry, addr)
+        n_pages = chunks_tag(&mapped_table, first).n_pages
         if chunk.generation != forks_generation():
-            _give_inherited(entry, addr, chunks_tag(&mapped_table, first).n_pages)
+            _give_inherited(entry, addr, n_pages)
         else:
-            chunks_give(&mapped_table, first, chunks_tag(&mapped_table, first).n_pages)
+            chunks_give(&mapped_table, first, n_pages)
     mapped_tend()
     mapped_unlock()
+    _show_block(n_pages * mapped_table.page_bytes)
     return True
 
 

@@ -1,6 +1,7 @@
 """Large NumPy arrays come from the arena: whose memory they get, when, and that it goes back."""
 
 import asyncio
+import ctypes
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ksmcore._arrays import arena
 from ksmcore._testing.arena import check_arena, is_here
 
 MIB = 1 << 20
+LIBC = ctypes.CDLL(None)
 
 
 @pytest.fixture(autouse=True)
@@ -695,4 +697,36 @@ def test_a_scanner_that_ran_before_the_first_array_merges():
         assert ksmcore.stats().pages_sharing >= 49 * 256, ksmcore.stats()
         assert all((array == 3).all() for array in arrays)
     """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="the C library does not tell")
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_c_library_keeps_for_others_what_it_would_have_kept_without_us(kept):
+    """It keeps freed blocks as large as those that it has seen freed, and sees none of NumPy's."""
+    done = run_python(
+        """
+        import ctypes, sys
+        import numpy as np
+        import ksmcore
+
+        class Numbers(ctypes.Structure):
+            _fields_ = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = Numbers
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+        def mapped_bytes():
+            return libc.mallinfo2().e  # hblkhd: in blocks with a mapping each
+
+        ksmcore.install_allocator()
+        if sys.argv[1] == "True":
+            np.empty(8 << 20, np.uint8)
+        before = mapped_bytes()
+        assert libc.malloc(6 << 20)
+        assert (mapped_bytes() == before) is (sys.argv[1] == "True")
+        """,
+        arguments=[str(kept)],
+    )
     assert (done.returncode, done.stderr) == (0, "")
