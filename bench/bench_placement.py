@@ -47,13 +47,14 @@ def shuffled(pages: Pages) -> Pages:
 
 
 # Layout: (how the second copy lies, most mappings that the merge may make). A page that follows
-# another one than in the first copy needs a mapping of its own.
+# another one than in the first copy needs a mapping of its own. Some are for what a process has
+# once, and gets with its first pass: threads, their stacks and heaps.
 LAYOUTS: dict[str, tuple[Callable[[Pages], Pages], int]] = {
-    "in order": (in_order, 8),
-    "rotated": (rotated, 12),
-    "in pieces": (in_pieces, 3 * N // PIECE + 8),
-    "backwards": (backwards, N + 8),
-    "shuffled": (shuffled, N + 8),
+    "in order": (in_order, 14),
+    "rotated": (rotated, 16),
+    "in pieces": (in_pieces, 3 * N // PIECE + 14),
+    "backwards": (backwards, N + 14),
+    "shuffled": (shuffled, N + 14),
 }
 
 

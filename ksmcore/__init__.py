@@ -161,13 +161,15 @@ def configure(**changes: Any) -> Settings:
 
 
 @overload
-def register(buffer: Buffer, *, privatize: bool = False) -> Region: ...
+def register(buffer: Buffer, *, name: str | None = None, privatize: bool = False) -> Region: ...
 @overload
-def register(buffer: object, *, privatize: bool = False) -> Region | Area: ...
-def register(buffer: object, *, privatize: bool = False) -> Region | Area:
+def register(
+    buffer: object, *, name: str | None = None, privatize: bool = False
+) -> Region | Area: ...
+def register(buffer: object, *, name: str | None = None, privatize: bool = False) -> Region | Area:
     """`Engine.register` of the default engine: let the pages of a buffer, or of all memory that an
     object holds, be merged."""
-    return default_engine().register(buffer, privatize=privatize)
+    return default_engine().register(buffer, name=name, privatize=privatize)
 
 
 def unregister(buffer: object) -> None:

@@ -26,9 +26,13 @@ log = logging.getLogger("ksmcore")
 
 class Registers(Protocol):
     @overload
-    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    def register(
+        self, buffer: Buffer, *, name: str | None = None, privatize: bool = False
+    ) -> Region: ...
     @overload
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area: ...
 
 
 class Area(Closing):
@@ -55,16 +59,22 @@ class Area(Closing):
         self._closed = False
 
     @overload
-    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    def register(
+        self, buffer: Buffer, *, name: str | None = None, privatize: bool = False
+    ) -> Region: ...
     @overload
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area: ...
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area:
         """As `Engine.register`; the region, or all of the object, ends with the area at the latest.
 
         Raises as that does, and ValueError when the area is closed.
         """
         self._check_open()
-        made = self._engine.register(buffer, privatize=privatize)
+        made = self._engine.register(buffer, name=name, privatize=privatize)
         with self._lock.get():
             if not self._closed:
                 self._regions.update(made.regions if isinstance(made, Area) else [made])

@@ -171,10 +171,16 @@ class Engine(Closing):
     # ---- registration -------------------------------------------------------------------------
 
     @overload
-    def register(self, buffer: Buffer, *, privatize: bool = False) -> Region: ...
+    def register(
+        self, buffer: Buffer, *, name: str | None = None, privatize: bool = False
+    ) -> Region: ...
     @overload
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area: ...
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area: ...
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area:
         """Let the pages of a contiguous buffer, a tensor, or all that an object holds, be merged.
 
         Its whole pages are scanned; those that it shares with others are never touched. It is held
@@ -185,16 +191,19 @@ class Engine(Closing):
         thousands come one by one, what costs much to find out (a lock, another's userfaultfd) is
         found out later: such memory is then never merged, and counted in `Stats.skipped`.
 
+        `name`: what it is called in pictures and reports, beside the program's own variables.
+
         `privatize`: turn shared anonymous memory (the default of `mmap.mmap(-1, n)`) into private
         memory in place, with the same bytes; other processes no longer see what is written.
 
         Raises:
-            TypeError: no buffer and none in it, or one that holds references to objects.
+            TypeError: no buffer and none in it, or one that holds references to objects; a name
+                that is no text.
             ValueError: not contiguous, no whole page inside, registered already, or memory that
                 cannot be merged; the message says what to do.
             OSError: the kernel does not tell what memory that is (no /proc, no file descriptor).
         """
-        return self._open().registrar.register(buffer, privatize=privatize)
+        return self._open().registrar.register(buffer, name=name, privatize=privatize)
 
     def unregister(self, buffer: object) -> None:
         """Make a region, an area, a buffer, or all that an object holds now, plain memory again.

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksmcore._gate.buffers import Admission, Export, Released, admit_some, not_a_buffer, release_all
-from ksmcore._gate.memories import Memory
-from ksmcore._gate.objects import Leaf, PartsOf, reach
+from ksmcore._gate.memories import Memory, UnreachableError, one_memory
+from ksmcore._gate.objects import Leaf, PartsOf, is_hopeless, reach
 from ksmcore._gate.ranges import gaps
 
 __all__ = [
     "Gathered",
     "Unreached",
     "admit_those",
+    "as_one",
     "gather",
     "lies_within",
     "not_taken",
@@ -47,6 +48,21 @@ class Gathered(Released):
 
     def release(self) -> None:
         release_all(self.exports)
+
+
+def as_one(buffer: object) -> object | None:
+    """What the gate takes for this object, None if there may be memory in many places of it.
+
+    TypeError, ValueError where there is none, or no way to it.
+    """
+    if is_hopeless(buffer):
+        raise not_a_buffer(buffer)
+    if isinstance(buffer, np.ndarray) and buffer.dtype.kind == "O":
+        return None
+    try:
+        return one_memory(buffer)
+    except UnreachableError as error:
+        raise ValueError(f"this {type(buffer).__name__} cannot be merged: {error}") from error
 
 
 def gather(thing: object, export: Callable[[object, str], Export], parts_of: PartsOf) -> Gathered:

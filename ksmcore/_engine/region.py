@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from ksmcore._core.core import Core
     from ksmcore._gate.buffers import Export
 
-__all__ = ["Holder", "Region"]
+__all__ = ["Holder", "Region", "Site"]
+
+Site = tuple[str, int]
+"""Where in a program: a file and a line."""
 
 
 class Holder(Protocol):
@@ -49,10 +52,23 @@ class Region(Closing):
         "_id",
         "_n_pages",
         "_nbytes",
+        "_registered_at",
+        "name",
     )
 
+    name: str | None
+    """What it is called in pictures and reports, beside what the program calls it."""
+
     def __init__(
-        self, region_id: int, export: Export, *, core: Core, holder: Holder, engine: object
+        self,
+        region_id: int,
+        export: Export,
+        *,
+        core: Core,
+        holder: Holder,
+        engine: object,
+        name: str | None = None,
+        registered_at: Site,
     ) -> None:
         self._id = region_id
         self._export: Export | None = export
@@ -60,6 +76,8 @@ class Region(Closing):
         self._core = core
         self._holder = holder
         self._engine = engine  # kept alive, also for who has forgotten all but the region
+        self.name = name
+        self._registered_at = registered_at
 
     @property
     def addr(self) -> int:
@@ -75,6 +93,11 @@ class Region(Closing):
     def nbytes(self) -> int:
         """Bytes of the whole pages; the buffer's bytes before and after them are never touched."""
         return self._nbytes
+
+    @property
+    def registered_at(self) -> str:
+        """The line of the program that registered it, as "file:line"."""
+        return "{}:{}".format(*self._registered_at)
 
     @property
     def closed(self) -> bool:
@@ -129,4 +152,5 @@ class Region(Closing):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else human_bytes(self.nbytes)
-        return f"<ksmcore.Region: {self._n_pages} pages at {self._addr:#x}, {state}>"
+        name = "" if self.name is None else f"{self.name!r}, "
+        return f"<ksmcore.Region: {name}{self._n_pages} pages at {self._addr:#x}, {state}>"

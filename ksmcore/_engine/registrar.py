@@ -26,12 +26,13 @@ from ksmcore._engine.gathering import (
     Gathered,
     Unreached,
     admit_those,
+    as_one,
     gather,
     lies_within,
     not_taken,
     together,
 )
-from ksmcore._engine.region import Region
+from ksmcore._engine.region import Region, Site
 from ksmcore._gate.buffers import (
     Admission,
     Export,
@@ -40,8 +41,7 @@ from ksmcore._gate.buffers import (
     not_a_buffer,
     release_all,
 )
-from ksmcore._gate.memories import UnreachableError, one_memory
-from ksmcore._gate.objects import is_hopeless
+from ksmcore._gate.caller import caller
 from ksmcore._gate.phase import Phases
 from ksmcore._gate.ranges import disjoint, gaps
 from ksmcore._kernel import forks, procfs
@@ -65,21 +65,6 @@ def _with_gaps(buffer: object) -> object:
     while isinstance(base, np.ndarray):
         base = base.base
     return base if isinstance(base, PageMemory) else buffer
-
-
-def _one(buffer: object) -> object | None:
-    """What the gate takes for this object, None if there may be memory in many places of it.
-
-    TypeError, ValueError where there is none, or no way to it.
-    """
-    if is_hopeless(buffer):
-        raise not_a_buffer(buffer)
-    if isinstance(buffer, np.ndarray) and buffer.dtype.kind == "O":
-        return None
-    try:
-        return one_memory(buffer)
-    except UnreachableError as error:
-        raise ValueError(f"this {type(buffer).__name__} cannot be merged: {error}") from error
 
 
 class Registrar:
@@ -116,14 +101,18 @@ class Registrar:
 
     # ---- in -----------------------------------------------------------------------------------
 
-    def register(self, buffer: object, *, privatize: bool = False) -> Region | Area:
+    def register(
+        self, buffer: object, *, name: str | None = None, privatize: bool = False
+    ) -> Region | Area:
         """See `Engine.register`."""
         if isinstance(buffer, Closing):
             raise not_a_buffer(buffer)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be text, not {type(name).__name__}")
         with _registering.get():
-            one = _one(buffer)
+            one = as_one(buffer)
             if one is None:
-                return self._register_parts(buffer, privatize)
+                return self._register_parts(buffer, name, privatize)
             export = self._export(one)
             try:
                 if self._find(export) is not None:
@@ -132,9 +121,9 @@ class Registrar:
                 export.release()
                 raise
             admissions = admit([export], page_bytes=self.page_bytes, privatize=privatize)
-            return self._add_all(admissions)[0]
+            return self._add_all(admissions, name)[0]
 
-    def _register_parts(self, thing: object, privatize: bool) -> Area:
+    def _register_parts(self, thing: object, name: str | None, privatize: bool) -> Area:
         """Register what is found in an object and is not registered yet."""
         gathered = self._gather(thing)
         try:
@@ -150,7 +139,7 @@ class Registrar:
             new, gathered.unreached, page_bytes=self.page_bytes, privatize=privatize
         )
         engine = cast(Registers, self._engine())
-        return Area(engine, self._add_all(admissions), gathered.unreached)
+        return Area(engine, self._add_all(admissions, name), gathered.unreached)
 
     def register_all(self, buffers: Sequence[object]) -> tuple[list[tuple[int, int]], Unreached]:
         """Register the buffers that are not, all or none of them; returns all page ranges. Of what
@@ -167,7 +156,7 @@ class Registrar:
                             raise ValueError(f"{buffer!r} is not registered with this engine")
                         ranges.append((buffer.addr, buffer.addr + buffer.nbytes))
                         continue
-                    one = _one(buffer)
+                    one = as_one(buffer)
                     if one is None:
                         objects.append(self._gather(buffer))
                         continue
@@ -223,13 +212,16 @@ class Registrar:
         theirs = disjoint(one for other in others for one in other._own_ranges())
         return not_taken(gathered, taken, theirs)
 
-    def _add_all(self, admissions: list[Admission]) -> list[Region]:
+    def _add_all(self, admissions: list[Admission], name: str | None = None) -> list[Region]:
         """Register what the gate has let in, all or none of it; the others are let go."""
         made: list[Region] = []
+        frame = caller()[0]
+        registered_at = frame.f_code.co_filename, frame.f_lineno
+        del frame  # which leads back here
         try:
             self._phases.warn(admission.export for admission in admissions)
             while admissions:
-                made.append(self._add(admissions.pop(0)))
+                made.append(self._add(admissions.pop(0), name, registered_at))
         except BaseException:
             release_all(admissions)
             for region in made:
@@ -238,7 +230,7 @@ class Registrar:
         self._notice()
         return made
 
-    def _add(self, admission: Admission) -> Region:
+    def _add(self, admission: Admission, name: str | None, registered_at: Site) -> Region:
         """On any error the buffer is let go."""
         export, traits = admission.export, admission.traits
         region_id = next(_region_ids)
@@ -252,7 +244,15 @@ class Registrar:
             if traits.must_privatize:
                 self._core.privatize(export.addr, export.n_pages, traits.region_flags)
             self._core.add(region_id, export.addr, export.n_pages, traits.region_flags)
-            region = Region(region_id, export, core=self._core, holder=self, engine=self._engine())
+            region = Region(
+                region_id,
+                export,
+                core=self._core,
+                holder=self,
+                engine=self._engine(),
+                name=name,
+                registered_at=registered_at,
+            )
             self._regions[region_id] = region
             self._phases.add(export)
         except BaseException:
@@ -286,7 +286,7 @@ class Registrar:
                 raise ValueError("this area belongs to another engine")
             buffer.close()
             return
-        one = _one(buffer)
+        one = as_one(buffer)
         if one is None:
             with self._gather(buffer) as gathered:
                 self._unregister_within(gathered.exports, type(buffer).__name__)
@@ -386,7 +386,7 @@ class Registrar:
         view = buffer._view() if isinstance(buffer, Region) else None
 
         def take() -> Export | Gathered:
-            one = _one(buffer) if view is None else view
+            one = as_one(buffer) if view is None else view
             return self._gather(buffer, touched) if one is None else self._export(one, touched)
 
         return HoldScope(self._core, take)
@@ -403,7 +403,7 @@ class Registrar:
         unknown: list[Export] = []
         found: list[Export] = []
         for buffer in buffers:
-            one = buffer._view() if isinstance(buffer, Region) else _one(buffer)
+            one = buffer._view() if isinstance(buffer, Region) else as_one(buffer)
             if one is None:
                 gathered = self._gather(buffer)
                 held.callback(gathered.release)

@@ -38,7 +38,7 @@ from ksmcore._gate.memories import (
     parts_of_tensor,
 )
 
-__all__ = ["Leaf", "PartsOf", "Reached", "is_hopeless", "reach"]
+__all__ = ["Leaf", "PartsOf", "Reached", "is_hopeless", "parts_by_library", "reach"]
 
 # Parts of an object of ksmcore's own, None for all others: handed down by who knows these.
 PartsOf = Callable[[object], Iterable[object] | None]
@@ -117,6 +117,14 @@ class Reached:
 def is_hopeless(thing: object) -> bool:
     """Is it something that holds no memory, whatever it is?"""
     return type(thing) in _ATOMS or isinstance(thing, _LEFT_ALONE)
+
+
+def parts_by_library(thing: object) -> Iterable[object] | None:
+    """What an object is made of, by a way of its library's own; None for all others."""
+    for library, names, parts in _NAMED:
+        if is_a(type(thing), library, *names):
+            return parts(thing)
+    return None
 
 
 def reach(thing: object, parts_of: PartsOf) -> Reached:
@@ -198,9 +206,9 @@ class _Walk:
         if is_a(kind, "jaxlib", "ArrayImpl") and len(thing.sharding.device_set) > 1:
             shards: list[object] = [shard.data for shard in thing.addressable_shards]
             return shards
-        for library, names, parts in _NAMED:
-            if is_a(kind, library, *names):
-                return parts(thing)
+        known = parts_by_library(thing)
+        if known is not None:
+            return known
         if is_a(kind, "pyarrow", "Buffer"):
             while thing.parent is not None:
                 thing = thing.parent

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from ksmcore._gate.caller import caller
 
 if TYPE_CHECKING:
     from ksmcore._gate.buffers import Export
@@ -83,18 +84,6 @@ class Phases:
             others.discard(buffer.phase)
             if others:
                 text = phase_advice(buffer.len_bytes, buffer.phase, min(others), buffer.library)
-                warnings.warn(text, PhaseWarning, stacklevel=_callers_level())
+                warnings.warn(text, PhaseWarning, stacklevel=caller()[1])
                 self._told.add(buffer.len_bytes)  # not where the warning is an error
                 return
-
-
-def _callers_level() -> int:
-    """The stacklevel, for a warning given by the caller of this, of the first frame outside."""
-    level = 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_globals.get("__name__", "").partition(".")[0] == "ksmcore"
-    ):
-        frame = frame.f_back
-        level += 1
-    return level

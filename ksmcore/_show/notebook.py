@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ksmcore._engine.page_state import PageState
 from ksmcore._kernel.syscalls import page_bytes
 from ksmcore._show.charts import history_points, savings_points
-from ksmcore._show.page_maps import PageMap
+from ksmcore._show.page_maps import region_map
 from ksmcore._show.pieces import (
     QUIET,
     bar,
@@ -78,7 +78,12 @@ def of_area(area: Area) -> str:
         return _box(area, "closed", "")
     stats = area.stats()
     head, rest = _region_numbers(stats)
-    regions = {f"{one.addr:#x}": counted(one.n_pages, "page") for one in area.regions}
+    regions = {
+        f"{one.addr:#x}" if one.name is None else f"{one.name} at {one.addr:#x}": counted(
+            one.n_pages, "page"
+        )
+        for one in area.regions
+    }
     listed = table(regions, "regions") if regions else ""
     unreached = table(area.unreached, "not reached, by class and reason") if area.unreached else ""
     return _box(area, f"{counted(len(regions), 'region')}; {head}", rest + listed + unreached)
@@ -185,14 +190,17 @@ def of_memory_info(info: MemoryInfo) -> str:
 
 
 def of_region(region: Region) -> str:
-    head = f"{counted(region.n_pages, 'page')} at <code>{region.addr:#x}</code>, "
     try:
-        states = region.page_map()
+        the_map = region_map(region)
     except ValueError:
-        return _box(region, f"{head}not registered", "")
-    the_map = PageMap("", states, page_bytes())
+        head = f"{counted(region.n_pages, 'page')} at <code>{region.addr:#x}</code>, not registered"
+        return _box(region, head, "")
     parts = state_parts(the_map.counts(), the_map.page_bytes)
-    return _box(region, head + size(the_map.nbytes), page_map_figure(the_map) + legend(parts))
+    called = escape(the_map.title.removeprefix("Region "))
+    head = f"{called}, {counted(region.n_pages, 'page')}, "
+    place = f'<div style="{QUIET};font-size:.9em">{escape(the_map.place)}</div>'
+    rest = page_map_figure(the_map) + legend(parts)
+    return _box(region, head + size(the_map.nbytes), (place if the_map.place else "") + rest)
 
 
 def _saved(stats: Stats) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from ksmcore._arrays import arena
 from ksmcore._engine.page_state import PageState
 from ksmcore._kernel.syscalls import page_bytes
+from ksmcore._show.names import names_in
 from ksmcore.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class PageMap:
     states: NDArray[np.uint8]
     page_bytes: int
     n_regions: int = 1
+    place: str = ""
+    """What the title does not tell: where that is, and who registered it."""
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +147,22 @@ def reduced(states: NDArray[np.uint8], most_cells: int) -> Cells:
 
 def region_map(region: Region) -> PageMap:
     """The page map of a region; ValueError when it is closed."""
-    return PageMap(f"Region at {region.addr:#x}", region.page_map(), page_bytes())
+    states = region.page_map()
+    (name,) = names_in([(region.addr, region.addr + region.nbytes)])
+    title, place = _called(region, "Region", name, region.addr)
+    return PageMap(title, states, page_bytes(), place=place)
+
+
+def _called(region: Region | None, owner: str, name: str, addr: int) -> tuple[str, str]:
+    """(title, place) of a map: what it is called, or else where it is."""
+    where = f"{owner} at {addr:#x}"
+    title = region.name or name if region is not None else name
+    told = [where[:1].lower() + where[1:]] if title else []
+    if region is not None:
+        told.append(f"registered at {region.registered_at.rpartition('/')[2]}")
+    if name and title != name:
+        told.append(f"which is {name}")
+    return title or where, ", ".join(told)
 
 
 def engine_maps(engine: Engine, most_regions: int) -> list[PageMap]:
@@ -155,20 +173,22 @@ def engine_maps(engine: Engine, most_regions: int) -> list[PageMap]:
         ValueError: the engine is closed.
     """
     core = engine._open_core()
-    with_handle = {region._id for region in engine.regions}
+    handles = {region._id: region for region in engine.regions}
 
     def owner(region_id: int) -> str:
-        if region_id in with_handle:
+        if region_id in handles:
             return "Region"
         return "Arrays of the allocator" if arena.is_chunk(region_id) else "Memory of an array"
 
     by_size = sorted(core.regions(), key=lambda one: -one[2])
     # One more is shown as easily as it is summed up.
     n_shown = most_regions if len(by_size) > most_regions + 1 else len(by_size)
-    maps = [
-        PageMap(f"{owner(region_id)} at {addr:#x}", states, page_bytes())
-        for region_id, addr, states in _states(core, by_size[:n_shown])
-    ]
+    shown = list(_states(core, by_size[:n_shown]))
+    names = names_in([(addr, addr + len(states) * page_bytes()) for _, addr, states in shown])
+    maps = []
+    for (region_id, addr, states), name in zip(shown, names, strict=True):
+        title, place = _called(handles.get(region_id), owner(region_id), name, addr)
+        maps.append(PageMap(title, states, page_bytes(), place=place))
     others = list(_states(core, sorted(by_size[n_shown:], key=lambda one: one[1])))
     if others:
         states = np.concatenate([states for _, _, states in others])

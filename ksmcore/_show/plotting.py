@@ -96,7 +96,8 @@ def _drawn(title: str, maps: Sequence[PageMap], savings: Sequence[Point] | None 
     if savings is not None:
         _draw_savings(axes.pop(0), savings)
     for panel, one, fitted, grid in zip(axes, maps, cells, grids, strict=True):
-        _draw_map(panel, one, grid, fitted.caption(one.page_bytes))
+        caption = "; ".join(filter(None, [fitted.caption(one.page_bytes), one.place]))
+        _draw_map(panel, one, grid, caption)
     if maps:
         _draw_legend(figure, maps)
     return figure

@@ -168,11 +168,15 @@ def _page_maps(maps: Sequence[PageMap]) -> str:
     note = f"Memory runs along the lines, from the top left; {MIXED_NOTE}."
     figures = "".join(
         f"<figure><figcaption><b>{escape(one.title)}</b>, {counted(len(one.states), 'page')}, "
-        f"{size(one.nbytes)}</figcaption>{page_map_figure(one, width_px=600)}"
+        f"{size(one.nbytes)}{_place(one)}</figcaption>{page_map_figure(one, width_px=600)}"
         f"{legend(state_parts(one.counts(), one.page_bytes))}</figure>"
         for one in maps
     )
     return f'<p>{said} {note}</p><ul class="key">{key}</ul><div class="maps">{figures}</div>'
+
+
+def _place(one: PageMap) -> str:
+    return f"<div><small>{escape(one.place)}</small></div>" if one.place else ""
 
 
 def _left_out(stats: Stats) -> str:

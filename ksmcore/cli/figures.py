@@ -85,10 +85,11 @@ class Source:
 
     def _largest_regions(self) -> list[dict[str, Any]]:
         largest = sorted(self._engine._core.regions(), key=lambda region: -region[2])
+        names = {region._id: region.name for region in self._engine.regions}
         found = []
         for region_id, addr, _ in largest[:MOST_REGIONS]:
             numbers = RegionStats(**self._engine._core.tally(region_id, addr)).as_dict()
-            found.append({"addr": addr, **numbers})
+            found.append({"addr": addr, "name": names.get(region_id), **numbers})
         return found
 
 

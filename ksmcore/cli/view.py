@@ -148,7 +148,8 @@ def _regions(
             f"  {merged / max(tracked, 1):.0%} of {human_bytes(tracked * page_bytes)} "
             "merged or zero"
         )
-        table.add_row(f"{region['addr']:#x}", human_bytes(n_pages * page_bytes), bar)
+        name = region.get("name") or f"{region['addr']:#x}"
+        table.add_row(Text(name), human_bytes(n_pages * page_bytes), bar)
     return table
 
 

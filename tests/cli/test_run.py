@@ -441,7 +441,8 @@ def test_memory_that_the_allocator_does_not_get_is_told(tmp_path):
         import numpy as np
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), most))
+        # Less than a chunk, and room for what threads map when they begin.
+        resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), most))
         kept = np.ones(1 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     """

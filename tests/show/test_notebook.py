@@ -32,7 +32,9 @@ def region(engine, private_buffer, rng):
 
 def test_region(region):
     seen = Reader(region._repr_html_())
-    assert f"100 pages at {region.addr:#x}, {100 * PAGE // KIB:.1f} KiB" in seen.text
+    assert f"at {region.addr:#x}, 100 pages, {100 * PAGE // KIB:.1f} KiB" in seen.text
+    region.name = "<frames>"
+    assert "<frames>, 100 pages" in Reader(region._repr_html_()).text
     assert f"shared 20 {20 * PAGE // KIB:.1f} KiB" in seen.text
     assert f"{100 * PAGE:,} bytes" in seen.titles
     (alt,) = [title for title in seen.titles if title.startswith("Page map of 100 pages")]
