@@ -402,7 +402,7 @@ def test_a_program_that_is_left_alone_has_nothing_of_ours_loaded(tmp_path):
 )
 def test_why_nothing_was_saved_by_the_numbers(changes, reason):
     with library.Engine() as engine:
-        figures = Source(engine, ["python"], 65536).snapshot()
+        figures = {**Source(engine, ["python"], 65536).snapshot(), "past_malloc": []}
     assert len(summary(figures)) == 1  # nothing was made, and nothing is to be told
     figures["regions_ever"] = 1
     figures["stats"].update(regions=1, full_scans=5, pages_scanned=100)
@@ -416,7 +416,7 @@ def test_why_nothing_was_saved_by_the_numbers(changes, reason):
 
 def test_what_more_mappings_would_bring_is_told_once():
     with library.Engine() as engine:
-        figures = Source(engine, ["python"], 65536).snapshot()
+        figures = {**Source(engine, ["python"], 65536).snapshot(), "past_malloc": []}
     figures["regions_ever"] = 1
     figures["stats"].update(full_scans=5, pages_scanned=100)
     figures["stats"].update(
@@ -552,7 +552,7 @@ def test_a_wrong_setting_in_the_environment(tmp_path):
 
 def test_every_reason_has_words():
     with library.Engine() as engine:
-        figures = Source(engine, ["python"], 65536).snapshot()
+        figures = {**Source(engine, ["python"], 65536).snapshot(), "past_malloc": []}
     reasons = figures["stats"]["skipped"]
     del reasons["young"]  # is not told
     figures["regions_ever"], figures["allocator"]["peak_bytes"] = 1, 1 << 30
