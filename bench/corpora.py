@@ -65,17 +65,24 @@ class Census:
         return self.n_paired // 2 + self.n_shuffled // 2 + self.n_zero
 
 
+def mixture_census(n_pages: int) -> Census:
+    """Of so many pages of a mixture; they lie in this order."""
+    paired, shuffled, zero = n_pages * 15 // 100, n_pages * 5 // 100, n_pages // 10
+    unique = n_pages - 2 * paired - 2 * shuffled - zero
+    return Census(unique, 2 * paired, 2 * shuffled, zero)
+
+
 def fill_mixture(pages: Pages, seed: int = SEED) -> Census:
     """Half unique; 30 % pairs, whose twins come in the same order; 10 % pairs, whose twins come in
     random order, each needing a mapping of its own; 10 % zero."""
     n = len(pages)
-    paired, shuffled, zero = n * 15 // 100, n * 5 // 100, n // 10
-    unique = n - 2 * paired - 2 * shuffled - zero
+    census = mixture_census(n)
+    paired, shuffled, zero = census.n_paired // 2, census.n_shuffled // 2, census.n_zero
     fill_random(pages[: n - zero], seed)
-    start = unique
+    start = census.n_unique
     pages[start + paired : start + 2 * paired] = pages[start : start + paired]
     start += 2 * paired
     order = np.random.Generator(np.random.SFC64(seed + 1)).permutation(shuffled)
     pages[start + shuffled : start + 2 * shuffled] = pages[start : start + shuffled][order]
     pages[n - zero :] = 0
-    return Census(unique, 2 * paired, 2 * shuffled, zero)
+    return census

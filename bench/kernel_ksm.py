@@ -6,6 +6,7 @@ Called by versus_kernel. Needs root and a kernel with KSM; `why_not` tells what 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -24,6 +25,8 @@ FULL_SPEED = {
     "use_zero_pages": "1",
 }
 POLL_SECONDS = 0.002
+
+_threads: list[Path] = []
 
 
 def why_not() -> str | None:
@@ -47,6 +50,19 @@ def number(name: str) -> int:
 
 def write(name: str, value: str) -> None:
     (KSM / name).write_text(value, encoding="ascii")
+
+
+def spent_seconds() -> float:
+    """Processor time of the kernel's thread that merges; NaN where it is not to be seen."""
+    if not _threads:
+        for path in Path("/proc").glob("[0-9]*/comm"):
+            with contextlib.suppress(OSError):
+                if path.read_text(encoding="ascii", errors="replace") == "ksmd\n":
+                    _threads.append(path.with_name("stat"))
+    if not _threads:
+        return math.nan
+    words = _threads[0].read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def settings() -> dict[str, str]:

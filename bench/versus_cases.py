@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 import ksmcore
-from bench import corpora, kernel_ksm
+from bench import corpora, kernel_ksm, limit
 from bench.corpora import PAGE, Pages
 from bench.measure import digest, read_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LIMIT_SECONDS = 600.0
 SMART_SCANS = 12  # after so many scans smart_scan skips most unchanged pages
@@ -28,12 +33,48 @@ QUIET_SCANS = 4  # after so many passes ksmcore reads no unchanged page any more
 PART_WRITTEN = 64  # one page in so many is written before the pass "written"
 
 
+Work = Callable[["Case", bool], "Result"]
+
+
+class Result(NamedTuple):
+    """Of one side in one round."""
+
+    seconds: float
+    found: int
+    cpu_seconds: float = math.nan
+    """Processor time that it took: of all threads of the process, or of the kernel's."""
+
+
+class Clock:
+    """A `with` block, timed; of either side, or of the limit."""
+
+    def __init__(self, kernel: bool) -> None:
+        self._spent = kernel_ksm.spent_seconds if kernel else time.process_time
+
+    def __enter__(self) -> Self:
+        self.seconds, self.cpu_seconds = -time.perf_counter(), -self._spent()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter()
+        self.cpu_seconds += self._spent()
+
+    def result(self, found: int) -> Result:
+        return Result(self.seconds, found, self.cpu_seconds)
+
+
 @dataclass
 class Side:
     """Times of one side, in seconds, and what it found."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     found: list[int] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        self.seconds.append(result.seconds)
+        self.cpu_seconds.append(result.cpu_seconds)
+        self.found.append(result.found)
 
     def __str__(self) -> str:
         if not self.seconds:
@@ -52,16 +93,24 @@ class Case:
     counts: str
     """What `found` counts; "ns": nanoseconds per page of memory that is not merged."""
     n_pages: int
-    work: Callable[[Case, bool], tuple[float, int]]
+    work: Work
     huge: bool = False
     kernel: Side = field(default_factory=Side)
     ours: Side = field(default_factory=Side)
+    limit: Side = field(default_factory=Side)
 
     @property
     def ratio(self) -> float | None:
         if not self.kernel.seconds or not self.ours.seconds:
             return None
         return statistics.median(self.kernel.seconds) / statistics.median(self.ours.seconds)
+
+    @property
+    def times_limit(self) -> float | None:
+        """How many times as long ksmcore takes as what cannot be left out."""
+        if not self.limit.seconds or not self.ours.seconds:
+            return None
+        return statistics.median(self.ours.seconds) / statistics.median(self.limit.seconds)
 
 
 class Memory:
@@ -102,21 +151,18 @@ def memory_of(
         one.close()
 
 
-def timed_merge(
-    memory: Memory, kernel: bool, n_expected: int, before: int = 0
-) -> tuple[float, int]:
-    """Merge the arrays from number `before` on, those before them being merged already; seconds,
-    and pages saved by it."""
+def timed_merge(memory: Memory, kernel: bool, n_expected: int, before: int = 0) -> Result:
+    """Merge the arrays from number `before` on, those before them being merged already. The number:
+    pages saved by it."""
     if not kernel:
         with ksmcore.Engine() as engine:
             if before:
                 engine.dedup(*memory.arrays[:before])
-            begun = time.perf_counter()
-            report = engine.dedup(*memory.arrays[before:])
-            seconds = time.perf_counter() - begun
+            with Clock(kernel) as clock:
+                report = engine.dedup(*memory.arrays[before:])
             for pages in memory.arrays:
                 read_all(pages)
-            return seconds, report.bytes_saved // PAGE
+            return clock.result(report.bytes_saved // PAGE)
     kernel_ksm.start_empty()
     already = 0
     if before:
@@ -125,48 +171,77 @@ def timed_merge(
         kernel_ksm.run()
         if not kernel_ksm.wait_until_saved(already, LIMIT_SECONDS):
             raise SystemExit("the kernel did not merge the first copies in time")
-    begun = time.perf_counter()
-    memory.mergeable(before)
-    kernel_ksm.run()
-    kernel_ksm.wait_until_saved(already + n_expected, LIMIT_SECONDS)
-    seconds = time.perf_counter() - begun
+    with Clock(kernel) as clock:
+        memory.mergeable(before)
+        kernel_ksm.run()
+        kernel_ksm.wait_until_saved(already + n_expected, LIMIT_SECONDS)
     found = kernel_ksm.n_saved() - already
     kernel_ksm.start_empty()
-    return seconds, found
+    return clock.result(found)
 
 
 # ---- cases -------------------------------------------------------------------------------------
 
+# How the memory of those that merge is filled, and what the limit does with it.
+FILLS: dict[str, list[Callable[[Pages], object]]] = {
+    "worst": [corpora.fill_tails] * 2,
+    "join": [corpora.fill_tails] * 4,
+    "best": [corpora.fill_repeated] * 2,
+    "mixture": [corpora.fill_mixture],
+}
+ASKED = {
+    "worst": limit.worst,
+    "join": limit.join,
+    "best": limit.best,
+    "mixture": limit.mixture,
+}
 
-def worst(case: Case, kernel: bool) -> tuple[float, int]:
-    with memory_of(*[corpora.fill_tails] * 2, n_pages=case.n_pages, huge=case.huge) as memory:
+
+def filled(case: Case) -> contextlib.AbstractContextManager[Memory]:
+    return memory_of(*FILLS[case.name], n_pages=case.n_pages, huge=case.huge)
+
+
+def at_limit(case: Case) -> Result:
+    """What cannot be left out by whoever merges (see limit). Of pairs in random order the contents
+    are not right afterwards."""
+    with filled(case) as memory:
+        before, parts = ASKED[case.name](memory.arrays)
+        one = limit.Limit()
+        one.merge(before)
+        with Clock(False) as clock:
+            one.merge(parts)
+        one.close()
+        del before, parts  # which hold the memory
+        if case.name == "mixture":
+            memory.digests = [digest(pages) for pages in memory.arrays]
+        return clock.result(0)
+
+
+def worst(case: Case, kernel: bool) -> Result:
+    with filled(case) as memory:
         return timed_merge(memory, kernel, case.n_pages)
 
 
-def join(case: Case, kernel: bool) -> tuple[float, int]:
-    with memory_of(*[corpora.fill_tails] * 4, n_pages=case.n_pages, huge=case.huge) as memory:
+def join(case: Case, kernel: bool) -> Result:
+    with filled(case) as memory:
         return timed_merge(memory, kernel, 2 * case.n_pages, before=2)
 
 
-def best(case: Case, kernel: bool) -> tuple[float, int]:
-    with memory_of(*[corpora.fill_repeated] * 2, n_pages=case.n_pages, huge=case.huge) as memory:
+def best(case: Case, kernel: bool) -> Result:
+    with filled(case) as memory:
         # At most max_page_sharing pages map one copy, ...
-        limit = kernel_ksm.number("max_page_sharing") if kernel else 256
-        n_copies = -(-2 * case.n_pages // limit)
+        most = kernel_ksm.number("max_page_sharing") if kernel else limit.BLOCK_PAGES
+        n_copies = -(-2 * case.n_pages // most)
         return timed_merge(memory, kernel, 2 * case.n_pages - 2 * n_copies)  # ... give or take
 
 
-def mixture(case: Case, kernel: bool) -> tuple[float, int]:
-    census: list[corpora.Census] = []
-
-    def fill(pages: Pages) -> None:
-        census[:] = [corpora.fill_mixture(pages)]
-
-    with memory_of(fill, n_pages=case.n_pages, huge=case.huge) as memory:
+def mixture(case: Case, kernel: bool) -> Result:
+    census = corpora.mixture_census(case.n_pages)
+    with filled(case) as memory:
         # Where the kernel splits huge pages it drops those of their pages that hold zeros, without
         # counting them among what KSM saves.
-        n_dropped = census[0].n_zero if kernel and case.huge else 0
-        return timed_merge(memory, kernel, census[0].n_spare - n_dropped)
+        n_dropped = census.n_zero if kernel and case.huge else 0
+        return timed_merge(memory, kernel, census.n_spare - n_dropped)
 
 
 # ---- passes over what does not change, or not much ---------------------------------------------
@@ -174,7 +249,7 @@ def mixture(case: Case, kernel: bool) -> tuple[float, int]:
 
 def idle(
     case: Case, kernel: bool, *, smart: bool = False, dirty: str = "auto", written: int = 0
-) -> tuple[float, int]:
+) -> Result:
     """One pass, after one page in `written` was written (0: none)."""
     with memory_of(corpora.fill_random, n_pages=case.n_pages, huge=case.huge) as memory:
         if not kernel:
@@ -199,7 +274,7 @@ def idle(
             kernel_ksm.write("smart_scan", kernel_ksm.FULL_SPEED["smart_scan"])
             kernel_ksm.start_empty()
         flip(memory, written)
-        return seconds, hashed
+        return Result(seconds, hashed)
 
 
 def flip(memory: Memory, written: int) -> None:
@@ -211,7 +286,7 @@ def flip(memory: Memory, written: int) -> None:
 # ---- what merged memory is like ----------------------------------------------------------------
 
 
-def access(case: Case, kernel: bool, *, work: Callable[[Pages], object]) -> tuple[float, int]:
+def access(case: Case, kernel: bool, *, work: Callable[[Pages], object]) -> Result:
     """`work` on memory of one repeated page, merged. The number: nanoseconds it takes for each page
     of memory that is not merged, for `work` "write" of new memory."""
     with memory_of(corpora.fill_repeated, n_pages=case.n_pages) as memory:
@@ -236,7 +311,7 @@ def access(case: Case, kernel: bool, *, work: Callable[[Pages], object]) -> tupl
                 engine.dedup(*memory.arrays)
                 seconds = timed_merged(work, memory.arrays[0])
         memory.digests = [digest(pages) for pages in memory.arrays]
-        return seconds, round(plain / n_pages * 1e9)
+        return Result(seconds, round(plain / n_pages * 1e9))
 
 
 def timed_merged(work: Callable[[Pages], object], pages: Pages) -> float:
@@ -263,7 +338,7 @@ def write_first(pages: Pages) -> None:
 # ---- growth ------------------------------------------------------------------------------------
 
 
-def growth(case: Case, kernel: bool) -> tuple[float, int]:
+def growth(case: Case, kernel: bool) -> Result:
     """The worst case and as many unique pages, case.n_pages in all; ksmcore only. The number: bytes
     of records that it keeps."""
 
@@ -277,17 +352,15 @@ def growth(case: Case, kernel: bool) -> tuple[float, int]:
         begun = time.perf_counter()
         engine.dedup(*memory.arrays)
         seconds = time.perf_counter() - begun
-        return seconds, engine.stats().metadata_bytes
+        return Result(seconds, engine.stats().metadata_bytes)
 
-
-Work = Callable[[Case, bool], tuple[float, int]]
 
 # name: (what, goal, what is counted, work, copies of --mib that it holds)
 CASES: dict[str, tuple[str, str, str, Work, int]] = {
-    "worst": ("two copies; pages differ in their last 8 bytes", ">= 10x", "saved", worst, 2),
-    "join": ("a third and a fourth copy join them", ">= 10x", "saved", join, 4),
-    "best": ("one repeated page, twice as much", ">= 10x", "saved", best, 2),
-    "mixture": ("unique, pairs, shuffled pairs, zero", ">= 5x", "saved", mixture, 1),
+    "worst": ("two copies; pages differ in their last 8 bytes", ">= 12x", "saved", worst, 2),
+    "join": ("a third and a fourth copy join them", ">= 12x", "saved", join, 4),
+    "best": ("one repeated page, twice as much", ">= 6x (huge 10x)", "saved", best, 2),
+    "mixture": ("unique, pairs, shuffled pairs, zero", ">= 6x", "saved", mixture, 1),
     "idle": ("a pass over unchanged unique pages", "<= 1 ms/GiB", "read", idle, 1),
     "smart": ("the same, smart_scan skipping", "<= 1 ms/GiB", "read", partial(idle, smart=True), 1),
     "checksum": (

@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 import ksmcore
-from bench import conftest, kernel_ksm, versus_cases, versus_picture
+from bench import conftest, kernel_ksm, limit, versus_cases, versus_picture
 from bench.corpora import PAGE
 from bench.versus_cases import CASES, Case
 from ksmcore._kernel import procfs
@@ -55,15 +56,27 @@ def arguments() -> argparse.Namespace:
 def run_case(case: Case, sides: list[bool], n_rounds: int) -> None:
     for _ in range(n_rounds):
         for kernel in sides:
-            seconds, found = case.work(case, kernel)
-            side = case.kernel if kernel else case.ours
-            side.seconds.append(seconds)
-            side.found.append(found)
+            (case.kernel if kernel else case.ours).add(case.work(case, kernel))
+        if case.name in versus_cases.FILLS and limit.library() is not None:
+            case.limit.add(versus_cases.at_limit(case))
     print(
-        f"{case.name:<10}{case.kernel!s}  {case.ours!s}{ratio_of(case):>8}  {case.goal:<14} "
-        f"{found_by(case)}",
+        f"{case.name:<10}{case.kernel!s}  {case.ours!s}{ratio_of(case):>8}  {cpu_of(case):<14}"
+        f"{limit_of(case):<14}{case.goal:<17} {found_by(case)}",
         flush=True,
     )
+
+
+def cpu_of(case: Case) -> str:
+    """Processor time of the kernel's thread, and of all of ours."""
+    sides = [statistics.median(side.cpu_seconds or [math.nan]) for side in (case.kernel, case.ours)]
+    return "" if math.isnan(sides[1]) else " / ".join(f"{seconds:.2f}" for seconds in sides)
+
+
+def limit_of(case: Case) -> str:
+    """What cannot be left out, and how many times as long ksmcore takes."""
+    if case.times_limit is None:
+        return ""
+    return f"{statistics.median(case.limit.seconds):.3f} x{case.times_limit:.2f}"
 
 
 def ratio_of(case: Case) -> str:
@@ -88,10 +101,13 @@ def as_dict(case: Case) -> dict[str, Any]:
         "counts": case.counts,
         "pages_per_copy": case.n_pages,
         "kernel_seconds": case.kernel.seconds,
+        "kernel_cpu_seconds": case.kernel.cpu_seconds,
         "kernel_found": case.kernel.found,
         "ksmcore_seconds": case.ours.seconds,
+        "ksmcore_cpu_seconds": case.ours.cpu_seconds,
         "ksmcore_found": case.ours.found,
         "ratio": case.ratio,
+        "limit_seconds": case.limit.seconds,
         "goal": case.goal,
     }
 
@@ -118,7 +134,10 @@ def main() -> None:
         else:
             header.append(f"only ksmcore runs: {missing}")
         print(*header, sep="\n")
-        print(f"\n{'':<10}{'kernel: least, median, most':^26}  {'ksmcore':^26}")
+        print(
+            f"\n{'':<10}{'kernel: least, median, most':^26}  {'ksmcore':^26}{'ratio':>8}  "
+            f"{'processor':<14}{'limit':<14}asked for"
+        )
         sides = [True, False] if missing is None else [False]
         cases = []
         for name in names:
@@ -144,11 +163,11 @@ def run_growth(most_mib: int) -> list[dict[str, float]]:
     rows = []
     for mib in (mib for mib in GROWTH_MIB if mib <= most_mib):
         case = Case("growth", "", "", "", (mib << 20) // PAGE, versus_cases.growth)
-        seconds, metadata_bytes = case.work(case, False)
+        result = case.work(case, False)
         row = {
             "mib": mib,
-            "us_per_page": seconds / case.n_pages * 1e6,
-            "metadata_bytes_per_page": metadata_bytes / case.n_pages,
+            "us_per_page": result.seconds / case.n_pages * 1e6,
+            "metadata_bytes_per_page": result.found / case.n_pages,
         }
         rows.append(row)
         print(
@@ -161,14 +180,19 @@ def run_growth(most_mib: int) -> list[dict[str, float]]:
 
 def as_markdown(header: list[str], cases: list[Case], growth: list[dict[str, float]]) -> str:
     lines = [f"- {line}" for line in header]
-    lines += ["", "| case | kernel, s | ksmcore, s | ratio | asked for | found: kernel / ksmcore |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| case | kernel, s | ksmcore, s | ratio | processor, s: kernel / ksmcore | limit, s | "
+        "asked for | found: kernel / ksmcore |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for case in cases:
         medians = [
             f"{statistics.median(side.seconds):.4f}" if side.seconds else "-"
             for side in (case.kernel, case.ours)
         ]
-        cells = [f"{case.name}: {case.what}", *medians, ratio_of(case), case.goal, found_by(case)]
+        times = [*medians, ratio_of(case), cpu_of(case), limit_of(case)]
+        cells = [f"{case.name}: {case.what}", *times, case.goal, found_by(case)]
         lines.append("| " + " | ".join(cells) + " |")
     if growth:
         lines += ["", "| memory in all, MiB | us per page | bytes of records per page |"]
