@@ -28,7 +28,7 @@ from libc.string cimport memset
 
 from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
 from ksmcore._kernel.syscalls cimport (
-    sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_page_bytes, sys_unmap,
+    sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_now_ns, sys_page_bytes, sys_unmap,
 )
 from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
 from ksmcore._pass.match cimport match_leave_tree
@@ -44,6 +44,10 @@ from ksmcore._records.rmap cimport (
 from ksmcore._records.store cimport store_find_again, store_lose, store_slot_at
 from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
 
+
+cdef enum:
+    COUNTED_NS = 1000000000    # how long the number of all mappings is taken for the present one, where nothing is merged
+    MOST_PLACES = 64           # that are asked about one by one, some microseconds each
 
 # All mappings, and the regions in them.
 ctypedef struct counting:
@@ -166,23 +170,74 @@ cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_err
     return 0
 
 
+cdef size_t _registered(const engine_core* c) noexcept nogil:
+    cdef size_t i, n_pages = 0
+    for i in range(c.regions.n):
+        n_pages += c.regions.all[i].n_pages
+    return n_pages
+
+
+cdef bint _is_counted(
+    const engine_core* c, size_t n_pages, int64_t asked_maps, int64_t max_map_count, uint64_t now_ns
+) noexcept nogil:
+    """Is it enough to look at the mappings of regions? The store has nothing that could be mapped elsewhere, and what
+    there was room for a moment ago there is: a pass may take longer."""
+    return (
+        c.store.n_used == 0 and c.rmap.n_over_store == 0
+        and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS
+        and c.counted.n_pages == n_pages
+        and c.counted.asked_maps == asked_maps and c.counted.max_map_count == max_map_count
+    )
+
+
+cdef int _read_regions(engine_core* c, counting* all, sys_error* err) noexcept nogil:
+    """As _read_all, with no other mappings than those of regions: 1; 0 where these lie in too many places, and all are
+    to be read; -1 with *err."""
+    cdef const region_t* last
+    cdef size_t i, first = 0, n_places = 0
+    memset(all, 0, sizeof(counting))
+    all.c = c
+    for i in range(c.regions.n):
+        c.regions.all[i].n_plain_pages = 0
+        last = &c.regions.all[i]
+        if i + 1 < c.regions.n and c.regions.all[i + 1].addr == regions_end_of(&c.regions, last):
+            continue
+        n_places += 1
+        if n_places > <size_t>MOST_PLACES:
+            return 0
+        if maps_each_in(c.regions.all[first].addr, regions_end_of(&c.regions, last), _count, all, err) != 0:
+            return -1
+        first = i + 1
+    return 1
+
+
 cdef int _take(
     engine_core* c, uint8_t* is_elsewhere, int64_t asked_maps, int64_t max_map_count, sys_error* err
 ) noexcept nogil:
     """1: all was where it was remembered to be; else as census_take."""
     cdef counting all
-    cdef size_t i
-    cdef int64_t n_pages = 0
-    if _read_all(c, &all, is_elsewhere, err) != 0:
+    cdef size_t i, n_pages = _registered(c)
+    cdef uint64_t now_ns = sys_now_ns()
+    cdef int rc = 0
+    if _is_counted(c, n_pages, asked_maps, max_map_count, now_ns):
+        rc = _read_regions(c, &all, err)
+    if rc == 0 and _read_all(c, &all, is_elsewhere, err) != 0:
+        rc = -1
+    if rc < 0:
+        c.counted.at_ns = 0
         budget_refresh(&c.budget, -1, -1, -1, asked_maps, max_map_count)
         return -1
-    c.n_maps = <size_t>all.n_maps
-    for i in range(c.regions.n):
-        if c.regions.all[i].flags & REGION_WATCHED:
-            # Ends of what is watched: of this region's two those at which no other goes on.
-            all.n_ours += regions_maps_to_watch(&c.regions, &c.regions.all[i]) // 2 + 1
-        n_pages += c.regions.all[i].n_pages
-    budget_refresh(&c.budget, all.n_maps, all.n_ours, n_pages, asked_maps, max_map_count)
+    if rc == 0:
+        c.n_maps = <size_t>all.n_maps
+        for i in range(c.regions.n):
+            if c.regions.all[i].flags & REGION_WATCHED:
+                # Ends of what is watched: of this region's two those at which no other goes on.
+                all.n_ours += regions_maps_to_watch(&c.regions, &c.regions.all[i]) // 2 + 1
+        budget_refresh(&c.budget, all.n_maps, all.n_ours, <int64_t>n_pages, asked_maps, max_map_count)
+        c.counted.at_ns = now_ns
+        c.counted.n_pages = n_pages
+        c.counted.asked_maps = asked_maps
+        c.counted.max_map_count = max_map_count
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages

@@ -25,7 +25,7 @@ from ksmcore._kernel.syscalls cimport (
 from ksmcore._pass.blocks cimport blocks_offer_all
 from ksmcore._pass.look cimport look_begin_pass
 from ksmcore._pass.quiet cimport quiet_begin_pass, quiet_stop
-from ksmcore._pass.scan cimport scan_at
+from ksmcore._pass.scan cimport scan_at, scan_pass_over
 from ksmcore._pass.state cimport state_begin_pass
 from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.store cimport MAX_SHARERS
@@ -85,6 +85,8 @@ cdef class Core(Registry):
         cdef bint entered
         sys_error_clear(&ignored)
         self._own()
+        if self.c.store.n_idle == 0:
+            return               # a look without the lock: what comes to be idle meanwhile waits for the next pass
         with nogil:
             # For where it takes reading.
             reader_enter()
@@ -169,6 +171,10 @@ cdef class Core(Registry):
         sys_error_clear(&err)
         self._own()
         with nogil:
+            cursor = self._pass_over(cursor, end, max_pages, patient, &done)
+        if cursor >= end or done >= max_pages:
+            return cursor
+        with nogil:
             reader_enter()
             if self.n_alone != 0:
                 self.n_alone -= 1
@@ -203,6 +209,17 @@ cdef class Core(Registry):
                     f"memory at {err.addr:#x} ({err.len_bytes} bytes) could not be made writable again"
                 )
             sys_error_raise(&err, "scan")
+        return cursor
+
+    cdef uintptr_t _pass_over(
+        self, uintptr_t cursor, uintptr_t end, size_t max_pages, bint patient, size_t* done
+    ) noexcept nogil:
+        """The beginning of a walk, as far as nobody wrote there: mostly all of it."""
+        cdef bint goes_on = True
+        while goes_on and done[0] < max_pages and cursor < end and not (patient and forks_is_coming()):
+            self._lock()
+            goes_on = scan_pass_over(&self.c, &cursor, end, done)
+            self._unlock()
         return cursor
 
     cdef void _set_being_made(self, uintptr_t target, bint being_made) noexcept nogil:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 Progress = bool | Callable[[int, int], object] | None
@@ -30,6 +30,12 @@ def reporting(progress: Progress, what: str, n_pages: int) -> Iterator[Callable[
             yield show
     else:
         raise TypeError(f"progress must be True, False, None or a callback, not {progress!r}")
+
+
+def load_bars() -> None:
+    """Have what draws bars loaded: some megabytes, for whoever measures memory."""
+    with suppress(ImportError):
+        import tqdm.auto  # noqa: F401
 
 
 @contextmanager

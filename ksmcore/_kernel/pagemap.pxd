@@ -50,5 +50,5 @@ cdef int pagemap_survey(
     sys_error* err
 ) noexcept nogil
 cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil
-cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end) noexcept nogil
+cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end, bint quickly) noexcept nogil
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil

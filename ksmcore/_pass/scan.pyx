@@ -69,7 +69,9 @@ cdef enum:
     PREFETCH = 16              # pages that searches are prepared for ahead
     STEP_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
     WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
-    NEIGHBOURS = 256           # regions that are passed over at once
+    NEIGHBOURS = 256           # regions that are passed over at once, ...
+    ASKED_PAGES = 131072       # ... and pages: a quarter of a millisecond
+    CAREFUL = 8                # passes of which one asks whether all pages are there
     YOUNG = 3                  # pages of a lower age are looked at in every pass
     HASH_PAGES = 32            # that one thread takes at once: some microseconds
     PAGES_TO_SHARE = 128       # that are worth waking another thread
@@ -346,24 +348,53 @@ cdef bint _has_swapped(const engine_core* c) noexcept nogil:
     return False
 
 
-cdef uintptr_t _end_of_unwritten(engine_core* c, const region_t* region, uintptr_t end) noexcept nogil:
-    """Where the first written page lies in this watched region and those that it touches, are watched too, and end
-    before `end`; or where they end. One question for all of them, STEP_PAGES and NEIGHBOURS at most."""
-    cdef const region_t* last = region
-    cdef const region_t* following = regions_next(&c.regions, region)
-    cdef size_t n_pages = region.n_pages, n = 1
+cdef uintptr_t _end_of_unwritten(
+    engine_core* c, region_t* region, uintptr_t start, uintptr_t end, size_t least
+) noexcept nogil:
+    """Where the first written page lies from `start` on in this watched region and those that it touches, are watched
+    too, and end before `end`; or where they end. One question for all of them, ASKED_PAGES and NEIGHBOURS at most;
+    none, and the answer `start`, where they are fewer than `least`.
+
+    Where all pages were there when that was last asked, the quick question is asked in CAREFUL - 1 of CAREFUL passes:
+    what the program has given up since may be remembered so much longer. Nothing depends on that but some counters,
+    since a page that comes back is a written one.
+    """
+    cdef region_t* last = region
+    cdef region_t* following = regions_next(&c.regions, region)
+    cdef uintptr_t most = start + ASKED_PAGES * c.page_bytes, unwritten
+    cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most)
+    cdef bint quickly = c.counters.full_scans % CAREFUL != 0 and _were_there(c, region, stop)
+    cdef size_t n = 1
     while (
-        following != NULL and following.addr == regions_end_of(&c.regions, last) and _may_be_passed_over(following)
-        and regions_end_of(&c.regions, following) <= end and n < <size_t>NEIGHBOURS
-        and n_pages + following.n_pages <= <size_t>STEP_PAGES
+        following != NULL and following.addr == stop and _may_be_passed_over(following)
+        and regions_end_of(&c.regions, following) <= min(end, most) and n < <size_t>NEIGHBOURS
     ):
         n += 1
-        n_pages += following.n_pages
         last = following
+        stop = regions_end_of(&c.regions, last)
+        quickly = quickly and _were_there(c, last, stop)
         following = regions_next(&c.regions, following)
-    if n == 1:
-        return region.addr       # a survey tells as much
-    return pagemap_first_written(&c.pm, region.addr, regions_end_of(&c.regions, last))
+    if n < least:
+        return start
+    unwritten = pagemap_first_written(&c.pm, start, stop, quickly)
+    while region != following and (not quickly or unwritten < stop):
+        _note_there(c, region, start, unwritten)
+        region = regions_next(&c.regions, region)
+    return unwritten
+
+
+cdef inline bint _were_there(const engine_core* c, const region_t* region, uintptr_t end) noexcept nogil:
+    return end <= region.addr + region.n_there * c.page_bytes
+
+
+cdef void _note_there(const engine_core* c, region_t* region, uintptr_t start, uintptr_t end) noexcept nogil:
+    """All pages in [start, end) are there; of the one at `end`, where that lies in the region, it is not known."""
+    cdef uintptr_t known = region.addr + region.n_there * c.page_bytes
+    if max(start, region.addr) > known:
+        return
+    if region.addr <= end <= regions_end_of(&c.regions, region) or end > known:
+        known = max(region.addr, min(end, regions_end_of(&c.regions, region)))
+    region.n_there = (known - region.addr) // c.page_bytes
 
 
 cdef bint _may_be_passed_over(const region_t* region) noexcept nogil:
@@ -374,6 +405,35 @@ cdef bint _may_be_passed_over(const region_t* region) noexcept nogil:
     )
 
 
+cdef bint _pass_over(
+    engine_core* c, region_t* region, uintptr_t* cursor, uintptr_t end, size_t least, size_t* n_pages
+) noexcept nogil:
+    """Move *cursor, which is in this region or before it, over the pages that need no look because nobody wrote there;
+    False where there are none."""
+    cdef uintptr_t start = max(cursor[0], region.addr), unwritten
+    cdef size_t n
+    if not _may_be_passed_over(region):
+        return False
+    unwritten = _end_of_unwritten(c, region, start, end, least)
+    n = (unwritten - start) // c.page_bytes
+    if n == 0:
+        return False
+    cursor[0] = unwritten
+    c.counters.pages_scanned += n
+    n_pages[0] += n // WALKED_PER_LOOK
+    return True
+
+
+cdef bint scan_pass_over(engine_core* c, uintptr_t* cursor, uintptr_t end, size_t* n_pages) noexcept nogil:
+    """One step of a walk over what nobody wrote, which needs no guard, no thread, and no look at a page. False: scan_at
+    has to go on. Arguments as there."""
+    cdef region_t* region = regions_at(&c.regions, cursor[0])
+    if region == NULL or region.addr >= end:
+        cursor[0] = end
+        return False
+    return _pass_over(c, region, cursor, end, 1, n_pages)
+
+
 cdef int scan_at(
     engine_core* c, uintptr_t* cursor, uintptr_t end, bint immediate, bint patient, size_t* n_pages, sys_error* err
 ) noexcept nogil:
@@ -381,23 +441,15 @@ cdef int scan_at(
     a region that is passed over, or several. Moves *cursor on, to `end` when there is nothing left, and adds to
     *n_pages what it cost, in pages that are looked at. Fails as _scan_span does."""
     cdef region_t* region = regions_at(&c.regions, cursor[0])
-    cdef uintptr_t from_here, to_here, unwritten
+    cdef uintptr_t from_here, to_here
     cdef size_t n, n_looked = 0
     cdef int rc = 0
     if region == NULL or region.addr >= end:
         cursor[0] = end
         return 0
-    if cursor[0] <= region.addr and _may_be_passed_over(region):
-        unwritten = _end_of_unwritten(c, region, end)
-        n = 0
-        while region != NULL and region.addr < unwritten and regions_end_of(&c.regions, region) <= unwritten:
-            n += region.n_pages
-            cursor[0] = regions_end_of(&c.regions, region)
-            region = regions_next(&c.regions, region)
-        if n != 0:
-            c.counters.pages_scanned += n
-            n_pages[0] += n // WALKED_PER_LOOK
-            return 0
+    # In one region alone the survey tells as much.
+    if cursor[0] <= region.addr and _pass_over(c, region, cursor, end, 2, n_pages):
+        return 0
     from_here = max(cursor[0], region.addr)
     to_here = min(regions_end_of(&c.regions, region), end)
     n = (to_here - from_here) // c.page_bytes

@@ -57,6 +57,13 @@ ctypedef struct advice_t:
 
 
 # Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
+# When all mappings of the process were counted last, and for which regions and limits. Private to census.
+ctypedef struct counted_t:
+    uint64_t at_ns               # 0: never
+    size_t n_pages
+    int64_t asked_maps
+    int64_t max_map_count
+
 ctypedef struct engine_core:
     size_t page_bytes
     # settings
@@ -85,6 +92,7 @@ ctypedef struct engine_core:
     advice_t advice
     range_list unsettled         # free or young memory, which a patient walk leaves alone
     size_t n_maps                # of the process, by the last census
+    counted_t counted            # what that was made for
     uint32_t n_idle_left         # slots that the last release had to leave idle
     batch b
     scan_counters counters

@@ -41,6 +41,7 @@ ctypedef struct region_t:
     bint altered             # the program has mapped it otherwise: not looked at (see census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to census
+    size_t n_there           # its first pages that were all there when that was last asked: see _pass_over
 
 
 # By address, disjoint.

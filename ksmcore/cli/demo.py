@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ksmcore
+from ksmcore._engine.progress import load_bars
 from ksmcore._kernel import smaps
 
 Floats = NDArray[np.float32]
@@ -242,6 +243,8 @@ def merge(held: Holdings, progress: bool) -> None:
     estimate = ksmcore.estimate(*held.buffers)
     total = estimate.pages_present * estimate.page_bytes
     say("Estimate", f"{mib(estimate.bytes_saved)} of {mib(total)} could be saved")
+    if progress:
+        load_bars()
     before = memory()
     report = ksmcore.dedup(*held.buffers, progress=progress)
     say(

@@ -22,7 +22,7 @@ Whose = Literal["numpy", "all"]
 
 # How long the memory elsewhere is looked at: a part of what the program took, and within bounds.
 PART_OF_RUN = 0.01
-LEAST_SECONDS = 0.02
+LEAST_SECONDS = 0.05
 MOST_SECONDS = 1.0
 
 ARROWS_POOL = "ARROW_DEFAULT_MEMORY_POOL"

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(memory.missing() is not None, reason=str(memory.
 STRESS = bool(os.environ.get("KSMCORE_STRESS"))
 
 BEGIN = """
-    import ctypes, os, sys, threading
+    import ctypes, os, sys, threading, warnings
+    warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
     import numpy as np
     import ksmcore
     from ksmcore._arrays import arena, memory

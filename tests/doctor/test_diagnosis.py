@@ -17,6 +17,8 @@ from ksmcore._testing import faults
 from ksmcore.doctor import Check, Diagnosis, checks, limits
 from ksmcore.doctor import diagnosis as examining
 
+# -1 before Python 3.15.
+UNLIMITED = checks.resource.RLIM_INFINITY
 NAMES = (
     "self-test",
     "kernel",
@@ -441,7 +443,12 @@ def test_numpy_allocator():
 
 def test_address_space(monkeypatch, root):
     files = root({"proc/self/status": "VmSize:\t 1048576 kB\n"})
-    for limit, level in ((-1, "good"), (8 << 30, "advice"), (3 << 29, "weak"), (1 << 20, "weak")):
+    for limit, level in (
+        (UNLIMITED, "good"),
+        (8 << 30, "advice"),
+        (3 << 29, "weak"),
+        (1 << 20, "weak"),
+    ):
         monkeypatch.setattr(checks.resource, "getrlimit", lambda _, n=limit: (n, -1))
         check = limits.address_space(files)
         assert check.level == level
@@ -450,7 +457,13 @@ def test_address_space(monkeypatch, root):
 
 @pytest.mark.parametrize(
     ("limit", "level"),
-    [(-1, "good"), (1 << 40, "advice"), (100 << 20, "advice"), (1 << 20, "weak"), (0, "weak")],
+    [
+        (UNLIMITED, "good"),
+        (1 << 40, "advice"),
+        (100 << 20, "advice"),
+        (1 << 20, "weak"),
+        (0, "weak"),
+    ],
 )
 def test_file_size(monkeypatch, limit, level):
     monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (limit, -1))

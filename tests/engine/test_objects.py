@@ -243,12 +243,12 @@ def test_a_buffer_of_its_own_that_is_refused_stops_all(engine, model):
 def test_no_memory_in_the_midst_undoes_all(engine, model, monkeypatch):
     add, calls = engine._parts.registrar._add, []
 
-    def fail_at_the_third(admission):
+    def fail_at_the_third(admission, *called):
         calls.append(admission)
         if len(calls) == 3:
             admission.release()
             raise MemoryError("no")
-        return add(admission)
+        return add(admission, *called)
 
     monkeypatch.setattr(engine._parts.registrar, "_add", fail_at_the_third)
     for call in (engine.register, engine.dedup):
