@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from ksmcore._arrays import making
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
+from ksmcore._engine.changes import Changes, changed
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.counters import Stats
 from ksmcore._engine.history import History, Sample
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from ksmcore._arrays.making import Order
     from ksmcore._core.core import Core
-    from ksmcore._engine.changes import Changes
 
 __all__ = ["Engine"]
 
@@ -383,8 +383,6 @@ class Engine(Closing):
             ValueError: arrays of different shapes or dtypes, or not C-contiguous; or the engine is
                 closed.
         """
-        from ksmcore._engine.changes import changed
-
         return changed(self._open().registrar, copy, since)
 
     def _adopt(self, tidy: Callable[[bool, float], object]) -> Core:

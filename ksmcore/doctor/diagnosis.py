@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 import ksmcore
 from ksmcore._engine.all_engines import process_left_out_bytes
+from ksmcore._engine.engine import Engine
 from ksmcore._engine.features import features
 from ksmcore._engine.settings import GUARDS, Settings
 from ksmcore._engine.stats import STORE_PATH
@@ -173,7 +174,7 @@ def self_test() -> tuple[Check, InUse]:
         remedy = f"try it without {', '.join(sorted(own))}, which it was done with"
     in_use = InUse()
     try:
-        engine = ksmcore.Engine()
+        engine = Engine()
         try:
             stats = engine.stats()
             in_use = InUse(stats.guard, stats.dirty)
@@ -197,7 +198,7 @@ def self_test() -> tuple[Check, InUse]:
     return Check("self-test", "good", text, None, facts), in_use
 
 
-def _merge_and_write(engine: ksmcore.Engine) -> tuple[int, int]:
+def _merge_and_write(engine: Engine) -> tuple[int, int]:
     """(bytes saved, by how much the PSS of those pages fell)."""
     memory = mmap.mmap(
         -1, 2 * TEST_PAGES * engine.page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
