@@ -11,3 +11,13 @@ def address_of(view):
     cdef uintptr_t addr = <uintptr_t>raw.buf
     PyBuffer_Release(&raw)
     return addr
+
+
+def place_of(buffer):
+    """(address of the first byte, length in bytes) of a contiguous buffer; BufferError where it is not so."""
+    cdef Py_buffer raw
+    PyObject_GetBuffer(buffer, &raw, PyBUF_ANY_CONTIGUOUS)
+    cdef uintptr_t addr = <uintptr_t>raw.buf
+    cdef Py_ssize_t len_bytes = raw.len
+    PyBuffer_Release(&raw)
+    return addr, len_bytes

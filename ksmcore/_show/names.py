@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ksmcore._gate.address import address_of
+from ksmcore._gate.address import place_of
 from ksmcore._gate.memories import Memory, extent, is_a, one_memory
 from ksmcore._gate.objects import is_hopeless, parts_by_library
 
@@ -65,14 +65,14 @@ def _told(found: Sequence[Named], start: int, end: int) -> str:
         for one in found
         if one.start < end and one.end > start
     ]
-    # Of several names for one thing, that which was found first.
-    inside.sort(key=lambda one: one.start - one.end)
+    # Not what is a part of another; of several names for one thing, that which was found first.
+    inside.sort(key=lambda one: (one.start, -one.end))
     chosen: list[Named] = []
+    covered = 0
     for one in inside:
-        if one.end - one.start < min(LEAST_BYTES, end - start):
-            break
-        if not any(other.start <= one.start and one.end <= other.end for other in chosen):
+        if one.end > covered and one.end - one.start >= min(LEAST_BYTES, end - start):
             chosen.append(one)
+        covered = max(covered, one.end)
     groups: dict[str, list[Named]] = {}
     for one in chosen:
         groups.setdefault(one.name.partition("[")[0] + one.where, []).append(one)
@@ -120,7 +120,7 @@ _LIBRARIES = tuple(
 def _of_dict(names: dict[str, object], where: str) -> Iterator[tuple[object, str, str]]:
     for name, value in list(names.items()):
         if not str(name).startswith("__"):
-            yield value, name, where
+            yield value, str(name), where
 
 
 def _of_frames(innermost: FrameType) -> Iterator[tuple[object, str, str]]:
@@ -196,8 +196,7 @@ class _Search:
             if isinstance(memory, Memory):
                 start, len_bytes = memory.addr, memory.len_bytes
             else:
-                with memoryview(memory) as view:  # type: ignore[arg-type]
-                    start, len_bytes = address_of(view), view.nbytes
+                start, len_bytes = place_of(memory)
         self.found.append(Named(start, start + len_bytes, name, where))
         return True
 

@@ -175,3 +175,17 @@ class TestRegions:
     def test_by_dedup(self, engine):
         engine.dedup({"a": np.ones(1 << 20)}, np.ones(1 << 19))
         assert all(region.registered_at.startswith(__file__) for region in engine.regions)
+
+
+def test_thousands_of_arrays_in_one_place_take_little_time():
+    whole = np.ones(40_000 * 4096, np.uint8)
+    start, end = place(whole)
+    parts = {
+        f"k{i}": [whole[j * 4096 : (j + 1) * 4096] for j in range(i, i + 900)]
+        for i in range(0, 36_000, 900)
+    }
+    del whole
+    (told,) = names_in([(start, end)])
+    assert told.endswith(" of parts in test_thousands_of_arrays_in_one_place_take_little_time()")
+    assert int(told.partition(" ")[0]) > 500
+    assert len(parts) == 40
