@@ -75,6 +75,7 @@ cdef int state_init(
     memset(&c.b, 0, sizeof(c.b))
     memset(&c.budget, 0, sizeof(c.budget))
     memset(&c.advice, 0, sizeof(c.advice))
+    memset(&c.counted, 0, sizeof(c.counted))
     memset(&c.unsettled, 0, sizeof(c.unsettled))
     c.n_maps = c.n_idle_left = 0
     c.guard = guard
