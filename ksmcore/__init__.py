@@ -15,7 +15,7 @@ PYTEST_DONT_REWRITE (there is nothing to rewrite; it would warn where this is im
 
 from __future__ import annotations
 
-from ksmcore._platform import require_linux
+from ksmcore._platform import is_disabled, require_linux
 
 require_linux()
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ksmcore._arrays.installing import Allocator
+    from ksmcore._arrays.installing import install as _install
+    from ksmcore._arrays.installing import uninstall as _uninstall
     from ksmcore._arrays.making import Order
     from ksmcore._engine.all_engines import process_memory_info as memory_info
     from ksmcore._engine.area import Area
@@ -100,9 +102,9 @@ __all__ = [
 __version__ = "0.2.0"
 
 
-# The public names that are made elsewhere, and where; with its name there, if that is another. They
-# come when they are first asked for: whoever imports this and uses nothing pays next to nothing.
+# The public names that are made elsewhere, and where; with the name there, if that is another.
 _ELSEWHERE = {
+    "Allocator": "_arrays.installing",
     "Area": "_engine.area",
     "Changes": "_engine.changes",
     "Engine": "_engine.engine",
@@ -119,18 +121,36 @@ _ELSEWHERE = {
     "Settings": "_engine.settings",
     "Stats": "_engine.counters",
     "features": "_engine.features",
+    "_install": "_arrays.installing:install",
+    "_uninstall": "_arrays.installing:uninstall",
     "memory_info": "_engine.all_engines:process_memory_info",
 }
+
+
+def _load() -> None:
+    """Have all of them here. Again, it costs next to nothing."""
+    if "Engine" in globals():
+        return
+    found = {}
+    for name, place in _ELSEWHERE.items():
+        module, _, its_name = place.partition(":")
+        found[name] = getattr(importlib.import_module(f"ksmcore.{module}"), its_name or name)
+    globals().update(found)
+
+
+# At once: a process that forks while another thread imports leaves its child waiting for ever, and
+# one that locks itself in finds no files later. But where nothing is to be merged only what is used
+# comes, when it is first used: there a program is to pay nothing.
+if not is_disabled():
+    _load()
 
 if not TYPE_CHECKING:  # which would take any name then
 
     def __getattr__(name: str) -> Any:
-        if name not in _ELSEWHERE:
+        if name not in _ELSEWHERE or name in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module, _, its_name = _ELSEWHERE[name].partition(":")
-        found = getattr(importlib.import_module(f"ksmcore.{module}"), its_name or name)
-        globals()[name] = found
-        return found
+        _load()
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
@@ -144,8 +164,7 @@ def default_engine() -> Engine:
     """The engine behind the functions of this module; made when it is first needed."""
     engine = _engines.get("default")
     if engine is None:
-        from ksmcore._engine.engine import Engine
-
+        _load()
         # No lock, which a signal handler on this thread, or a forked child, would wait for: of two
         # that make one at a time, the first wins.
         made = Engine()
@@ -176,9 +195,7 @@ def unregister(buffer: object) -> None:
     """Make the pages of a region, an area, or of what is registered of an object, plain private
     memory again, whichever engine has the region or area (all else is looked up in the default
     engine). See `Engine.unregister`."""
-    from ksmcore._engine.area import Area
-    from ksmcore._engine.region import Region
-
+    _load()
     if isinstance(buffer, Region | Area):
         buffer.close()
     else:
@@ -188,8 +205,7 @@ def unregister(buffer: object) -> None:
 def hold(buffer: object) -> AbstractContextManager[None]:
     """Keep the scanner away from registered memory while system calls write into it, whichever
     engine has the region (a bare buffer: the default engine). See `Engine.hold`."""
-    from ksmcore._engine.region import Region
-
+    _load()
     return buffer.hold() if isinstance(buffer, Region) else default_engine().hold(buffer)
 
 
@@ -301,8 +317,7 @@ def allocator(threshold_bytes: SupportsIndex = THRESHOLD_BYTES) -> Allocator:
     Raises:
         TypeError, ValueError: threshold_bytes is no positive integer.
     """
-    from ksmcore._arrays.installing import Allocator
-
+    _load()
     return Allocator(default_engine(), threshold_bytes)
 
 
@@ -330,17 +345,15 @@ def install_allocator(
         TypeError, ValueError: threshold_bytes is no positive integer; max_free_bytes is negative,
             or none; memory is something else, or "all" is not to be had here.
     """
-    from ksmcore._arrays import installing
-
-    installing.install(default_engine(), threshold_bytes, memory, max_free_bytes)
+    _load()
+    _install(default_engine(), threshold_bytes, memory, max_free_bytes)
 
 
 def uninstall_allocator() -> None:
     """Leave new arrays to NumPy's own allocator again. Arrays that exist stay registered until they
     are collected. Nothing happens when it is not installed."""
-    from ksmcore._arrays import installing
-
-    installing.uninstall()
+    _load()
+    _uninstall()
 
 
 def html_report(
@@ -363,11 +376,10 @@ def html_report(
     Raises:
         TypeError: something else than an engine was given.
     """
-    from ksmcore._engine.engine import Engine
-    from ksmcore._show import report
-
+    _load()
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"html_report is about an Engine, not {type(engine).__name__}")
+    from ksmcore._show import report
 
     return report.html_report(
         default_engine() if engine is None else engine,
@@ -399,9 +411,7 @@ def plot(target: Engine | Region | None = None, *, most_regions: int = 6) -> Pic
         TypeError: something else was given, or `most_regions` is no integer.
         ValueError: `most_regions` is below 0, or the region or engine is closed.
     """
-    from ksmcore._engine.engine import Engine
-    from ksmcore._engine.region import Region
-
+    _load()
     if target is not None and not isinstance(target, Engine | Region):
         raise TypeError(f"plot draws an Engine or a Region, not {type(target).__name__}")
     most_regions = operator.index(most_regions)

@@ -19,7 +19,9 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset, strcpy
 
-from ksmcore._arrays.arena cimport arena_begin, arena_give, arena_owns, arena_shrink, arena_take, arena_trim
+from ksmcore._arrays.arena cimport (
+    arena_begin, arena_give, arena_owns, arena_show_blocks, arena_shrink, arena_take, arena_trim,
+)
 
 cdef extern from "Python.h":
     int PyCapsule_SetPointer(object capsule, void* pointer) except -1
@@ -131,6 +133,7 @@ def use_again(before):
 def use_everywhere(size_t threshold_bytes):
     """Have the arrays of all contexts that use NumPy's default come from the arena."""
     cdef void* handler = PyCapsule_GetPointer(_capsule(threshold_bytes, True), CAPSULE_NAME)
+    arena_show_blocks(threshold_bytes != <size_t>-1)
     PyCapsule_SetPointer(<object>PyDataMem_DefaultHandler, handler)
 
 

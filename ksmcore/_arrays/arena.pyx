@@ -34,28 +34,34 @@ from ksmcore._core.registry cimport Registry
 from ksmcore._guard.merge cimport merge_move
 from ksmcore._kernel.forks cimport forks_generation
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_map_anon_at,
-    sys_now_ns, sys_unmap,
+    ADVISE_DONTNEED, ADVISE_POPULATE_WRITE, sys_advise, sys_error, sys_error_clear, sys_is_mapped, sys_locks_future,
+    sys_map_anon_at, sys_now_ns, sys_unmap,
 )
 from ksmcore._records.ranges cimport range_list, ranges_destroy
 
 cdef extern from *:
     """
+    #include <errno.h>
+    #include <stdlib.h>
+
     /* A block that was never there: volatile keeps the compiler from seeing that. */
     static void arena_show_block(size_t len_bytes) {
+        int before = errno;
         void *volatile shown = malloc(len_bytes);
         free(shown);
+        errno = before;
     }
     """
     void arena_show_block(size_t len_bytes) nogil
 
 cdef enum:
-    MOST_SHOWN_BYTES = 32 << 20    # where the GNU C library stops to learn
+    MOST_SHOWN_BYTES = 8 << 20     # of which the C library keeps twice as much at most
     POPULATE_BYTES = 256 << 10
     ZEROED_BYTES = 1 << 20         # zeros of at most so many bytes are written where pages are at hand
 
 cdef size_t _n_refused = 0             # chunks that the kernel had no memory or addresses for
 cdef bint _wants_huge = False
+cdef bint _shows_blocks = False
 cdef size_t _shown_bytes = 0           # the largest block that the C library was shown
 
 
@@ -168,12 +174,22 @@ cdef void _give_inherited(uint32_t entry, uintptr_t addr, size_t n_pages) noexce
         mapped_remove(entry)
 
 
+cdef void arena_show_blocks(bint wanted) noexcept nogil:
+    """See _show_block: while everybody's arrays come from here."""
+    global _shows_blocks
+    _shows_blocks = wanted
+
+
 cdef void _show_block(size_t len_bytes) noexcept nogil:
     """The C library keeps freed memory for as large blocks as it has seen freed, and gives all larger ones back to the
     kernel at once (the dynamic threshold of mallopt(3)). It sees none of those that come from here; without this,
-    everybody who goes on asking it for large blocks would wait for new pages each time."""
+    everybody who goes on asking it for such blocks would wait for new pages each time. Not while it is a block of the
+    program's that has its arrays here: the others would come to lie at any offset in a page (see design: phase)."""
     global _shown_bytes
-    if len_bytes > _shown_bytes and len_bytes <= <size_t>MOST_SHOWN_BYTES:
+    if (
+        _shows_blocks and len_bytes > _shown_bytes and len_bytes <= <size_t>MOST_SHOWN_BYTES
+        and not sys_locks_future()       # new memory would be filled at once
+    ):
         # With some room, lest blocks that get larger and larger are shown one by one. Two threads may show one each.
         _shown_bytes = min(len_bytes + len_bytes // 4, <size_t>MOST_SHOWN_BYTES)
         arena_show_block(_shown_bytes)

@@ -23,10 +23,10 @@ Then slots are lost that need not be; none is taken for unmapped that is not fou
 lock.
 """
 
-from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport INT32_MAX, UINTPTR_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-from ksmcore._kernel.maps cimport maps_each, maps_each_in, maps_is_private_data, vma_t
+from ksmcore._kernel.maps cimport maps_answers, maps_each, maps_each_in, maps_is_private_data, vma_t
 from ksmcore._kernel.syscalls cimport (
     sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_now_ns, sys_page_bytes, sys_unmap,
 )
@@ -46,12 +46,14 @@ from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_censu
 
 
 cdef enum:
-    COUNTED_NS = 1000000000    # how long the number of all mappings is taken for the present one, where nothing is merged
+    COUNTED_NS = 1000000000    # how long the number of all mappings is taken for the present one
     MOST_PLACES = 64           # that are asked about one by one, some microseconds each
 
 # All mappings, and the regions in them.
 ctypedef struct counting:
     engine_core* c
+    uintptr_t start              # of the regions that are counted; a mapping may have more than these
+    uintptr_t end
     int64_t n_maps
     int64_t n_ours               # mappings of stores, what they cut off, and what watching does
     uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
@@ -140,8 +142,8 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     if vma.is_store or all.end_of_store == vma.start:
         all.n_ours += 1
     all.end_of_store = vma.end if vma.is_store else 0
-    region = regions_at(&c.regions, vma.start)
-    while region != NULL and region.addr < vma.end:
+    region = regions_at(&c.regions, max(vma.start, all.start))
+    while region != NULL and region.addr < min(vma.end, all.end):
         start = max(vma.start, region.addr)
         end = min(vma.end, regions_end_of(&c.regions, region))
         if is_plain:
@@ -159,6 +161,7 @@ cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_err
     cdef size_t i
     memset(all, 0, sizeof(counting))
     all.c = c
+    all.end = UINTPTR_MAX
     all.is_elsewhere = is_elsewhere
     all.n_slots = c.store.top
     for i in range(c.regions.n):
@@ -183,7 +186,7 @@ cdef bint _is_counted(
     """Is it enough to look at the mappings of regions? The store has nothing that could be mapped elsewhere, and what
     there was room for a moment ago there is: a pass may take longer."""
     return (
-        c.store.n_used == 0 and c.rmap.n_over_store == 0
+        c.store.n_used == 0 and c.rmap.n_over_store == 0 and maps_answers()
         and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS
         and c.counted.n_pages == n_pages
         and c.counted.asked_maps == asked_maps and c.counted.max_map_count == max_map_count
@@ -205,7 +208,9 @@ cdef int _read_regions(engine_core* c, counting* all, sys_error* err) noexcept n
         n_places += 1
         if n_places > <size_t>MOST_PLACES:
             return 0
-        if maps_each_in(c.regions.all[first].addr, regions_end_of(&c.regions, last), _count, all, err) != 0:
+        all.start = c.regions.all[first].addr
+        all.end = regions_end_of(&c.regions, last)
+        if maps_each_in(all.start, all.end, _count, all, err) != 0:
             return -1
         first = i + 1
     return 1

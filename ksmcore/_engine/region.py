@@ -51,13 +51,10 @@ class Region(Closing):
         "_holder",
         "_id",
         "_n_pages",
+        "_name",
         "_nbytes",
         "_registered_at",
-        "name",
     )
-
-    name: str | None
-    """What it is called in pictures and reports, beside what the program calls it."""
 
     def __init__(
         self,
@@ -93,6 +90,17 @@ class Region(Closing):
     def nbytes(self) -> int:
         """Bytes of the whole pages; the buffer's bytes before and after them are never touched."""
         return self._nbytes
+
+    @property
+    def name(self) -> str | None:
+        """What it is called in pictures and reports, beside what the program calls it."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str | None) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be text, not {type(name).__name__}")
+        self._name = name
 
     @property
     def registered_at(self) -> str:

@@ -36,6 +36,7 @@ cdef inline bint maps_is_private_data(const vma_t* vma) noexcept nogil:
 
 
 cdef int maps_each(vma_visit visit, void* context, sys_error* err) noexcept nogil
+cdef bint maps_answers() noexcept nogil
 cdef int maps_each_in(
     uintptr_t start, uintptr_t end, vma_visit visit, void* context, sys_error* err
 ) noexcept nogil

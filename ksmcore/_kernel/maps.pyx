@@ -9,7 +9,7 @@ of small resident pages on the way, since the kernel walks their page tables.
 One descriptor of each file serves the process, one reader at a time. Whoever visits takes no lock.
 """
 
-from libc.errno cimport EFAULT, errno
+from libc.errno cimport EFAULT, ENOENT, errno
 from libc.stdint cimport uint32_t, uintptr_t
 
 from ksmcore._kernel.syscalls cimport (
@@ -58,6 +58,7 @@ ctypedef struct range_visit:
 cdef sys_file _file
 cdef sys_file _traits_file               # smaps
 cdef uint32_t _n_users = 0
+cdef int _answers = -1                   # -1: not asked yet
 
 
 cdef void _if_within(const vma_t* vma, void* context) noexcept nogil:
@@ -118,12 +119,15 @@ cdef int maps_each(vma_visit visit, void* context, sys_error* err) noexcept nogi
 
 
 cdef int _each_in_locked(range_visit* wanted, sys_error* err) noexcept nogil:
+    global _answers
     cdef vma_t vma
     cdef uintptr_t cursor = wanted.start
     while cursor < wanted.end:
         if ksm_vma_at(_file.fd, cursor, &vma) != 0:
             # What lies before the cursor has been visited. That there is nothing behind it need not be true.
             wanted.start = cursor
+            if errno != ENOENT:
+                _answers = 0     # any more: a filter of system calls has come
             return _each_locked(_if_within, wanted, err)
         if vma.start >= wanted.end:
             break
@@ -149,6 +153,21 @@ cdef int maps_each_in(
     _close_locked()
     maps_unlock()
     return rc
+
+
+cdef bint maps_answers() noexcept nogil:
+    """Can the kernel be asked for single mappings? Else maps_each_in takes as long as maps_each."""
+    global _answers
+    cdef sys_error ignored
+    cdef vma_t vma
+    if _answers < 0:
+        sys_error_clear(&ignored)
+        maps_lock()
+        if _open_locked(&_file, b"/proc/self/maps", &ignored) == 0:
+            _answers = ksm_vma_at(_file.fd, <uintptr_t>&_answers, &vma) == 0
+        _close_locked()
+        maps_unlock()
+    return _answers > 0
 
 
 cdef int maps_traits_each(uintptr_t end, vma_visit visit, void* context, sys_error* err) noexcept nogil:

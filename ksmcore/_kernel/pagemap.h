@@ -73,8 +73,9 @@ static int ksm_scan_hole(int fd, uintptr_t start, uintptr_t end, ksm_page_range 
     return ksm_scan_call(fd, start, end, there, 1, &a);
 }
 
-/* The first page that was written: 1 and *there; 0: there is none. Asked for exactly this, the kernel takes a path of its
-   own, in two fifths of the time; pages that are not there count as written, but not where a whole page table has none. */
+/* The first page that was written: 1 and *there; 0: there is none. Asked for exactly this, the kernel takes a path of
+   its own, in two fifths of the time; pages that are not there count as written, but not all of them: where there is
+   no page table, say. */
 static int ksm_scan_written(int fd, uintptr_t start, uintptr_t end, ksm_page_range *there) {
     struct ksm_scan_args a = {0};
     a.all_of = a.returned = KSM_PAGE_WRITTEN;

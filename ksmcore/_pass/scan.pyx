@@ -363,7 +363,7 @@ cdef uintptr_t _end_of_unwritten(
     cdef region_t* following = regions_next(&c.regions, region)
     cdef uintptr_t most = start + ASKED_PAGES * c.page_bytes, unwritten
     cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most)
-    cdef bint quickly = c.counters.full_scans % CAREFUL != 0 and _were_there(c, region, stop)
+    cdef bint quickly = c.epoch % CAREFUL != 0 and _were_there(c, region, stop)
     cdef size_t n = 1
     while (
         following != NULL and following.addr == stop and _may_be_passed_over(following)

@@ -1,7 +1,7 @@
 """What the program calls its memory: the variables that lead there, for pictures and reports.
 
 Looked for when a picture is made, in the program's own modules and in the functions that are
-running, a few steps deep and for a moment only. Nothing is kept.
+running (from Python 3.13 on), a few steps deep and for a moment only. Nothing is kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gc
 import itertools
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, ModuleType
@@ -39,6 +38,7 @@ LEAST_BYTES = 4096
 WHOLES = {"pandas", "pyarrow", "xarray"}
 
 CO_OPTIMIZED = 1  # of a function, whose variables are no dict
+LEAVES_NO_TRACE = sys.hexversion >= 0x030D0000  # a look at them: see _local
 
 
 class Named(NamedTuple):
@@ -106,10 +106,12 @@ def _variables() -> Iterator[tuple[object, str, str]]:
 
 def _is_programs(module: object) -> bool:
     """Is it neither a library's nor ours?"""
-    file = getattr(module, "__file__", None) if isinstance(module, ModuleType) else None
-    if not isinstance(file, str) or module.__name__.partition(".")[0] == "ksmcore":  # type: ignore[attr-defined]
+    # Not by getattr, which has modules loaded that come when they are first used.
+    names = vars(module) if isinstance(module, ModuleType) else {}
+    file, name = names.get("__file__"), names.get("__name__")
+    if not isinstance(file, str) or not isinstance(name, str):
         return False
-    return not file.startswith(_LIBRARIES)
+    return name.partition(".")[0] != "ksmcore" and not file.startswith(_LIBRARIES)
 
 
 _LIBRARIES = tuple(
@@ -133,20 +135,14 @@ def _of_frames(innermost: FrameType) -> Iterator[tuple[object, str, str]]:
 
 
 def _local(frame: FrameType) -> dict[str, object]:
-    """The variables of a function that is running; nothing of a module, whose own they are."""
-    if not frame.f_code.co_flags & CO_OPTIMIZED:
-        return {}
-    if sys.version_info >= (3, 13):
+    """The variables of a function that is running; nothing of a module, whose own they are.
+
+    Before Python 3.13 they are left alone. There a look brings all of them into a dict that the
+    frame keeps, which is the program's where it has asked for its `locals()`.
+    """
+    if LEAVES_NO_TRACE and frame.f_code.co_flags & CO_OPTIMIZED:
         return dict(frame.f_locals)
-    # Before, the frame keeps a dict of its own, which would keep alive what is in it: so it is
-    # emptied again. Not where a tracer runs, which writes back what it finds there.
-    tracers = (sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile())
-    if frame.f_trace is not None or any(tracer is not None for tracer in tracers):
-        return {}
-    kept = frame.f_locals
-    found = dict(kept)
-    kept.clear()
-    return found
+    return {}
 
 
 # ---- what they lead to --------------------------------------------------------------------------
@@ -177,7 +173,7 @@ class _Search:
         try:
             is_memory = self._note(value, name, where)
             parts = [] if is_memory or steps == MOST_STEPS else list(_parts(value))
-        except Exception:  # whatever a library raises about an object that is not whole
+        except (Exception, SystemExit):  # of an object that is not whole, or asks for too much
             return
         is_whole = is_whole or _is_whole(value)
         for part, words in parts:
@@ -226,7 +222,7 @@ def _parts(value: Any) -> Iterator[tuple[object, str]]:
         yield from _numbered(tuple.__iter__(value))
     elif isinstance(value, dict):
         for key, part in list(dict.items(value))[:MOST_PARTS]:
-            if isinstance(key, (str, int)):
+            if type(key) in (str, int):
                 yield part, f"[{_short(repr(key))}]"
     elif is_a(kind, "torch", "Module"):
         for where in ("_parameters", "_buffers", "_modules"):

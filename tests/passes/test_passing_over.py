@@ -128,3 +128,37 @@ def test_a_large_region_is_asked_about_in_pieces(engine):
         for n_hashed in (1, 1, 1, 0):
             report = engine.scan()
             assert (report.pages_scanned, report.pages_hashed) == (len(words), n_hashed)
+
+
+def test_two_regions_of_one_mapping_with_a_gap_between_them(engine, rng):
+    """A mapping that has both is told twice, and each of them is to count once."""
+    memory = octets(private_memory(201)).reshape(-1, PAGE)
+    memory[:] = random_pages(rng, 201).reshape(-1, PAGE)
+    memory[101:] = memory[:100]
+    first, second = memory[:100], memory[101:]
+    engine.register(first)
+    engine.register(second)
+    for _ in range(3):
+        report = engine.scan()
+    assert report.skipped["altered"] == 0
+    assert engine.stats().pages_sharing == 100
+    engine._core.check()
+
+
+def test_a_part_that_was_made_read_only_a_moment_ago_is_left_alone(engine, rng):
+    """Whatever else lies in the same mappings as the rest of its region."""
+    memory = octets(private_memory(201)).reshape(-1, PAGE)
+    memory[:] = random_pages(rng, 201).reshape(-1, PAGE)
+    engine.register(memory[:100])
+    engine.register(memory[101:])
+    engine.scan()
+    memory[:50] = memory[101:151]
+    call("mprotect", address(memory), 50 * PAGE, mmap.PROT_READ)
+    for _ in range(4):
+        report = engine.scan()
+    assert report.skipped["altered"] == 100
+    assert engine.stats().pages_sharing == 0
+    call("mprotect", address(memory), 50 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+    for _ in range(3):
+        engine.scan()
+    assert engine.stats().pages_sharing == 50

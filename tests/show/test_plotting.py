@@ -50,7 +50,7 @@ def test_a_region(engine, private_buffer, rng):
     drawn = np.asarray(image.get_array()).ravel()
     assert np.array_equal(drawn[:100], region.page_map())
     assert axes.get_xlabel().startswith(
-        f"one cell is one page ({PAGE / 1024:.1f} KiB); region at 0x"
+        f"one cell is one page ({PAGE / 1024:.1f} KiB); "
     )
     assert "100 pages" in axes.get_title("left")
     (legend,) = figure.legends
