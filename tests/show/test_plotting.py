@@ -49,9 +49,7 @@ def test_a_region(engine, private_buffer, rng):
     (image,) = axes.images
     drawn = np.asarray(image.get_array()).ravel()
     assert np.array_equal(drawn[:100], region.page_map())
-    assert axes.get_xlabel().startswith(
-        f"one cell is one page ({PAGE / 1024:.1f} KiB); "
-    )
+    assert axes.get_xlabel().startswith(f"one cell is one page ({PAGE / 1024:.1f} KiB); ")
     assert "100 pages" in axes.get_title("left")
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
