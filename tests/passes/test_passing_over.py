@@ -107,10 +107,10 @@ def test_a_region_that_is_registered_in_the_same_second_counts(engine, pages, rn
     pages[:64] = other.reshape(-1, PAGE)
     engine.register(other)
     assert engine.dedup().pages_merged == 128
-    # Each of the two a mapping, and what it cut off.
     before = engine.stats().maps_used
     engine._core.take_census(-1, 65530)
-    assert abs(engine.stats().maps_used - before) <= 1
+    # But for what lies beside the four ends, which costs a mapping or none.
+    assert abs(engine.stats().maps_used - before) <= 4
     engine._core.check()
 
 
