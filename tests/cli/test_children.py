@@ -88,7 +88,10 @@ def test_other_programs_and_what_they_start(tmp_path):
     )
     assert [n >= LEAST_BYTES for n in saved(children)] == [True]
     assert children[0]["command"][1] == "-c"
-    assert "Nothing was saved in this process" in text
+    # From Python 3.15 on the interpreter has large blocks of its own.
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["peak_bytes_saved"] < 1 << 20
+    assert numbers["peak_bytes_saved"] > 0 or "Nothing was saved in this process" in text
     again = ksmcore("report", tmp_path / "numbers.json")
     assert "Children 1 process; " in again.stdout
 

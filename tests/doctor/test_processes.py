@@ -110,6 +110,9 @@ def test_few_mappings_left_are_a_weakness():
 
 
 @pytest.mark.skipif(LIMIT > 200_000, reason="too many mappings to use up")
+@pytest.mark.skipif(
+    sys.version_info >= (3, 15), reason="the interpreter ends itself where it cannot unmap"
+)
 def test_no_mappings_left_to_speak_of():
     """Whatever comes of it, it is told, and not raised."""
     checks, status = examined(before=f"    import ksmcore.doctor{TAKE_MAPPINGS.format(room=12)}")
