@@ -11,12 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -58,14 +55,10 @@ def guards() -> list[str]:
 class Library:
     """stalls.c, compiled and loaded."""
 
-    def __init__(self, directory: Path) -> None:
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
+    def __init__(self) -> None:
+        loaded = measure.load_c("stalls.c", "-O2")
+        if loaded is None:
             pytest.skip("no C compiler")
-        path = directory / "stalls.so"
-        source = Path(__file__).with_name("stalls.c")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", path, source], check=True)
-        loaded = ctypes.CDLL(str(path))
         self.n_buckets = int(loaded.stalls_n_buckets())
         assert int(loaded.stalls_n_kinds()) == len(KINDS)
         bucket_end = loaded.stalls_bucket_end
@@ -255,11 +248,10 @@ def table(tallies: dict[str, Tally]) -> list[str]:
 @pytest.mark.benchmark(group="stalls")
 def test_stalls(
     benchmark: BenchmarkFixture,
-    tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> None:
     """Its time is that of all the loads, which is set, and tells nothing; the table tells."""
-    library = Library(tmp_path_factory.mktemp("stalls"))
+    library = Library()
     tallies = {mode: Tally(library.ends_us) for mode in (NO_MERGE, NO_SCANNER, *guards())}
     seeds = iter(range(SEED, SEED + ROUNDS))
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from bench import corpora
 from bench.corpora import PAGE, Pages
+from bench.measure import load_c
 
 READ, WRITE, MAP, SCATTERED, REPEAT, ZERO = range(6)
 BLOCK_PAGES = 256
@@ -37,14 +34,7 @@ class _Part(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """None without a compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "limit.so")
-        source = Path(__file__).with_suffix(".c")
-        subprocess.run([compiler, "-O3", "-shared", "-fPIC", "-o", path, source], check=True)
-        return ctypes.CDLL(str(path))
+    return load_c("limit.c", "-O3")
 
 
 class Limit:
@@ -76,8 +66,6 @@ class Limit:
 
 
 # ---- what is asked for: before, and meanwhile ---------------------------------------------------
-
-Asked = Callable[[Sequence[Pages]], tuple[list[Part], list[Part]]]
 
 
 def worst(arrays: Sequence[Pages]) -> tuple[list[Part], list[Part]]:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
@@ -28,6 +32,18 @@ ROUNDS = 3
 # Between a saving and the fall of PSS: this part of it, and what the interpreter takes meanwhile.
 TOLERANCE = 0.03
 SLACK_BYTES = 1 << 20
+
+
+def load_c(name: str, level: str) -> ctypes.CDLL | None:
+    """A program in C of this folder, compiled at this level and loaded; None without a compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, f"{name}.so")
+        source = Path(__file__).with_name(name)
+        subprocess.run([compiler, level, "-shared", "-fPIC", "-o", path, source], check=True)
+        return ctypes.CDLL(str(path))
 
 
 @dataclass(frozen=True)

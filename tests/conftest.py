@@ -22,8 +22,6 @@ from ksmcore._kernel import procfs
 from ksmcore._testing import faults, hooks
 
 SEED = 20090331
-# What is not used is not imported: have it here before tests count mappings and descriptors.
-ENGINE = ksmcore.Engine
 WATCHDOG_FD = pytest.StashKey[int]()
 
 # Derandomized: a run is the same everywhere and always. No deadline: CI machines are slow at times.

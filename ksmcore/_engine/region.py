@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from ksmcore._core.core import Core
     from ksmcore._gate.buffers import Export
 
-__all__ = ["Holder", "Region", "Site"]
+__all__ = ["Holder", "Region", "Site", "checked_name"]
 
 Site = tuple[str, int]
 """Where in a program: a file and a line."""
+
+
+def checked_name(name: str | None) -> str | None:
+    """TypeError where it is no text, nor none."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be text, not {type(name).__name__}")
+    return name
 
 
 class Holder(Protocol):
@@ -98,9 +105,7 @@ class Region(Closing):
 
     @name.setter
     def name(self, name: str | None) -> None:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be text, not {type(name).__name__}")
-        self._name = name
+        self._name = checked_name(name)
 
     @property
     def registered_at(self) -> str:

@@ -32,7 +32,7 @@ from ksmcore._engine.gathering import (
     not_taken,
     together,
 )
-from ksmcore._engine.region import Region, Site
+from ksmcore._engine.region import Region, Site, checked_name
 from ksmcore._gate.buffers import (
     Admission,
     Export,
@@ -107,8 +107,7 @@ class Registrar:
         """See `Engine.register`."""
         if isinstance(buffer, Closing):
             raise not_a_buffer(buffer)
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be text, not {type(name).__name__}")
+        checked_name(name)
         with _registering.get():
             one = as_one(buffer)
             if one is None:

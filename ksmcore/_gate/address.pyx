@@ -4,15 +4,6 @@ from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBuffer_Release, PyObject_Get
 from libc.stdint cimport uintptr_t
 
 
-def address_of(view):
-    """Address of the first byte of a contiguous buffer; BufferError where it is not so."""
-    cdef Py_buffer raw
-    PyObject_GetBuffer(view, &raw, PyBUF_ANY_CONTIGUOUS)
-    cdef uintptr_t addr = <uintptr_t>raw.buf
-    PyBuffer_Release(&raw)
-    return addr
-
-
 def place_of(buffer):
     """(address of the first byte, length in bytes) of a contiguous buffer; BufferError where it is not so."""
     cdef Py_buffer raw

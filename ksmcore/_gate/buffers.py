@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ksmcore._gate.address import address_of
+from ksmcore._gate.address import place_of
 from ksmcore._gate.mapping_rules import MappingTraits, Refusal, judge_mappings
 from ksmcore._gate.memories import Memory, library_of
 from ksmcore._kernel import smaps
@@ -125,7 +125,7 @@ class Export(Released):
         else:
             self.view, self.library = _view(buffer), library_of(buffer)
         try:
-            self.first_byte = first_byte = address_of(self.view)
+            self.first_byte = first_byte = place_of(self.view)[0]
             self.len_bytes = self.view.nbytes
             self.phase = first_byte % page_bytes
             self.addr = first_byte + -first_byte % page_bytes

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ksmcore._arrays.page_memory import PageMemory
-from ksmcore._gate.address import address_of
+from ksmcore._gate.address import place_of
 from ksmcore._gate.memories import (
     Memory,
     UnreachableError,
@@ -257,7 +257,7 @@ class _Walk:
             with memoryview(memory) as view:
                 if not view.contiguous:
                     raise UnreachableError("it is not contiguous")
-                start, len_bytes = address_of(view), view.nbytes
+                start, len_bytes = place_of(view)
         self.leaves.setdefault((start, len_bytes), Leaf(memory, name))
 
     def _leave_out(self, thing: object, why: str) -> None:

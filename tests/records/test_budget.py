@@ -15,11 +15,11 @@ import threading
 import numpy as np
 import pytest
 
+import ksmcore
 from helpers.libc import libc
 from helpers.mappings import LIMIT, Taken, n_maps, take_all_but
 from helpers.memory import PAGE, extent
 from helpers.processes import with_helpers
-from ksmcore import Engine  # imported before mappings are counted
 from ksmcore._kernel import smaps
 
 SEED = 20090331
@@ -167,7 +167,7 @@ def merge_all(engine, *, scan=False):
 
 @alone
 def test_program_works_after_all_was_merged():
-    with Engine() as engine:
+    with ksmcore.Engine() as engine:
         pages = Pages(engine, shuffled(25_000))
         before = n_maps()
         report = merge_all(engine)
@@ -188,7 +188,7 @@ def test_program_works_after_all_was_merged():
 @alone
 def test_program_works_whatever_number_is_asked_for():
     taken = take_all_but(ROOM)
-    with Engine(map_budget=10**6) as engine:
+    with ksmcore.Engine(map_budget=10**6) as engine:
         pages = Pages(engine, shuffled(4_000))
         before = n_maps()
         report = merge_all(engine)
@@ -203,7 +203,7 @@ def test_program_works_whatever_number_is_asked_for():
 @alone
 def test_engines_share_one_half():
     taken = take_all_but(ROOM)
-    engines = [Engine() for _ in range(3)]
+    engines = [ksmcore.Engine() for _ in range(3)]
     all_pages = [Pages(engine, shuffled(1_500)) for engine in engines]
     before = n_maps()
     for _ in range(2):
@@ -222,7 +222,7 @@ def test_engines_share_one_half():
 
 @alone
 def test_shrinks_and_grows_with_the_program():
-    with Engine() as engine:
+    with ksmcore.Engine() as engine:
         pages = Pages(engine, shuffled(4_000))
         engine.scan()
         all_free = engine.stats().maps_allowed
@@ -259,7 +259,7 @@ def check_taken_during_a_pass(n):
         if not taken and 0 < n_done < n_pages:
             taken.append(Taken(n))
 
-    with Engine() as engine:
+    with ksmcore.Engine() as engine:
         pages = Pages(engine, shuffled(4_000))
         engine.dedup(progress=take)
         pages.assert_right()
@@ -302,7 +302,7 @@ def test_restored_memory_stays_in_pieces_and_is_counted_so():
     n_pairs = 300
     random = np.random.default_rng(SEED)  # loads libraries
     before = smaps.count_maps()
-    with Engine(map_budget=2_000) as engine:
+    with ksmcore.Engine(map_budget=2_000) as engine:
         pages = engine.empty((4 * n_pairs, PAGE), np.uint8)
         pages[:] = random.integers(1, 256, pages.shape, dtype=np.uint8)
         pages[2 * n_pairs :: 2] = pages[: 2 * n_pairs : 2]
@@ -319,7 +319,7 @@ def test_small_number_is_kept():
         for budget in (0, 1, 2, 7, 40, 150):
             case = f"{name}, {budget}"
             gc.collect()  # a closed engine that waits for it still has mappings of its store
-            with Engine(map_budget=budget) as engine:
+            with ksmcore.Engine(map_budget=budget) as engine:
                 pages = Pages(engine, tails)
                 before = n_maps()
                 report = merge_all(engine, scan=budget % 2 == 0)
@@ -341,7 +341,7 @@ def test_columns_of_one_value_are_laid_over_as_many_copies_as_it_takes():
     n_columns, n_each, n_copies = 4, 400, 6
     table = np.repeat(np.arange(1, n_columns + 1, dtype=np.uint64), n_each)
     for scan in (False, True):
-        with Engine(map_budget=800) as engine:
+        with ksmcore.Engine(map_budget=800) as engine:
             tables = [Pages(engine, table) for _ in range(n_copies)]
             merge_all(engine, scan=scan)
             stats = engine.stats()
@@ -361,7 +361,7 @@ def test_a_stretch_that_comes_again_stays_one_run_whatever_of_it_is_found_elsewh
     again = rng.random(n_steps + 1) < 1 / 3
     frames[again] = rng.integers(1, n_steps // 2, again.sum())
     for scan in (False, True):
-        with Engine(map_budget=2_400) as engine:
+        with ksmcore.Engine(map_budget=2_400) as engine:
             before, after = Pages(engine, frames[:-1]), Pages(engine, frames[1:])
             merge_all(engine, scan=scan)
             stats = engine.stats()
@@ -382,7 +382,7 @@ def test_rewritten_pages_cost_as_much_as_new_ones():
     first = take_all_but(ROOM)
     shuffled(2)  # NumPy loads its generators, and that makes mappings
     for budget, most in ((300, 300), ("auto", ROOM // 2)):
-        with Engine(map_budget=budget) as engine:
+        with ksmcore.Engine(map_budget=budget) as engine:
             pages = Pages(engine, np.tile(np.arange(1, 4_001, dtype=np.uint64), 2))
             before = n_maps()
             merge_all(engine)
@@ -403,7 +403,7 @@ def test_rewritten_pages_cost_as_much_as_new_ones():
 def check_left(times):
     alone = np.arange(10**6, 10**6 + 99, dtype=np.uint64)
     for budget in (0, 100, 100_000):
-        with Engine(map_budget=budget) as engine:
+        with ksmcore.Engine(map_budget=budget) as engine:
             pages = Pages(engine, np.concatenate([shuffled(900, times), alone]))
             pages.assert_all_accounted(merge_all(engine))
             assert engine.stats().pages_skipped >= pages.n_mergeable - pages.n_merged
@@ -422,7 +422,7 @@ def test_left_pages_with_several_twins_are_counted():
 @alone
 def test_passes_over_what_is_left_out_cost_next_to_nothing():
     """Not read but in one pass of eight; and what was advised, which takes longer, is not asked."""
-    with Engine(map_budget=100, smart_scan=False) as engine:
+    with ksmcore.Engine(map_budget=100, smart_scan=False) as engine:
         pages = Pages(engine, shuffled(900))
         merge_all(engine, scan=True)
         # A census may find a mapping to spare yet.
@@ -448,7 +448,7 @@ def test_passes_over_what_is_left_out_cost_next_to_nothing():
 def test_a_long_run_finds_room_after_many_short_ones():
     budget = 6_400
     for how in ("scan", "dedup"):
-        with Engine(map_budget=budget) as engine:
+        with ksmcore.Engine(map_budget=budget) as engine:
             short = Pages(engine, shuffled(6_000))
             merge_all(engine, scan=how == "scan")
             assert short.n_merged < short.n_mergeable
@@ -470,7 +470,7 @@ def test_a_long_run_finds_room_after_many_short_ones():
 def test_closes_at_the_limit_or_stays_as_it_is():
     # mremap refuses when fewer than six mappings are free; one or two the interpreter needs.
     for n_left, refused in ((3, True), (40, False)):
-        engine = Engine()
+        engine = ksmcore.Engine()
         pages = Pages(engine, shuffled(1_000))
         merge_all(engine)
         merged = pages.n_merged
