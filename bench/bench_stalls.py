@@ -24,6 +24,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import ksmcore
 from bench import measure
 from bench.corpora import PAGE, SEED
+from ksmcore._core.scopes import GuardScope
 from ksmcore._engine import settings
 
 Words = NDArray[np.uint64]
@@ -160,7 +161,7 @@ def write_and_merge(
             # Another pass, which does not end meanwhile, keeps the guard ready: else the end of
             # each waits milliseconds for writers on their way to the handler, without merging.
             idle = stack.enter_context(ksmcore.Engine(guard=scanner.settings.guard))
-            stack.enter_context(idle._passing())
+            stack.enter_context(GuardScope(idle._core))
         prepare = stack.enter_context(processors_of_their_own())
         writer = threading.Thread(target=write)
         writer.start()
