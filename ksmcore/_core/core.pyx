@@ -13,7 +13,7 @@ from ksmcore._core.numbers cimport core_numbers, numbers_as_dict, numbers_read
 from ksmcore._core.registry cimport Registry
 from ksmcore._core.release cimport release_idle, release_if_worth
 from ksmcore._core.unmerge cimport unmerge_settle
-from ksmcore._guard.guard cimport guard_leave, guard_name
+from ksmcore._guard.guard cimport guard_leave, guard_name, guard_tidy
 from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.forks cimport forks_is_coming
 from ksmcore._kernel.pagemap cimport SPAN_PAGES
@@ -201,6 +201,7 @@ cdef class Core(Registry):
             elif n_threads > 1:
                 self.n_alone_next //= 2
             if entered:
+                guard_tidy(guard)
                 guard_leave(guard)
             reader_leave()
         if rc != 0:

@@ -34,6 +34,9 @@ cdef int guard_open(window_t* w, sys_error* err) noexcept nogil
 cdef bint guard_takes_away(const window_t* w) noexcept nogil
 cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
 
+# What was moved away and is not needed any more is given up a lot at once, and the rest before leaving.
+cdef void guard_tidy(guard_kind kind) noexcept nogil
+
 cdef guard_kind guard_by_name(str name) except *
 cdef str guard_name(guard_kind kind)
 cdef uint32_t guard_n_waits() noexcept nogil     # accesses that had to wait for a window, ever

@@ -18,7 +18,7 @@ from ksmcore._guard.mprotect cimport (
 )
 from ksmcore._guard.userfaultfd cimport (
     userfaultfd_enter, userfaultfd_leave, userfaultfd_moves, userfaultfd_n_waits, userfaultfd_probe,
-    userfaultfd_release, userfaultfd_shut,
+    userfaultfd_release, userfaultfd_shut, userfaultfd_tidy,
 )
 from ksmcore._guard.window cimport DONE, GUARD_MPROTECT, GUARD_UFFD, GUARD_UFFD_USER, WINDOW_BARRED, WINDOW_IN_CALL
 from ksmcore._hooks.calls cimport calls_first, calls_let_in, calls_look, calls_shut
@@ -169,6 +169,12 @@ cdef int guard_close(window_t* w, bint all_remapped, sys_error* err) noexcept no
     calls_let_in()
     forks_unlock()
     return rc
+
+
+cdef void guard_tidy(guard_kind kind) noexcept nogil:
+    """Give up the memory that windows have left behind. Outside of a window, entered."""
+    if kind != GUARD_MPROTECT:
+        userfaultfd_tidy(kind)
 
 
 cdef guard_kind guard_by_name(str name) except *:

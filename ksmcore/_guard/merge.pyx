@@ -56,22 +56,24 @@ cdef int _tracker_fd(const run_t* run) noexcept nogil:
     return run.tracker.file.fd if run.flags & REGION_WATCHED and run.tracker != NULL else -1
 
 
-cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags, sys_error* err) noexcept nogil:
-    """Give a new mapping the flags of its region. Advice that is refused costs no correctness."""
+cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags) noexcept nogil:
+    """Give new mappings, neighbours, the flags of their region. Advice that is refused costs no correctness."""
+    cdef sys_error ignored
+    sys_error_clear(&ignored)
     if flags & REGION_DONTFORK:
-        sys_advise(addr, len_bytes, ADVISE_DONTFORK, err)
+        sys_advise(addr, len_bytes, ADVISE_DONTFORK, &ignored)
     if flags & REGION_DONTDUMP:
-        sys_advise(addr, len_bytes, ADVISE_DONTDUMP, err)
+        sys_advise(addr, len_bytes, ADVISE_DONTDUMP, &ignored)
     if flags & REGION_HUGEPAGE:
-        sys_advise(addr, len_bytes, ADVISE_HUGEPAGE, err)
+        sys_advise(addr, len_bytes, ADVISE_HUGEPAGE, &ignored)
     if flags & REGION_NOHUGEPAGE:
-        sys_advise(addr, len_bytes, ADVISE_NOHUGEPAGE, err)
+        sys_advise(addr, len_bytes, ADVISE_NOHUGEPAGE, &ignored)
     if flags & REGION_SEQUENTIAL:
-        sys_advise(addr, len_bytes, ADVISE_SEQUENTIAL, err)
+        sys_advise(addr, len_bytes, ADVISE_SEQUENTIAL, &ignored)
     if flags & REGION_RANDOM:
-        sys_advise(addr, len_bytes, ADVISE_RANDOM, err)
+        sys_advise(addr, len_bytes, ADVISE_RANDOM, &ignored)
     if flags & REGION_MERGEABLE:
-        sys_advise(addr, len_bytes, ADVISE_MERGEABLE, err)
+        sys_advise(addr, len_bytes, ADVISE_MERGEABLE, &ignored)
 
 
 # How often a mapping that the kernel took away in a failing call is asked for again, a millisecond apart.
@@ -81,9 +83,9 @@ cdef enum:
 
 
 cdef int _map_over(
-    store_t* store, remap_kind kind, uintptr_t addr, uint32_t slot, size_t len_bytes, size_t page_bytes,
-    int flags, sys_error* err
+    store_t* store, remap_kind kind, uintptr_t addr, uint32_t slot, size_t len_bytes, sys_error* err
 ) noexcept nogil:
+    """One new mapping, which is to be given its flags by _advise_again."""
     cdef sys_error ignored
     cdef int tries = 0, rc
     sys_error_clear(&ignored)
@@ -102,9 +104,6 @@ cdef int _map_over(
         sys_pause()
     if rc != 0 and err.code == 0:
         err[0] = ignored
-    if rc == 0 and flags != 0:
-        sys_error_clear(&ignored)
-        _advise_again(addr, len_bytes, flags, &ignored)
     return rc
 
 
@@ -112,7 +111,7 @@ cdef int _window(
     store_t* store, remap_kind kind, window_t* w, const uint32_t* slots, int flags, sys_error* err
 ) noexcept nogil:
     """One window: protect, compare, remap each equal stretch, close."""
-    cdef uint32_t i, start, n_remapped = 0
+    cdef uint32_t i, start, n_remapped = 0, n_bare = 0
     cdef const uint8_t* page
     cdef bint equal
     cdef int rc
@@ -145,12 +144,17 @@ cdef int _window(
             i += 1
         rc = 0 if kind == LEAVE_ZERO else _map_over(
             store, kind, w.addr + start * w.page_bytes, slots[start] if kind == MAP_STORE else 0,
-            (i - start) * w.page_bytes, w.page_bytes, flags, err
+            (i - start) * w.page_bytes, err
         )
         if rc == 0:
             n_remapped += i - start
+            n_bare += i - start
         else:
             memset(w.outcomes + start, REFUSED, i - start)
+        # Advised together, as far as they are neighbours: one call for many copies of a page.
+        if n_bare != 0 and kind != LEAVE_ZERO and (rc != 0 or i == w.n_pages or w.outcomes[i] != DONE):
+            _advise_again(w.addr + ((i if rc == 0 else start) - n_bare) * w.page_bytes, n_bare * w.page_bytes, flags)
+            n_bare = 0
     # A page that is left away keeps its mapping, and with it what the guard has done to it.
     return guard_close(w, n_remapped == w.n_pages and kind != LEAVE_ZERO, err)
 
@@ -297,7 +301,7 @@ cdef int merge_restore_range(const run_t* run, bint due, size_t* n_restored, sys
     fresh = <uintptr_t>sys_map_anon(run.n_pages * run.page_bytes, err)
     if fresh == 0:
         return -1
-    _advise_again(fresh, run.n_pages * run.page_bytes, run.flags, &ignored)
+    _advise_again(fresh, run.n_pages * run.page_bytes, run.flags)
     w.guard = run.guard
     w.over_store = True
     w.page_bytes = run.page_bytes
@@ -367,7 +371,10 @@ cdef int merge_share_range(store_t* store, const run_t* run, uint32_t slot, sys_
     -1 with *err: the pages are as they were.
     """
     cdef size_t len_bytes = run.n_pages * run.page_bytes
-    return _map_over(store, MAP_STORE, run.addr, slot, len_bytes, run.page_bytes, run.flags, err)
+    if _map_over(store, MAP_STORE, run.addr, slot, len_bytes, err) != 0:
+        return -1
+    _advise_again(run.addr, len_bytes, run.flags)
+    return 0
 
 
 cdef int merge_empty_range(const run_t* run, sys_error* err) noexcept nogil:
@@ -379,7 +386,8 @@ cdef int merge_empty_range(const run_t* run, sys_error* err) noexcept nogil:
     if not run.over_store:
         return sys_advise(run.addr, len_bytes, ADVISE_DONTNEED, err)
     # To drop the pages of a mapping of the store would let the store show again.
-    if _map_over(NULL, MAP_ZERO, run.addr, 0, len_bytes, run.page_bytes, run.flags, err) != 0:
+    if _map_over(NULL, MAP_ZERO, run.addr, 0, len_bytes, err) != 0:
         return -1
+    _advise_again(run.addr, len_bytes, run.flags)
     tracker_take_back(_tracker_fd(run), run.addr, len_bytes)
     return 0

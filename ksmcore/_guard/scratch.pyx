@@ -1,6 +1,8 @@
 """The scratch: memory that only the scanner knows, where pages are moved to while a window is open.
 
-The caller holds the fork lock in a window, and the install lock outside of one.
+Window by window is filled from its start to its end, and all of it given up at once: each time the kernel takes pages
+away, other processors that run this process have to be told, which takes them and the caller longer than all else that
+a window costs. The caller holds the fork lock.
 
 There are two: one for single pages, and one that takes a huge page as a whole. The kernel moves a huge page
 without splitting it only to an aligned place without a page table, so that one is mapped anew after each
@@ -45,30 +47,38 @@ cdef void scratch_end(scratch_t* scratch) noexcept nogil:
     memset(scratch, 0, sizeof(scratch_t))
 
 
-cdef int scratch_ready(scratch_t* scratch, int fd, sys_error* err) noexcept nogil:
-    """Before a window: what is in it after a move must be what was moved."""
-    if scratch.is_full and _empty(scratch, scratch.len_bytes, err) != 0:
-        return -1
+cdef int scratch_register(scratch_t* scratch, int fd, sys_error* err) noexcept nogil:
+    """For whatever: the kernel moves pages only to where the descriptor is registered."""
     if not scratch.is_registered:
-        # For whatever: the kernel moves pages only to where the descriptor is registered.
         if uffd_register(fd, scratch.addr, scratch.len_bytes, UFFD_PROTECTED, err) != 0:
             return -1
         scratch.is_registered = True
     return 0
 
 
-cdef void scratch_empty(scratch_t* scratch, size_t len_bytes) noexcept nogil:
-    """Give up what is in the first len_bytes of it; if that fails, before the next window."""
+cdef int scratch_take(scratch_t* scratch, int fd, size_t len_bytes, uintptr_t* addr, sys_error* err) noexcept nogil:
+    """Where the pages of the next window go: nothing is there, and the kernel moves no page to where one is."""
+    if scratch.used_bytes + len_bytes > scratch.len_bytes and _empty(scratch, err) != 0:
+        return -1
+    if scratch_register(scratch, fd, err) != 0:
+        return -1
+    addr[0] = scratch.addr + scratch.used_bytes
+    scratch.used_bytes += len_bytes
+    return 0
+
+
+cdef void scratch_empty(scratch_t* scratch) noexcept nogil:
+    """Give up what is in it; if that fails, before the next window."""
     cdef sys_error ignored
     sys_error_clear(&ignored)
-    _empty(scratch, len_bytes, &ignored)
+    if scratch.used_bytes != 0:
+        _empty(scratch, &ignored)
 
 
-cdef int _empty(scratch_t* scratch, size_t len_bytes, sys_error* err) noexcept nogil:
+cdef int _empty(scratch_t* scratch, sys_error* err) noexcept nogil:
     cdef sys_error ignored
-    scratch.is_full = True
     if not scratch.whole:
-        if sys_advise(scratch.addr, len_bytes, ADVISE_DONTNEED, err) != 0:
+        if sys_advise(scratch.addr, scratch.used_bytes, ADVISE_DONTNEED, err) != 0:
             return -1
     else:
         scratch.is_registered = False
@@ -76,5 +86,5 @@ cdef int _empty(scratch_t* scratch, size_t len_bytes, sys_error* err) noexcept n
             return -1
         sys_error_clear(&ignored)
         sys_advise(scratch.addr, scratch.len_bytes, ADVISE_DONTFORK, &ignored)
-    scratch.is_full = False
+    scratch.used_bytes = 0
     return 0

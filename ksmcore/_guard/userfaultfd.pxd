@@ -12,4 +12,5 @@ cdef void userfaultfd_leave(guard_kind kind) noexcept nogil
 cdef int userfaultfd_shut(window_t* w, sys_error* err) noexcept nogil
 cdef bint userfaultfd_moves(const window_t* w) noexcept nogil
 cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil
+cdef void userfaultfd_tidy(guard_kind kind) noexcept nogil
 cdef uint32_t userfaultfd_n_waits() noexcept nogil

@@ -38,7 +38,9 @@ from libc.errno cimport EAGAIN, EBADF, EBUSY, EEXIST, EINVAL, ENOENT
 from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from ksmcore._guard.scratch cimport scratch_empty, scratch_end, scratch_init, scratch_ready, scratch_t
+from ksmcore._guard.scratch cimport (
+    scratch_empty, scratch_end, scratch_init, scratch_register, scratch_t, scratch_take,
+)
 from ksmcore._guard.window cimport CHANGED, DONE, GUARD_UFFD, N_GUARDS, PINNED, REFUSED, WINDOW_PAGES, WINDOW_STUCK
 from ksmcore._kernel.forks cimport forks_lock, forks_unlock
 from ksmcore._kernel.pagemap cimport (
@@ -74,6 +76,7 @@ cdef enum:
     MOVE_TRIES = 100       # of a page that the kernel holds for a moment
     MOVE_ATTEMPTS = 3      # at first, after a write fault, and after huge pages were split
     COPY_AFTER = 10        # tries of moving a page back before it is copied instead
+    SCRATCH_PAGES = 512    # of the usual size, that are given up at once: a tenth of a millisecond
 
 # One for each kind of guard. `n_users`, the descriptor and the scratch change under the install lock; what
 # belongs to a window, under the fork lock.
@@ -117,8 +120,8 @@ cdef int _begin(guard_state* state, bint user_mode_only, sys_error* err) noexcep
     err.call = <int>CALL_OPEN
     if (
         state.pm.file.fd >= 0
-        and scratch_init(&state.scratch, <size_t>WINDOW_PAGES * sys_page_bytes(), False, err) == 0
-        and scratch_ready(&state.scratch, state.file.fd, err) == 0
+        and scratch_init(&state.scratch, <size_t>SCRATCH_PAGES * sys_page_bytes(), False, err) == 0
+        and scratch_register(&state.scratch, state.file.fd, err) == 0
     ):
         return 0
     _end(state)
@@ -139,8 +142,6 @@ cdef int _heal(guard_state* state, sys_error* err) noexcept nogil:
     if _give_back(state, &state.stuck, False, True, err) != 0:
         return -1
     state.is_stuck = False
-    state.scratch.is_full = True
-    state.huge_scratch.is_full = state.huge_scratch.addr != 0
     return 0
 
 
@@ -330,10 +331,6 @@ cdef int _give_back(guard_state* state, window_t* w, bint all_remapped, bint may
     return uffd_wake(state.file.fd, w.addr, w.n_pages * w.page_bytes, err)
 
 
-cdef scratch_t* _scratch_of(guard_state* state, const window_t* w) noexcept nogil:
-    return &state.huge_scratch if w.scratch == state.huge_scratch.addr else &state.scratch
-
-
 cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noexcept nogil:
     """WINDOW_STUCK when the kernel would not take the pages back. Then they stay shut; every window, enter
     and leave from then on first tries again."""
@@ -353,9 +350,6 @@ cdef int userfaultfd_release(window_t* w, bint all_remapped, sys_error* err) noe
         state.stuck.outcomes = state.stuck_outcomes
         state.is_stuck = True
         return WINDOW_STUCK
-    if userfaultfd_moves(w):
-        # What was merged, or found to be zeros. Writers do not wait for this.
-        scratch_empty(_scratch_of(state, w), w.n_pages * w.page_bytes)
     return 0
 
 
@@ -382,11 +376,11 @@ cdef int _shut_by_moving(guard_state* state, window_t* w, sys_error* err) noexce
             &state.huge_scratch, <size_t>WINDOW_PAGES * w.page_bytes, True, &ignored
         ) == 0:
             scratch = &state.huge_scratch
-    w.scratch = scratch.addr
-    w.bytes = <const uint8_t*>scratch.addr
     for attempt in range(<uint32_t>MOVE_ATTEMPTS):
-        if scratch_ready(scratch, state.file.fd, err) != 0:
+        # Another place each time: what could only be copied back is still in the last one.
+        if scratch_take(scratch, state.file.fd, len_bytes, &w.scratch, err) != 0:
             return -1
+        w.bytes = <const uint8_t*>w.scratch
         if uffd_register(state.file.fd, w.addr, len_bytes, UFFD_MISSING, err) != 0:
             return _undo(w, err)
         n_busy = _move_out(state, w)
@@ -430,6 +424,16 @@ cdef int userfaultfd_shut(window_t* w, sys_error* err) noexcept nogil:
     ):
         return _undo(w, err)
     return 0
+
+
+cdef void userfaultfd_tidy(guard_kind kind) noexcept nogil:
+    cdef guard_state* state = &_states[<int>kind]
+    forks_lock()
+    # What is stuck there is nobody's to give up.
+    if not state.is_stuck:
+        scratch_empty(&state.scratch)
+        scratch_empty(&state.huge_scratch)
+    forks_unlock()
 
 
 cdef uint32_t userfaultfd_n_waits() noexcept nogil:

@@ -21,6 +21,11 @@ def inject(str call, int code, int after=0, int count=1):
     sys_ordered.armed = True
 
 
+def to_succeed(str call):
+    """How many more of these calls will succeed before the first that is to fail."""
+    return sys_ordered.after[<int>syscalls.CALL_NAMES.index(call)]
+
+
 def clear():
     """Let every call through again; returns the number of failures that were ordered and not used."""
     cdef int i, unused = 0
