@@ -31,12 +31,10 @@ from ksmcore._kernel.syscalls cimport (
     sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_now_ns, sys_page_bytes, sys_unmap,
 )
 from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
+from ksmcore._pass.look cimport look_take_room, look_tally, maps_tally
 from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
-from ksmcore._records.budget cimport budget_refresh
-from ksmcore._records.regions cimport (
-    REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_next,
-)
+from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,
@@ -54,10 +52,9 @@ ctypedef struct counting:
     engine_core* c
     uintptr_t start              # of the regions that are counted; a mapping may have more than these
     uintptr_t end
-    int64_t n_maps
-    int64_t n_ours               # mappings of stores, what they cut off, and what watching does
-    uintptr_t end_of_store       # where the last mapping of a store ends, 0 when another followed
+    maps_tally tally
     uint64_t placed              # identity of what lies over the store in regions
+    bint is_all                  # not of regions only
     uint8_t* is_elsewhere        # of each slot: it is mapped outside of regions; NULL: nobody asks
     uint32_t n_slots             # that it has room for
 
@@ -137,11 +134,7 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
     cdef bint is_plain = _is_plain(vma, is_ours)
     cdef region_t* region
     cdef uintptr_t start, end, elsewhere = vma.start
-    all.n_maps += 1
-    # A mapping of a store costs itself, and what it cut off behind it; those of other engines count as ours.
-    if vma.is_store or all.end_of_store == vma.start:
-        all.n_ours += 1
-    all.end_of_store = vma.end if vma.is_store else 0
+    look_tally(&all.tally, vma)
     region = regions_at(&c.regions, max(vma.start, all.start))
     while region != NULL and region.addr < min(vma.end, all.end):
         start = max(vma.start, region.addr)
@@ -149,11 +142,12 @@ cdef void _count(const vma_t* vma, void* context) noexcept nogil:
         if is_plain:
             region.n_plain_pages += (end - start) // c.page_bytes
         if is_ours:
-            _lose_between(all, vma, slot, elsewhere, start)
+            if all.is_all:
+                _lose_between(all, vma, slot, elsewhere, start)
             all.placed += _identity(c, vma, slot, start, end)
         elsewhere = end
         region = regions_next(&c.regions, region)
-    if is_ours:
+    if is_ours and all.is_all:
         _lose_between(all, vma, slot, elsewhere, vma.end)
 
 
@@ -162,6 +156,7 @@ cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_err
     memset(all, 0, sizeof(counting))
     all.c = c
     all.end = UINTPTR_MAX
+    all.is_all = True
     all.is_elsewhere = is_elsewhere
     all.n_slots = c.store.top
     for i in range(c.regions.n):
@@ -173,22 +168,15 @@ cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_err
     return 0
 
 
-cdef size_t _registered(const engine_core* c) noexcept nogil:
-    cdef size_t i, n_pages = 0
-    for i in range(c.regions.n):
-        n_pages += c.regions.all[i].n_pages
-    return n_pages
-
-
 cdef bint _is_counted(
-    const engine_core* c, size_t n_pages, int64_t asked_maps, int64_t max_map_count, uint64_t now_ns
+    const engine_core* c, int64_t asked_maps, int64_t max_map_count, uint64_t now_ns
 ) noexcept nogil:
-    """Is it enough to look at the mappings of regions? The store has nothing that could be mapped elsewhere, and what
-    there was room for a moment ago there is: a pass may take longer."""
+    """Is it enough to look at the mappings of regions, and are they the smaller part? How many there are in all is asked
+    before something is merged (look_at_room), and whether slots are mapped elsewhere by whoever releases them."""
     return (
-        c.store.n_used == 0 and c.rmap.n_over_store == 0 and maps_answers()
+        maps_answers() and not c.store.has_lost
         and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS
-        and c.counted.n_pages == n_pages
+        and 2 * c.counted.n_ours <= <int64_t>c.n_maps
         and c.counted.asked_maps == asked_maps and c.counted.max_map_count == max_map_count
     )
 
@@ -221,28 +209,19 @@ cdef int _take(
 ) noexcept nogil:
     """1: all was where it was remembered to be; else as census_take."""
     cdef counting all
-    cdef size_t i, n_pages = _registered(c)
-    cdef uint64_t now_ns = sys_now_ns()
+    cdef size_t i
     cdef int rc = 0
-    if _is_counted(c, n_pages, asked_maps, max_map_count, now_ns):
+    if _is_counted(c, asked_maps, max_map_count, sys_now_ns()):
         rc = _read_regions(c, &all, err)
-    if rc == 0 and _read_all(c, &all, is_elsewhere, err) != 0:
-        rc = -1
+    c.counted.asked_maps = asked_maps
+    c.counted.max_map_count = max_map_count
+    c.counted.in_pass = rc == 0
+    if rc == 0:
+        rc = _read_all(c, &all, is_elsewhere, err)
+        look_take_room(c, &all.tally if rc == 0 else NULL)
     if rc < 0:
         c.counted.at_ns = 0
-        budget_refresh(&c.budget, -1, -1, -1, asked_maps, max_map_count)
         return -1
-    if rc == 0:
-        c.n_maps = <size_t>all.n_maps
-        for i in range(c.regions.n):
-            if c.regions.all[i].flags & REGION_WATCHED:
-                # Ends of what is watched: of this region's two those at which no other goes on.
-                all.n_ours += regions_maps_to_watch(&c.regions, &c.regions.all[i]) // 2 + 1
-        budget_refresh(&c.budget, all.n_maps, all.n_ours, <int64_t>n_pages, asked_maps, max_map_count)
-        c.counted.at_ns = now_ns
-        c.counted.n_pages = n_pages
-        c.counted.asked_maps = asked_maps
-        c.counted.max_map_count = max_map_count
     for i in range(c.regions.n):
         c.regions.all[i].passed_over = False
         c.regions.all[i].altered = c.regions.all[i].n_plain_pages != c.regions.all[i].n_pages

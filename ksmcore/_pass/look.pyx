@@ -14,24 +14,76 @@ that its look is good for, to pages that are remapped in just that time. A regio
 was no part of it: of that, what was seen when it was registered counts; where nothing was (REGION_UNSEEN), a look
 comes first.
 
+And how many mappings there are, for the map budget: a pass in which nothing is to be merged does not ask.
+
 The caller holds the engine's lock.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from ksmcore._kernel.maps cimport (
-    TRAITS_BARRED, TRAITS_KEEP, TRAITS_KEY, TRAITS_WATCHED, TRAITS_WATCHED_ELSE, maps_has_policy, maps_traits_each,
-    vma_t,
+    TRAITS_BARRED, TRAITS_KEEP, TRAITS_KEY, TRAITS_WATCHED, TRAITS_WATCHED_ELSE, maps_each, maps_has_policy,
+    maps_traits_each, vma_t,
 )
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns
 from ksmcore._pass.batch cimport OPEN, batch_leave, intent
 from ksmcore._pass.blocks cimport blocks_give_up_unwanted
 from ksmcore._pass.state cimport engine_core
+from ksmcore._records.budget cimport budget_refresh
 from ksmcore._records.ranges cimport ranges_add, ranges_at
 from ksmcore._records.regions cimport (
     BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_BOUND, REGION_UNSEEN, REGION_WATCHED, region_bar, region_t,
-    regions_at, regions_end_of, regions_next,
+    regions_at, regions_end_of, regions_maps_to_watch, regions_next,
 )
+
+# ---- how many mappings ----------------------------------------------------------------------------
+
+cdef void look_tally(maps_tally* tally, const vma_t* vma) noexcept nogil:
+    """Count one more; they come by address. A mapping of a store costs itself, and what it cut off behind it; those of
+    other engines count as ours."""
+    tally.n_maps += 1
+    if vma.is_store or tally.end_of_store == vma.start:
+        tally.n_ours += 1
+    tally.end_of_store = vma.end if vma.is_store else 0
+
+
+cdef void look_take_room(engine_core* c, const maps_tally* tally) noexcept nogil:
+    """What that leaves the engine. NULL: they could not be counted, and the budget allows no more than is used."""
+    cdef int64_t n_ours, n_pages = 0
+    cdef size_t i
+    c.counted.at_ns = sys_now_ns() if tally != NULL else 0
+    c.counted.in_pass = True
+    if tally == NULL:
+        budget_refresh(&c.budget, -1, -1, -1, c.counted.asked_maps, c.counted.max_map_count)
+        return
+    n_ours = tally.n_ours
+    for i in range(c.regions.n):
+        n_pages += c.regions.all[i].n_pages
+        if c.regions.all[i].flags & REGION_WATCHED:
+            # Ends of what is watched: of this region's two those at which no other goes on.
+            n_ours += regions_maps_to_watch(&c.regions, &c.regions.all[i]) // 2 + 1
+    c.counted.n_ours = n_ours
+    c.n_maps = <size_t>tally.n_maps
+    budget_refresh(&c.budget, tally.n_maps, n_ours, n_pages, c.counted.asked_maps, c.counted.max_map_count)
+
+
+cdef void _count(const vma_t* vma, void* context) noexcept nogil:
+    look_tally(<maps_tally*>context, vma)
+
+
+cdef void look_at_room(engine_core* c) noexcept nogil:
+    """Before something is merged: count, unless that was done in this pass."""
+    cdef maps_tally tally
+    cdef sys_error ignored
+    if c.counted.in_pass:
+        return
+    sys_error_clear(&ignored)
+    memset(&tally, 0, sizeof(tally))
+    look_take_room(c, &tally if maps_each(_count, &tally, &ignored) == 0 else NULL)
+
+
+# ---- what was advised -----------------------------------------------------------------------------
 
 cdef enum:
     LOOK_SHARE = 40            # looks take one part in so many of the time, or less

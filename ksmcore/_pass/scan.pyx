@@ -46,7 +46,7 @@ from ksmcore._kernel.reader cimport ksm_reader
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear, sys_now_ns, sys_pause
 from ksmcore._pages cimport checksum_safely, checksum_with, page_compare, page_is_zero
 from ksmcore._pass.batch cimport batch_adopt, batch_end_stage
-from ksmcore._pass.look cimport look_at_intents
+from ksmcore._pass.look cimport look_at_intents, look_at_room
 from ksmcore._pass.match cimport (
     match_forget_item, match_leave_store, match_leave_tree, match_page, match_prepare, match_trust_changed,
 )
@@ -300,6 +300,8 @@ cdef int _scan_span(
 cdef int _flush(engine_core* c) noexcept nogil:
     """Carry out the intents that are worth it. First what is worth it: where that is nothing, nobody need know what was
     advised, which may take longer than all else."""
+    if c.b.n_intents != 0:
+        look_at_room(c)
     runs_choose(&c.b)
     look_at_intents(c)
     return runs_carry_out(&c.b)

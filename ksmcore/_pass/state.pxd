@@ -56,14 +56,16 @@ ctypedef struct advice_t:
     uint64_t pass_ns             # when the pass was begun; older looks do not serve it
 
 
-# Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
-# When all mappings of the process were counted last, and for which regions and limits. Private to census.
+# When all mappings of the process were counted last, for which limits. Private to look and census.
 ctypedef struct counted_t:
-    uint64_t at_ns               # 0: never
-    size_t n_pages
+    uint64_t at_ns               # 0: never, or that failed
+    bint in_pass                 # since it began
+    int64_t n_ours               # see maps_tally
     int64_t asked_maps
     int64_t max_map_count
 
+
+# Everything an engine owns, except its lock and its Python face. Whoever touches it holds the lock.
 ctypedef struct engine_core:
     size_t page_bytes
     # settings

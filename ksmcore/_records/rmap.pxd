@@ -46,10 +46,11 @@ cdef enum page_state:
     N_STATES
 
 
-# An item is an index into four arrays, 32 bytes in all; the last is touched where a page lies over the store.
+# An item is an index into four arrays, 28 bytes, and 4 in the last, which is touched for pages only that are private but
+# lie over the store: a shared one is in no tree, so its slot stands in the place of a link.
 # Item 0 is never used.
 ctypedef struct rmap_table:
-    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees
+    rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees; SHARED: .left, see rmap_slot
     rmap_tag* tags
     uint32_t* nexts        # next item of the bucket; next free item when not in use
     uint32_t* slots        # see rmap_slot
@@ -77,7 +78,9 @@ ctypedef struct rmap_walk:
 
 cdef inline uint32_t rmap_slot(const rmap_table* table, uint32_t item) noexcept nogil:
     """The slot of the store that the page's mapping points at, whatever the state; 0 where there is none."""
-    return table.slots[item]
+    if not table.tags[item].over_store:
+        return 0
+    return table.nodes[item].left if table.tags[item].state == PAGE_SHARED else table.slots[item]
 
 
 cdef inline uint64_t _corner(uint64_t diagonal, uint64_t page_no) noexcept nogil:

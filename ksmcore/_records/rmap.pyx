@@ -242,7 +242,7 @@ cdef void rmap_remove(rmap_table* table, uint32_t item) noexcept nogil:
 cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil:
     """What the page's mapping points at; 0: not at the store. The store counts such pages too: see claims."""
     cdef uint64_t page_no = table.tags[item].page_no
-    cdef uint32_t before = table.slots[item]
+    cdef uint32_t before = rmap_slot(table, item)
     if before != 0:
         table.placed -= rmap_identity(page_no, before, 1)
     if slot != 0:
@@ -250,6 +250,13 @@ cdef void rmap_set_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcep
     table.n_over_store += <int>(slot != 0) - <int>(before != 0)
     table.tags[item].over_store = slot != 0
     if before != slot:
+        _keep_slot(table, item, slot)
+
+
+cdef void _keep_slot(rmap_table* table, uint32_t item, uint32_t slot) noexcept nogil:
+    if table.tags[item].state == PAGE_SHARED:
+        table.nodes[item].left = slot
+    else:
         table.slots[item] = slot
 
 
@@ -259,11 +266,14 @@ cdef void rmap_set_left_out(rmap_table* table, uint32_t item, bint is_left_out) 
 
 
 cdef void rmap_set_state(rmap_table* table, uint32_t item, page_state state) noexcept nogil:
-    """What is said of a look before is void."""
+    """What is said of a look before is void. The item is in no tree, or stays where it is."""
+    cdef uint32_t slot = rmap_slot(table, item)
     rmap_set_left_out(table, item, False)
     table.n_by_state[<int>table.tags[item].state] -= 1
     table.n_by_state[<int>state] += 1
     table.tags[item].state = state
+    if slot != 0 and rmap_slot(table, item) != slot:
+        _keep_slot(table, item, slot)
 
 
 cdef void rmap_forget_epochs(rmap_table* table) noexcept nogil:
@@ -277,7 +287,7 @@ cdef size_t rmap_bytes(rmap_table* table) noexcept nogil:
     """Bytes of metadata in use: touched items, and buckets."""
     return (
         <size_t>table.top * (sizeof(rb_node) + sizeof(rmap_tag) + sizeof(uint32_t))
-        + (<size_t>table.n_over_store + table.n_buckets) * sizeof(uint32_t)
+        + (<size_t>table.n_over_store - table.n_by_state[<int>PAGE_SHARED] + table.n_buckets) * sizeof(uint32_t)
     )
 
 
@@ -301,10 +311,10 @@ cdef int rmap_check(rmap_table* table) noexcept nogil:
             by_state[table.tags[item].state] += 1
             n_over_store += table.tags[item].over_store
             n_left_out += table.tags[item].left_out
-            if table.tags[item].over_store != (table.slots[item] != 0):
+            if table.tags[item].over_store != (rmap_slot(table, item) != 0):
                 return 3
-            if table.slots[item] != 0:
-                placed += rmap_identity(table.tags[item].page_no, table.slots[item], 1)
+            if rmap_slot(table, item) != 0:
+                placed += rmap_identity(table.tags[item].page_no, rmap_slot(table, item), 1)
             n_chained += 1
             if n_chained > table.n_items:
                 return 3
