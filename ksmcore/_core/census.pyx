@@ -171,8 +171,8 @@ cdef int _read_all(engine_core* c, counting* all, uint8_t* is_elsewhere, sys_err
 cdef bint _is_counted(
     const engine_core* c, int64_t asked_maps, int64_t max_map_count, uint64_t now_ns
 ) noexcept nogil:
-    """Is it enough to look at the mappings of regions, and are they the smaller part? How many there are in all is asked
-    before something is merged (look_at_room), and whether slots are mapped elsewhere by whoever releases them."""
+    """Is it enough to look at the mappings of regions, and are they the smaller part? How many there are in all is
+    asked before something is merged (look_at_room), and whether slots are mapped elsewhere by who releases them."""
     return (
         maps_answers() and not c.store.has_lost
         and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS

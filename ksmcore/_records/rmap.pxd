@@ -46,8 +46,8 @@ cdef enum page_state:
     N_STATES
 
 
-# An item is an index into four arrays, 28 bytes, and 4 in the last, which is touched for pages only that are private but
-# lie over the store: a shared one is in no tree, so its slot stands in the place of a link.
+# An item is an index into four arrays, 28 bytes, and 4 in the last, which is touched only for pages that are private
+# but lie over the store: a shared one is in no tree, so its slot stands in the place of a link.
 # Item 0 is never used.
 ctypedef struct rmap_table:
     rb_node* nodes         # .digest: last checksum. UNSHARED: links in one of the trees; SHARED: .left, see rmap_slot

@@ -1,4 +1,4 @@
-"""All mappings of the process are counted when something is to be merged, and else once a second."""
+"""All mappings are counted when something is to be merged, and else once a second."""
 
 import errno
 import fcntl
