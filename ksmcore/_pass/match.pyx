@@ -13,7 +13,7 @@ from ksmcore._kernel.syscalls cimport sys_error
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport (
     INTENT_MERGE, INTENT_PLAIN, INTENT_RESHARE, INTENT_ZERO, batch_add, batch_drop_sharer, batch_lie_over,
-    batch_no_room, batch_set_aside, batch_sharers, batch_stable_page,
+    batch_no_room, batch_set_aside, batch_sharers, batch_stable_page, pending_block,
 )
 from ksmcore._pass.blocks cimport blocks_new
 from ksmcore._pass.quiet cimport quiet_disarm_item, quiet_is_still
@@ -262,6 +262,19 @@ cdef void _match_unshared(
         c.counters.skipped.max_page_sharing += full != 0
 
 
+cdef const uint8_t* _source(const engine_core* c, uint64_t page_no, uint64_t partner_no) noexcept nogil:
+    """Which of two equal pages a new shared page is written from: long pieces are written together, so that which goes
+    on the last piece. If neither does, or both, the one that was looked at just now, and may be in a cache."""
+    cdef const pending_block* last
+    cdef uint64_t next_no
+    if c.b.n_pendings != 0:
+        last = &c.b.pendings[c.b.n_pendings - 1]
+        next_no = <uintptr_t>last.source // c.page_bytes + 1
+        if last.n_copies == 1 and next_no == partner_no and next_no != page_no:
+            page_no = partner_no
+    return <const uint8_t*><uintptr_t>(page_no * c.page_bytes)
+
+
 cdef void _found(
     engine_core* c, const region_t* region, size_t i, uint32_t partner, uint32_t n_wanted, bint has_equals,
     rb_place stable_place
@@ -271,8 +284,6 @@ cdef void _found(
     cdef uint32_t item = c.items[i], digest = c.digests[i], slot
     cdef uint64_t page_no = <uintptr_t>c.pages[i] // c.page_bytes, partner_no
     cdef const region_t* home
-    # The partner is the source: the pages in scan order were found first, so their copies are written
-    # in long pieces.
     partner_no = c.rmap.tags[partner].page_no
     home = regions_at(&c.regions, <uintptr_t>(partner_no * c.page_bytes))
     if home.n_holds != 0:
@@ -284,7 +295,7 @@ cdef void _found(
         and page_no % SPAN_PAGES == partner_no % SPAN_PAGES == 0
     ):
         store_align(&c.store, SPAN_PAGES)
-    slot = _new_block(c, &n_wanted, 1, <const uint8_t*><uintptr_t>(partner_no * c.page_bytes), digest)
+    slot = _new_block(c, &n_wanted, 1, _source(c, page_no, partner_no), digest)
     if slot == 0:
         rmap_set_state(&c.rmap, item, PAGE_UNSHARED)
         return
