@@ -31,7 +31,7 @@ from ksmcore._kernel.syscalls cimport (
     sys_error, sys_error_clear, sys_grow, sys_map_anon, sys_now_ns, sys_page_bytes, sys_unmap,
 )
 from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
-from ksmcore._pass.look cimport look_take_room, look_tally, maps_tally
+from ksmcore._pass.look cimport look_n_maps, look_take_room, look_tally, maps_tally
 from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
@@ -176,7 +176,7 @@ cdef bint _is_counted(
     return (
         maps_answers() and not c.store.has_lost
         and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS
-        and 2 * c.counted.n_ours <= <int64_t>c.n_maps
+        and 2 * c.budget.used <= look_n_maps(c)
         and c.counted.asked_maps == asked_maps and c.counted.max_map_count == max_map_count
     )
 

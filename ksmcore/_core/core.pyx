@@ -68,14 +68,16 @@ cdef class Core(Registry):
         with nogil:
             guard_leave(<guard_kind>entered)
 
-    def begin_pass(self, bint patient=False):
-        """Throw the unstable tree away. `patient`: what this pass leaves it can leave to the next."""
+    def begin_pass(self, bint patient=False, *, bint again=False):
+        """Throw the unstable tree away. `patient`: what this pass leaves it can leave to the next. `again`: this is
+        another round of the last pass; what the program had advised then need not be asked anew for that."""
         self._own()
         with nogil:
             self._lock()
             quiet_begin_pass(&self.c)
             state_begin_pass(&self.c)
-            look_begin_pass(&self.c, patient)
+            if not again:
+                look_begin_pass(&self.c, patient)
             self._unlock()
 
     def release(self):

@@ -165,7 +165,7 @@ class Passes:
         before = after = first = begun.numbers
         for again in range(BUDGET_ROUNDS):
             before = after
-            self._core.begin_pass()
+            self._core.begin_pass(again=again > 0)
             self._walk(pages, True, progress if again == 0 else None, "ksmcore dedup")
             after = self._core.snapshot()
             first = after if again == 0 else first

@@ -16,6 +16,7 @@ ctypedef struct maps_tally:
 
 cdef void look_tally(maps_tally* tally, const vma_t* vma) noexcept nogil
 cdef void look_take_room(engine_core* c, const maps_tally* tally) noexcept nogil
+cdef int64_t look_n_maps(const engine_core* c) noexcept nogil
 cdef void look_at_room(engine_core* c) noexcept nogil
 cdef void look_begin_pass(engine_core* c, bint patient) noexcept nogil
 cdef void look_at_intents(engine_core* c) noexcept nogil

@@ -8,10 +8,10 @@ the old one. So before anything is remapped the mappings are looked at as they a
   - A region with anything else is barred: no pass looks at it until a look shows that it was taken back.
 
 Only smaps tells, and reading it takes a walk over all page tables. So it is read when something is to be remapped, and
-then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what it took; none is older
-than the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in the time
-that its look is good for, to pages that are remapped in just that time. A region that was registered after the look
-was no part of it: of that, what was seen when it was registered counts; where nothing was (REGION_UNSEEN), a look
+then once for all regions. Within a pass a look is good for LOOK_NS and LOOK_SHARE times what another would take; none
+is older than the pass. That bounds what a look can miss: advice that another thread gives in the middle of a pass, in
+the time that its look is good for, to pages that are remapped in just that time. A region that was registered after the
+look was no part of it: of that, what was seen when it was registered counts; where nothing was (REGION_UNSEEN), a look
 comes first.
 
 And how many mappings there are, for the map budget: a pass in which nothing is to be merged does not ask.
@@ -66,6 +66,11 @@ cdef void look_take_room(engine_core* c, const maps_tally* tally) noexcept nogil
     c.counted.n_ours = n_ours
     c.n_maps = <size_t>tally.n_maps
     budget_refresh(&c.budget, tally.n_maps, n_ours, n_pages, c.counted.asked_maps, c.counted.max_map_count)
+
+
+cdef int64_t look_n_maps(const engine_core* c) noexcept nogil:
+    """Of the process at this moment, about: those that were counted, and those that merging has made since."""
+    return max(<int64_t>c.n_maps + c.budget.used - c.counted.n_ours, <int64_t>1)
 
 
 cdef void _count(const vma_t* vma, void* context) noexcept nogil:
@@ -163,7 +168,13 @@ cdef int _take(engine_core* c, sys_error* err) noexcept nogil:
         c.advice.n_barred += region.bar != NOT_BARRED
     c.advice.seen_ns = begun_ns
     c.advice.cost_ns = sys_now_ns() - begun_ns
+    c.advice.n_maps = look_n_maps(c)
     return 0
+
+
+cdef uint64_t _next_cost_ns(const engine_core* c) noexcept nogil:
+    """Of another look: it takes longer with every mapping that was made since the last one."""
+    return c.advice.cost_ns * <uint64_t>look_n_maps(c) // <uint64_t>max(min(c.advice.n_maps, look_n_maps(c)), <int64_t>1)
 
 
 cdef void look_begin_pass(engine_core* c, bint patient) noexcept nogil:
@@ -189,11 +200,11 @@ cdef bint _has_open(const engine_core* c) noexcept nogil:
 cdef bint _is_due(const engine_core* c) noexcept nogil:
     """Is a look wanted before the open intents are carried out? Sooner where one is in a region that no look has
     seen."""
-    cdef uint64_t age_ns = sys_now_ns() - c.advice.seen_ns
-    cdef bint is_fresh = age_ns < LOOK_SHARE * c.advice.cost_ns
+    cdef uint64_t age_ns = sys_now_ns() - c.advice.seen_ns, good_ns = LOOK_SHARE * _next_cost_ns(c)
+    cdef bint is_fresh = age_ns < good_ns
     cdef const region_t* region
     cdef uint32_t i
-    if c.advice.seen_ns < c.advice.pass_ns or age_ns >= LOOK_NS + LOOK_SHARE * c.advice.cost_ns:
+    if c.advice.seen_ns < c.advice.pass_ns or age_ns >= LOOK_NS + good_ns:
         return True
     if is_fresh and c.regions.n_unseen == 0:
         return False

@@ -52,6 +52,7 @@ ctypedef struct advice_t:
     size_t n_barred              # regions that no pass looks at for what was seen
     uint64_t seen_ns             # when the last look was begun; 0: there was none
     uint64_t cost_ns             # of the last look
+    int64_t n_maps               # of the process then, about
     bint for_restoring           # that was its purpose
     uint64_t pass_ns             # when the pass was begun; older looks do not serve it
 

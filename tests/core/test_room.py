@@ -11,6 +11,7 @@ import pytest
 import ksmcore
 from helpers.loose import call
 from helpers.memory import PAGE, random_pages
+from ksmcore._kernel import smaps
 from ksmcore._testing import faults
 
 N_PAGES = 64
@@ -130,3 +131,23 @@ def test_what_was_moved_into_a_region_is_found_at_once(engine, merged):
         faults.clear()
         call("mprotect", start, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
     assert engine.scan().skipped["altered"] == 0
+
+
+def test_advice_is_kept_in_every_round_of_a_merge(engine, rng):
+    """Pages that the map budget left out get another; none of them loses what it was given."""
+    n_pages = 600
+    source = random_pages(rng, n_pages).reshape(n_pages, PAGE)
+    a, b = engine.array(source), engine.array(source[rng.permutation(n_pages)])
+    for array in (a, b):
+        call("madvise", array.ctypes.data, array.nbytes, mmap.MADV_DONTDUMP)
+    # A part of it is held back in each round but the last.
+    engine.configure(map_budget=n_pages + n_pages // 8)
+    report = engine.dedup(a, b)
+    assert report.bytes_saved > a.nbytes // 2
+    # The report tells of the last round.
+    assert engine.stats().skipped["map_budget"] > report.skipped["map_budget"] > 0
+    for array in (a, b):
+        start = array.ctypes.data
+        vmas = smaps.vmas_in(start, start + array.nbytes)
+        assert len(vmas) > 1
+        assert all("dd" in vma.flags for vma in vmas)
