@@ -134,7 +134,7 @@ def test_what_was_moved_into_a_region_is_found_at_once(engine, merged):
 
 
 def test_advice_is_kept_in_every_round_of_a_merge(engine, rng):
-    """Pages that the map budget left out get another; none of them loses what it was given."""
+    """Pages that the map budget left out get another; none loses what it was given."""
     n_pages = 600
     source = random_pages(rng, n_pages).reshape(n_pages, PAGE)
     a, b = engine.array(source), engine.array(source[rng.permutation(n_pages)])
