@@ -172,9 +172,10 @@ cdef bint _is_counted(
     const engine_core* c, int64_t asked_maps, int64_t max_map_count, uint64_t now_ns
 ) noexcept nogil:
     """Is it enough to look at the mappings of regions, and are they the smaller part? How many there are in all is
-    asked before something is merged (look_at_room), and whether slots are mapped elsewhere by who releases them."""
+    asked before something is merged (look_at_room), and whether slots are mapped elsewhere by who releases them: all
+    but those that were kept for children, which a pass gives back (store_begin_pass)."""
     return (
-        maps_answers() and not c.store.has_lost
+        maps_answers() and not c.store.has_lost and c.store.n_dead == 0
         and c.counted.at_ns != 0 and now_ns - c.counted.at_ns < <uint64_t>COUNTED_NS
         and 2 * c.budget.used <= look_n_maps(c)
         and c.counted.asked_maps == asked_maps and c.counted.max_map_count == max_map_count
@@ -232,8 +233,8 @@ cdef int census_take(engine_core* c, int64_t asked_maps, int64_t max_map_count, 
     """At the start of a pass: count the mappings for the map budget, look for altered regions, and put right what is
     remembered of the store.
 
-    -1 with *err when the mappings cannot be read (err.code 0: no memory for it): then the budget allows no more than
-    is used, and what is known of the regions stays.
+    -1 with *err when the mappings cannot be read (err.code 0: no memory for it): then nothing is to be merged, and what
+    is known of the regions stays.
     """
     cdef uint32_t n_slots = c.store.top
     cdef sys_error ignored

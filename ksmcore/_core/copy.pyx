@@ -16,6 +16,7 @@ from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_SWAPPED, P
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pages cimport page_compare, page_is_zero
 from ksmcore._pass.batch cimport batch_lie_over
+from ksmcore._pass.look cimport look_at_room
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
 from ksmcore._records.costs cimport costs_of_mapping
@@ -113,6 +114,8 @@ cdef void copy_span(
     cdef const region_t* home = regions_at(&c.regions, target)
     cdef bint can_share = home != NULL and home.addr <= target
     sys_error_clear(&ignored)
+    if may_share:
+        look_at_room(c)
     if pagemap_query(&c.pm, source, n_pages, flags, &ignored) != 0:
         may_share = False
     region = NULL

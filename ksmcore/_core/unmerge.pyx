@@ -14,7 +14,7 @@ from ksmcore._guard.window cimport guard_kind
 from ksmcore._kernel.pagemap cimport PAGE_OF_FILE, PAGE_PRESENT, PAGE_UNSURE, SPAN_PAGES, pagemap_query
 from ksmcore._kernel.syscalls cimport sys_error, sys_error_clear
 from ksmcore._pass.batch cimport batch_drop_sharer, batch_lie_over
-from ksmcore._pass.look cimport look_before_restoring, look_flags
+from ksmcore._pass.look cimport look_at_room, look_before_restoring, look_flags
 from ksmcore._pass.match cimport match_forget_item
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
@@ -171,6 +171,8 @@ cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr
         census_of_range(c, addr, addr + n_pages * c.page_bytes, &is_plain, &n_blocked, &ignored) < 0 or not is_plain
     ):
         return False
+    if c.rmap.n_over_store != 0:
+        look_at_room(c)
     run.page_bytes = c.page_bytes
     run.flags = region.flags
     run.tracker = &c.tracker

@@ -30,9 +30,9 @@ from ksmcore._kernel.maps cimport maps_give_key, maps_give_policy, maps_lock_pag
 from ksmcore._kernel.reader cimport ksm_reader, reader_here
 from ksmcore._kernel.syscalls cimport (
     ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_HUGEPAGE, ADVISE_MERGEABLE, ADVISE_NOHUGEPAGE,
-    ADVISE_POPULATE_WRITE, ADVISE_RANDOM, ADVISE_SEQUENTIAL, CALL_MREMAP, CALL_SIGNAL_MASKS, sys_advise, sys_error,
-    sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at, sys_map_store_at, sys_move, sys_pause,
-    sys_unmap,
+    ADVISE_POPULATE_WRITE, ADVISE_RANDOM, ADVISE_SEQUENTIAL, CALL_MREMAP, CALL_SIGNAL_MASKS, advice, sys_advise,
+    sys_error, sys_error_clear, sys_is_mapped, sys_map_anon, sys_map_anon_at, sys_map_store_at, sys_move,
+    sys_page_bytes, sys_pause, sys_unmap,
 )
 from ksmcore._kernel.tracker cimport tracker_let_go, tracker_take_back
 from ksmcore._pages cimport page_compare, page_is_zero
@@ -56,24 +56,32 @@ cdef int _tracker_fd(const run_t* run) noexcept nogil:
     return run.tracker.file.fd if run.flags & REGION_WATCHED and run.tracker != NULL else -1
 
 
+cdef void _advise(uintptr_t addr, size_t len_bytes, advice given) noexcept nogil:
+    """Of several mappings a call that fails leaves out those behind the first that it fails for: then page by page."""
+    cdef sys_error ignored
+    cdef size_t i, page_bytes = sys_page_bytes()
+    sys_error_clear(&ignored)
+    if sys_advise(addr, len_bytes, given, &ignored) != 0 and len_bytes > page_bytes:
+        for i in range(len_bytes // page_bytes):
+            sys_advise(addr + i * page_bytes, page_bytes, given, &ignored)
+
+
 cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags) noexcept nogil:
     """Give new mappings, neighbours, the flags of their region. Advice that is refused costs no correctness."""
-    cdef sys_error ignored
-    sys_error_clear(&ignored)
     if flags & REGION_DONTFORK:
-        sys_advise(addr, len_bytes, ADVISE_DONTFORK, &ignored)
+        _advise(addr, len_bytes, ADVISE_DONTFORK)
     if flags & REGION_DONTDUMP:
-        sys_advise(addr, len_bytes, ADVISE_DONTDUMP, &ignored)
+        _advise(addr, len_bytes, ADVISE_DONTDUMP)
     if flags & REGION_HUGEPAGE:
-        sys_advise(addr, len_bytes, ADVISE_HUGEPAGE, &ignored)
+        _advise(addr, len_bytes, ADVISE_HUGEPAGE)
     if flags & REGION_NOHUGEPAGE:
-        sys_advise(addr, len_bytes, ADVISE_NOHUGEPAGE, &ignored)
+        _advise(addr, len_bytes, ADVISE_NOHUGEPAGE)
     if flags & REGION_SEQUENTIAL:
-        sys_advise(addr, len_bytes, ADVISE_SEQUENTIAL, &ignored)
+        _advise(addr, len_bytes, ADVISE_SEQUENTIAL)
     if flags & REGION_RANDOM:
-        sys_advise(addr, len_bytes, ADVISE_RANDOM, &ignored)
+        _advise(addr, len_bytes, ADVISE_RANDOM)
     if flags & REGION_MERGEABLE:
-        sys_advise(addr, len_bytes, ADVISE_MERGEABLE, &ignored)
+        _advise(addr, len_bytes, ADVISE_MERGEABLE)
 
 
 # How often a mapping that the kernel took away in a failing call is asked for again, a millisecond apart.

@@ -2,19 +2,19 @@
 
 Window by window is filled from its start to its end, and all of it given up at once: each time the kernel takes pages
 away, other processors that run this process have to be told, which takes them and the caller longer than all else that
-a window costs. The caller holds the fork lock.
+a window costs. The caller holds the fork lock; the install lock, where it begins or ends.
 
 There are two: one for single pages, and one that takes a huge page as a whole. The kernel moves a huge page
-without splitting it only to an aligned place without a page table, so that one is mapped anew after each
-window. To give up a huge page at once takes a hundredth of the time that its 512 pages would.
+without splitting it only to an aligned place without a page table, so that one is mapped anew before
+another is moved there. To give up a huge page at once takes a hundredth of the time that its 512 pages would.
 """
 
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from ksmcore._kernel.syscalls cimport (
-    ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear, sys_map_anon,
-    sys_map_anon_at, sys_unmap,
+    ADVISE_DONTDUMP, ADVISE_DONTFORK, ADVISE_DONTNEED, ADVISE_NOHUGEPAGE, sys_advise, sys_error, sys_error_clear,
+    sys_map_anon, sys_map_anon_at, sys_unmap,
 )
 from ksmcore._kernel.uffd cimport UFFD_PROTECTED, uffd_register
 
@@ -33,7 +33,7 @@ cdef int scratch_init(scratch_t* scratch, size_t len_bytes, bint whole, sys_erro
         scratch.addr += (len_bytes - scratch.mapped % len_bytes) % len_bytes
     scratch.len_bytes = len_bytes
     scratch.whole = whole
-    sys_advise(scratch.addr, len_bytes, ADVISE_DONTFORK, &ignored)
+    _advise(scratch)
     sys_advise(scratch.addr, len_bytes, ADVISE_NOHUGEPAGE, &ignored)
     return 0
 
@@ -75,8 +75,15 @@ cdef void scratch_empty(scratch_t* scratch) noexcept nogil:
         _empty(scratch, &ignored)
 
 
-cdef int _empty(scratch_t* scratch, sys_error* err) noexcept nogil:
+cdef void _advise(scratch_t* scratch) noexcept nogil:
+    """What is moved there may be of memory that children and core files are not to have."""
     cdef sys_error ignored
+    sys_error_clear(&ignored)
+    sys_advise(scratch.addr, scratch.len_bytes, ADVISE_DONTFORK, &ignored)
+    sys_advise(scratch.addr, scratch.len_bytes, ADVISE_DONTDUMP, &ignored)
+
+
+cdef int _empty(scratch_t* scratch, sys_error* err) noexcept nogil:
     if not scratch.whole:
         if sys_advise(scratch.addr, scratch.used_bytes, ADVISE_DONTNEED, err) != 0:
             return -1
@@ -84,7 +91,6 @@ cdef int _empty(scratch_t* scratch, sys_error* err) noexcept nogil:
         scratch.is_registered = False
         if sys_map_anon_at(scratch.addr, scratch.len_bytes, err) != 0:
             return -1
-        sys_error_clear(&ignored)
-        sys_advise(scratch.addr, scratch.len_bytes, ADVISE_DONTFORK, &ignored)
+        _advise(scratch)
     scratch.used_bytes = 0
     return 0

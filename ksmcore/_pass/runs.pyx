@@ -5,7 +5,8 @@ cuts them into runs, pages that are neighbours both in memory and in the store, 
 serves a run; the map budget takes or leaves each run. `runs_carry_out` then, in order: shared pages that are still
 wanted get their bytes; what is left, neighbours in memory together, goes through the merge protocol; what
 became of each page is accounted. A shared page with fewer than two sharers at the end is undone. A batch
-writes at most capacity / 2 pages to the store before it gives the merged pages back.
+writes at most capacity / 2 pages to the store before it gives the merged pages back, but for what the guard keeps of
+them for a while (_guard/scratch).
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t

@@ -94,7 +94,7 @@ ctypedef struct engine_core:
     map_budget budget
     advice_t advice
     range_list unsettled         # free or young memory, which a patient walk leaves alone
-    size_t n_maps                # of the process, by the last census
+    size_t n_maps                # of the process, as they were counted last
     counted_t counted            # what that was made for
     uint32_t n_idle_left         # slots that the last release had to leave idle
     batch b

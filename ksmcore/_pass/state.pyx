@@ -157,7 +157,8 @@ cdef void state_destroy(engine_core* c, bint in_child) noexcept nogil:
 
 
 cdef void state_begin_pass(engine_core* c) noexcept nogil:
-    """Throw the unstable tree away; the items in it are told by their epoch, not visited. A census was taken before."""
+    """Throw the unstable tree away; the items in it are told by their epoch, not visited. A census was taken before, and
+    of all mappings if slots are kept for children."""
     cdef size_t i, n_pages = 0
     for i in range(c.regions.n):
         n_pages += c.regions.all[i].n_pages

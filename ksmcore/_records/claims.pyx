@@ -47,12 +47,14 @@ cdef void claims_add(store_t* store, uint32_t slot) noexcept nogil:
 
 
 cdef void claims_drop(store_t* store, uint32_t slot) noexcept nogil:
-    """One page less: a hollow slot that nothing lies over any more can be handed out again, unless it is lost."""
+    """One page less. A hollow slot that nothing registered lies over any more is lost until a census has found it
+    nowhere else: only then can it be handed out again."""
     if _has_gone(store, slot):
         return
     store.claims[slot] -= 1
-    if store.claims[slot] == 0 and store.uses[slot].hollow and not store.uses[slot].lost:
-        claims_set_hollow(store, slot, False)
+    if store.claims[slot] == 0 and store.uses[slot].hollow:
+        store.uses[slot].lost = 1
+        store.has_lost = True
 
 
 cdef uint32_t claims_unshown(store_t* store, pagemap* pm, uint32_t slot, uint32_t n_slots) noexcept nogil:

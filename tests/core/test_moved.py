@@ -5,6 +5,7 @@ others that shared the moved pages are written, passes are made, and new content
 slots.
 """
 
+import mmap
 import os
 import threading
 
@@ -195,6 +196,44 @@ def test_a_mapping_that_stays_where_it_was_moved_from(engine, rng, read, registe
     give_up(engine, made, regions)
     if not registered:
         call("munmap", target, N * PAGE)
+
+
+@pytest.mark.parametrize("then", ["scan", "close", "merge"])
+@pytest.mark.parametrize("stays", [True, False])
+def test_no_slot_is_handed_out_that_lies_under_what_was_moved_a_moment_ago(
+    engine, rng, stays, then
+):
+    """Private copies over slots that were released: were they given up, the slots would show."""
+    (source, other, secret) = contents(rng, 3)
+    a, b = Loose(source), Loose(source)
+    regions = [engine.register(one.pages) for one in (a, b)]
+    assert engine.dedup().pages_merged == 2 * N
+    a.pages[:], b.pages[:] = contents(rng, 2)
+    regions[0].close()
+    engine.scan()
+    assert engine.stats().pages_sharing == 0
+    target = under_a_gap(N)
+    kept = b.pages.copy()
+    move(b.addr, target, N, MREMAP_DONTUNMAP if stays else 0)
+    if not stays:
+        map_at(b.addr, N)
+    if then == "scan":
+        engine.scan()
+    elif then == "close":
+        regions[1].close()
+    else:
+        b.pages[:] = other
+        twin = engine.array(other)
+        engine.dedup()
+        assert np.array_equal(twin, b.pages)
+    new = [engine.array(secret), engine.array(secret)]
+    assert engine.dedup(*new).pages_merged == 2 * N
+    there = b.view(target)
+    assert np.array_equal(there, kept)
+    call("madvise", target, N * PAGE, mmap.MADV_DONTNEED)
+    assert not there.any()
+    engine._core.check()
+    call("munmap", target, N * PAGE)
 
 
 @pytest.mark.parametrize("presence", ["pagemap", "mincore"])

@@ -250,6 +250,27 @@ def test_shrinks_and_grows_with_the_program():
 
 
 @alone
+def test_copies_do_not_go_by_an_old_count():
+    """The passes before have merged nothing, and may not have counted."""
+    # Else the mappings of the store are most of all, and are counted each time.
+    first, room = Taken(6_000), 1_500
+    with ksmcore.Engine() as engine:
+        pages = Pages(engine, shuffled(2_000))
+        merge_all(engine)
+        for _ in range(3):
+            engine.scan()
+        second = take_all_but(room)
+        engine.scan()
+        copy = engine.copy(pages.array)
+        assert LIMIT - n_maps() >= room // 2 - FEW
+        assert libc.memcmp(copy.ctypes.data, pages.array.ctypes.data, copy.nbytes) == 0
+        assert_program_works()
+        second.give_back()
+        first.give_back()
+        pages.assert_right()
+
+
+@alone
 def check_taken_during_a_pass(n):
     """The program maps memory when the pass has just begun, and needs some more afterwards."""
     first = take_all_but(ROOM)
