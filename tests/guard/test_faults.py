@@ -167,7 +167,7 @@ def test_unregister_without_memory_changes_nothing(guard, rng):
         engine.dedup(a, b)
         calls = [("mmap", MMAPS_TO_ENTER[guard]), ("mremap", 0), ("mremap", 2)]
         # Advice for the scratch may be refused, that for the new memory may not.
-        calls.append(("madvise", 1 + 2 * MMAPS_TO_ENTER[guard]))
+        calls.append(("madvise", 1 + 3 * MMAPS_TO_ENTER[guard]))
         for call, after in calls:
             faults.inject(call, errno.ENOMEM, after=after)
             with pytest.raises(MemoryError, match="unregister"):
