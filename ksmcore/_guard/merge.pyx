@@ -57,13 +57,15 @@ cdef int _tracker_fd(const run_t* run) noexcept nogil:
 
 
 cdef void _advise(uintptr_t addr, size_t len_bytes, advice given) noexcept nogil:
-    """Of several mappings a call that fails leaves out those behind the first that it fails for: then page by page."""
-    cdef sys_error ignored
+    """For the mappings of a window a call for all of them ends at the first for which there is no memory: then each
+    page is asked for."""
+    cdef sys_error failed
     cdef size_t i, page_bytes = sys_page_bytes()
-    sys_error_clear(&ignored)
-    if sys_advise(addr, len_bytes, given, &ignored) != 0 and len_bytes > page_bytes:
-        for i in range(len_bytes // page_bytes):
-            sys_advise(addr + i * page_bytes, page_bytes, given, &ignored)
+    sys_error_clear(&failed)
+    if sys_advise(addr, len_bytes, given, &failed) == 0 or (failed.code != ENOMEM and failed.code != EAGAIN):
+        return
+    for i in range(len_bytes // page_bytes if len_bytes <= <size_t>WINDOW_PAGES * page_bytes else 0):
+        sys_advise(addr + i * page_bytes, page_bytes, given, &failed)
 
 
 cdef void _advise_again(uintptr_t addr, size_t len_bytes, int flags) noexcept nogil:
