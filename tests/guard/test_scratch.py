@@ -1,6 +1,5 @@
 """What windows have moved away is given up a lot at once, and all of it when a pass ends."""
 
-import contextlib
 import errno
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 import ksmcore
 from helpers.memory import PAGE, random_pages
+from ksmcore._core.scopes import GuardScope
 from ksmcore._kernel import procfs
 from ksmcore._testing import faults
 
@@ -30,19 +30,7 @@ def some_pages(rng, n_pages: int) -> np.ndarray:
 
 def anonymous_pages() -> int:
     """Of this process, as the kernel finds them in its page tables."""
-    with open("/proc/self/smaps_rollup") as rollup:
-        (line,) = (line for line in rollup if line.startswith("Anonymous:"))
-    return int(line.split()[1]) * 1024 // PAGE
-
-
-@contextlib.contextmanager
-def entered(engine):
-    """The guard is not left meanwhile, which would give up all that it has."""
-    guard = engine._core.enter_guard()
-    try:
-        yield
-    finally:
-        engine._core.leave_guard(guard)
+    return procfs.sizes_of("/proc/self/smaps_rollup")["Anonymous"] // PAGE
 
 
 def in_runs(rng, pages: np.ndarray) -> np.ndarray:
@@ -60,7 +48,8 @@ def test_nothing_is_left_behind(engine, rng):
     source = some_pages(rng, 8 * SCRATCH_PAGES)
     scattered = in_runs(rng, source)
     a, b = engine.array(source), engine.array(scattered)
-    with entered(engine):
+    # The guard is not left meanwhile, which would give up all that it has.
+    with GuardScope(engine._core):
         before = anonymous_pages()
         report = engine.dedup(a, b)
         after = anonymous_pages()
@@ -98,7 +87,7 @@ def test_what_cannot_be_given_up_is_tried_again(engine, rng, n_failures):
     a, b = engine.array(source), engine.array(source)
     before = anonymous_pages()
     faults.inject("madvise", errno.EAGAIN, count=n_failures)
-    with entered(engine):
+    with GuardScope(engine._core):
         report = engine.dedup(a, b)
         faults.clear()
         # Three of the calls are advice for the scratch itself.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ksmcore
+from helpers.mappings import counted_anew
 from helpers.memory import PAGE, octets, random_pages
 from ksmcore._kernel import smaps
 from ksmcore._testing import hooks
@@ -55,13 +56,6 @@ def watched(parts):
 
 def hashed_by(engine):
     return engine.scan().pages_hashed
-
-
-def counted_anew(engine):
-    """With a limit that was not asked for before, all mappings are counted."""
-    engine._core.take_census(-1, 65530)
-    engine._core.take_census(65530, 65530)
-    return engine.stats().maps_used
 
 
 def maps_used(engine):
