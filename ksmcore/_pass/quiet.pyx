@@ -19,14 +19,17 @@ from ksmcore._kernel.tracker cimport (
     tracker_close, tracker_disarm, tracker_is_there, tracker_open, tracker_unwatch, tracker_watch,
 )
 from ksmcore._pass.state cimport HAS_STOOD, IS_ARMED, IS_HUGE, engine_core, state_page_of
-from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.budget cimport budget_affords, budget_spares
 from ksmcore._records.regions cimport (
     REGION_WATCHED, region_t, regions_at, regions_end_of, regions_maps_to_watch, regions_pages_around,
 )
 from ksmcore._records.rmap cimport PAGE_UNSHARED
 
-# Two mappings and a system call for what is watched together should be worth it.
-cdef size_t quiet_min_pages = 256
+# To watch a region costs each pass some 3 us, two mappings among them; to read a page of a small one 1 us.
+cdef size_t quiet_min_pages = 4
+
+cdef enum:
+    LARGE_PAGES = 256          # watched together they are worth two mappings, as a run that saves so much would be
 
 
 cdef bint _has_stood(engine_core* c, uint32_t item) noexcept nogil:
@@ -116,13 +119,14 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     cdef sys_error ignored
     cdef size_t n_pages
     cdef int n_maps
+    cdef bint is_afforded
     if region.flags & REGION_WATCHED:
         return True
     if region.watch_tried == c.epoch or not c.may_watch:
         return False
     region.watch_tried = c.epoch
     n_maps = regions_maps_to_watch(&c.regions, region)
-    n_pages = regions_pages_around(&c.regions, region, quiet_min_pages)
+    n_pages = regions_pages_around(&c.regions, region, <size_t>LARGE_PAGES)
     if n_maps > 0 and n_pages < quiet_min_pages:
         return False
     if c.pm.file.fd < 0:
@@ -131,10 +135,13 @@ cdef bint _watch(engine_core* c, region_t* region) noexcept nogil:
     if c.tracker.file.fd < 0 and tracker_open(&c.tracker, &c.pm, &ignored) != 0:
         c.may_watch = sys_is_passing(ignored.code)
         return False
-    if (
-        not budget_affords(&c.budget, n_maps, <uint32_t>min(n_pages, <size_t>UINT32_MAX))
-        or tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0
-    ):
+    if n_pages >= <size_t>LARGE_PAGES:
+        is_afforded = budget_affords(&c.budget, n_maps, UINT32_MAX)
+    else:
+        is_afforded = budget_spares(&c.budget, n_maps)
+    if not is_afforded:
+        return False
+    if tracker_watch(&c.tracker, region.addr, regions_end_of(&c.regions, region), &ignored) != 0:
         return False
     c.budget.used += n_maps
     region.flags |= REGION_WATCHED

@@ -13,4 +13,5 @@ cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
 ) noexcept nogil
 cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halves) noexcept nogil
+cdef bint budget_spares(const map_budget* budget, int64_t cost) noexcept nogil
 cdef bint budget_is_used_up(const map_budget* budget) noexcept nogil

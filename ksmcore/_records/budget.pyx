@@ -13,6 +13,7 @@ cdef enum:
     KEPT_SHARE = 64            # ... one part in so many of the budget, for ever
     SPENT_SHIFT = 6            # from here on next to nothing is held back for later
     MAPS_OF_PAIR = 4           # two pages alone, of which one is saved
+    SPARE_SHARE = 4            # one part in so many of the budget may be used before nothing is spared any more
 
 cdef void budget_refresh(
     map_budget* budget, int64_t n_maps, int64_t n_ours, int64_t n_pages, int64_t asked, int64_t max_map_count
@@ -56,6 +57,11 @@ cdef bint budget_affords(const map_budget* budget, int64_t cost, uint32_t n_halv
     elif n_halves < 16 * cost:
         reserve = budget.allowed // 8
     return budget.used + cost <= budget.allowed - max(reserve >> budget.reserve_shift, kept)
+
+
+cdef bint budget_spares(const map_budget* budget, int64_t cost) noexcept nogil:
+    """May so many mappings be had by what saves time, and no memory?"""
+    return cost <= 0 or budget.used + cost <= budget.allowed // SPARE_SHARE
 
 
 cdef bint budget_is_used_up(const map_budget* budget) noexcept nogil:
