@@ -39,6 +39,10 @@ DIRECTIVES = {
     # No hidden names that the stubs would have to know: no class here can be pickled anyway.
     "auto_pickle": False,
     "autotestdict": False,
+    # Plain built-in functions, with signatures: a tenth less to compile and to load.
+    "binding": False,
+    "embedsignature": True,
+    "embedsignature.format": "clinic",
 }
 
 # No -march: a build runs on every machine of its architecture; fast paths are chosen at run time.
@@ -62,6 +66,9 @@ if SANITIZED:
 else:
     COMPILE_ARGS += ["-O3", "-g0"]
 
+# What is entered by the call, never by the page or the array, compiles in half the time.
+LIGHT = ["-O1"]
+OF_ROOM = {"_core": LIGHT, "_gate": LIGHT, "_hooks": LIGHT, "_testing": LIGHT}
 # A thread that is cancelled in a hook's call unwinds through it.
 OF_ONE = {f"{PACKAGE}._hooks.calls": ["-fexceptions"]}
 
@@ -81,6 +88,7 @@ def extensions():
             include_dirs=[str(PACKAGE)],
             extra_compile_args=[
                 *COMPILE_ARGS,
+                *OF_ROOM.get(path.parent.name, []),
                 *OF_ONE.get(".".join(path.with_suffix("").parts), []),
             ],
             extra_link_args=LINK_ARGS,

@@ -1,6 +1,5 @@
-"""Small regions apart from each other: watched where mappings are to spare, read in each pass where they are not."""
+"""Small regions apart from each other: watched where mappings are to spare, and else read."""
 
-import numpy as np
 import pytest
 
 import ksmcore
@@ -34,7 +33,7 @@ def of_others():
 
 @pytest.fixture
 def apart(rng, private_buffer):
-    """Parts of one mapping, of different pages, with a page of nobody's between each and the next."""
+    """Parts of one mapping, of different pages; between two of them a page of nobody's."""
     stride = N_PAGES + 1
     everything = octets(private_buffer(N_REGIONS * stride))
     everything[:] = random_pages(rng, N_REGIONS * stride)
