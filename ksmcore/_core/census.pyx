@@ -34,12 +34,13 @@ from ksmcore._pass.batch cimport batch_adopt, batch_drop_sharer, batch_lie_over
 from ksmcore._pass.look cimport look_n_maps, look_take_room, look_tally, maps_tally
 from ksmcore._pass.match cimport match_leave_tree
 from ksmcore._pass.state cimport engine_core
+from ksmcore._records.claims cimport claims_lose
 from ksmcore._records.regions cimport region_t, regions_at, regions_end_of, regions_next
 from ksmcore._records.rmap cimport (
     PAGE_SHARED, PAGE_VOLATILE, rmap_add, rmap_find, rmap_identity, rmap_set_state, rmap_slot, rmap_step,
     rmap_walk, rmap_walk_over,
 )
-from ksmcore._records.store cimport store_find_again, store_lose, store_slot_at
+from ksmcore._records.store cimport store_find_again, store_slot_at
 from ksmcore._records.store_files cimport SEGMENT_BYTES, store_files_begin_census, store_files_end_census
 
 
@@ -120,7 +121,7 @@ cdef void _lose_between(
                 break
         else:
             found = slot + <uint32_t>((addr - vma.start) // c.page_bytes)
-            store_lose(&c.store, found)
+            claims_lose(&c.store, found)
             if all.is_elsewhere != NULL and found < all.n_slots:
                 all.is_elsewhere[found] = True
             addr += c.page_bytes
@@ -380,7 +381,7 @@ cdef int _put_right(engine_core* c, sys_error* err) noexcept nogil:
             _put_region_right(c, &c.regions.all[i], &all, &k, n_missing)
         for slot in range(1, c.store.top):
             if n_missing[slot] != 0:
-                store_lose(&c.store, slot)
+                claims_lose(&c.store, slot)
     if n_missing != NULL:
         sys_unmap(<uintptr_t>n_missing, n_bytes, err)
     _forget_runs(&all)
@@ -419,7 +420,7 @@ cdef void _put_page_right(engine_core* c, uint64_t page_no, uint32_t item, uint3
     if item == 0:
         item = rmap_add(&c.rmap, page_no, &ignored)
         if item == 0:
-            store_lose(&c.store, slot)
+            claims_lose(&c.store, slot)
             return
     if c.rmap.tags[item].state == PAGE_SHARED:
         batch_drop_sharer(&c.b, item)

@@ -18,10 +18,10 @@ from ksmcore._pass.look cimport look_at_room, look_before_restoring, look_flags
 from ksmcore._pass.match cimport match_forget_item
 from ksmcore._pass.state cimport engine_core
 from ksmcore._records.budget cimport budget_affords
+from ksmcore._records.claims cimport claims_lose
 from ksmcore._records.costs cimport costs_of_mapping, costs_of_restoring
 from ksmcore._records.regions cimport region_t, regions_end_of
 from ksmcore._records.rmap cimport PAGE_SHARED, rmap_find, rmap_slot, rmap_step, rmap_walk, rmap_walk_over
-from ksmcore._records.store cimport store_lose
 
 
 cdef void _settle_restored(engine_core* c, uint64_t page_no, size_t n_pages) noexcept nogil:
@@ -108,7 +108,7 @@ cdef void unmerge_lose(engine_core* c, const region_t* region) noexcept nogil:
     cdef rmap_walk walk = rmap_walk_over(region.addr // c.page_bytes, region.n_pages)
     while rmap_step(&c.rmap, &walk):
         if rmap_slot(&c.rmap, walk.item) != 0:
-            store_lose(&c.store, rmap_slot(&c.rmap, walk.item))
+            claims_lose(&c.store, rmap_slot(&c.rmap, walk.item))
 
 
 cdef void unmerge_abandon(engine_core* c, const region_t* region) noexcept nogil:
@@ -167,11 +167,12 @@ cdef bint unmerge_discard(engine_core* c, const region_t* region, uintptr_t addr
     cdef run_t run
     sys_error_clear(&ignored)
     # What is given up in place shows what lies there, and what is forgotten is released.
-    if c.rmap.n_over_store != 0 and (
-        census_of_range(c, addr, addr + n_pages * c.page_bytes, &is_plain, &n_blocked, &ignored) < 0 or not is_plain
-    ):
-        return False
     if c.rmap.n_over_store != 0:
+        if (
+            census_of_range(c, addr, addr + n_pages * c.page_bytes, &is_plain, &n_blocked, &ignored) < 0
+            or not is_plain
+        ):
+            return False
         look_at_room(c)
     run.page_bytes = c.page_bytes
     run.flags = region.flags

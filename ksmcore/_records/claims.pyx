@@ -46,6 +46,13 @@ cdef void claims_add(store_t* store, uint32_t slot) noexcept nogil:
         claims_set_hollow(store, slot, True)
 
 
+cdef void claims_lose(store_t* store, uint32_t slot) noexcept nogil:
+    """Keep a slot and its bytes, until store_find_again: it may be mapped somewhere by the program's own means."""
+    if slot < store.top and store.uses[slot].used:
+        store.uses[slot].lost = 1
+        store.has_lost = True
+
+
 cdef void claims_drop(store_t* store, uint32_t slot) noexcept nogil:
     """One page less. A hollow slot that nothing registered lies over any more is lost until a census has found it
     nowhere else: only then can it be handed out again."""
@@ -53,8 +60,7 @@ cdef void claims_drop(store_t* store, uint32_t slot) noexcept nogil:
         return
     store.claims[slot] -= 1
     if store.claims[slot] == 0 and store.uses[slot].hollow:
-        store.uses[slot].lost = 1
-        store.has_lost = True
+        claims_lose(store, slot)
 
 
 cdef uint32_t claims_unshown(store_t* store, pagemap* pm, uint32_t slot, uint32_t n_slots) noexcept nogil:

@@ -93,7 +93,6 @@ cdef void store_share(store_t* store, uint32_t slot) noexcept nogil
 cdef uint32_t store_unshare(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_idle(store_t* store, uint32_t first) noexcept nogil
 cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil
-cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil
 cdef void store_find_again(store_t* store, const uint8_t* is_elsewhere, uint32_t n_slots) noexcept nogil
 cdef uint32_t store_block(store_t* store, uint32_t slot, uint32_t* n_copies) noexcept nogil
 cdef uint64_t store_block_sharers(store_t* store, uint32_t slot) noexcept nogil

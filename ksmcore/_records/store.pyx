@@ -304,13 +304,6 @@ cdef void store_wake(store_t* store, uint32_t slot) noexcept nogil:
         store.uses[first + i].idle = 0
 
 
-cdef void store_lose(store_t* store, uint32_t slot) noexcept nogil:
-    """Keep a slot and its bytes, until store_find_again: it may be mapped somewhere by the program's own means."""
-    if slot < store.top and store.uses[slot].used:
-        store.uses[slot].lost = 1
-        store.has_lost = True
-
-
 cdef void store_find_again(store_t* store, const uint8_t* is_elsewhere, uint32_t n_slots) noexcept nogil:
     """Lost slots of the first n_slots that are mapped nowhere but where they are known to be are like all others again.
     Those that nobody shares are idle: they are asked for once more before they are released."""
