@@ -82,6 +82,15 @@ static int ksm_scan_written(int fd, uintptr_t start, uintptr_t end, ksm_page_ran
     return ksm_scan_call(fd, start, end, there, 1, &a);
 }
 
+/* The first page that is no page of a file, there or swapped out, and was written, or that nobody watches. */
+static int ksm_scan_private(int fd, uintptr_t start, uintptr_t end, ksm_page_range *there) {
+    struct ksm_scan_args a = {0};
+    a.all_of = KSM_PAGE_WRITTEN | KSM_PAGE_FILE;
+    a.inverted = KSM_PAGE_FILE;
+    a.any_of = a.returned = KSM_PAGE_PRESENT | KSM_PAGE_SWAPPED;
+    return ksm_scan_call(fd, start, end, there, 1, &a);
+}
+
 /* From here on a write to these pages is seen. EPERM: they are not all watched by asynchronous userfaultfd. */
 static int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end) {
     struct ksm_scan_args a = {0};

@@ -14,6 +14,13 @@ cdef enum page_flag:
     PAGE_UNSURE = 16         # only residency is known (no pagemap): OF_FILE and OWNED mean nothing
     PAGE_HUGE = 32           # in a huge page that is mapped as one; told by surveys only
 
+# Which pages to look for; pages that nobody watches count as written. What one asks for is found by asking for any
+# union of it with others, too.
+cdef enum page_question:
+    ASK_WRITTEN = 0          # written; in less than half the time, but pages that are not there may be missed
+    ASK_PRIVATE = 1          # written, and no pages of a file
+    ASK_GONE = 2             # written, or not there
+
 cdef enum:
     SPAN_PAGES = 512         # a span, what a survey answers at most: so many pages, aligned; a huge page is one
 
@@ -50,5 +57,5 @@ cdef int pagemap_survey(
     sys_error* err
 ) noexcept nogil
 cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil
-cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end, bint quickly) noexcept nogil
+cdef uintptr_t pagemap_first(pagemap* pm, uintptr_t addr, uintptr_t end, page_question asked) noexcept nogil
 cdef int pagemap_protect(pagemap* pm, uintptr_t addr, size_t n_pages, sys_error* err) noexcept nogil

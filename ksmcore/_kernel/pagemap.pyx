@@ -32,6 +32,7 @@ cdef extern from "_kernel/pagemap.h" nogil:
         int fd, uintptr_t start, uintptr_t end, bint only_written, files_wanted files, ksm_page_range* ranges,
         size_t max_pages
     )
+    int ksm_scan_private(int fd, uintptr_t start, uintptr_t end, ksm_page_range* there)
     int ksm_scan_written(int fd, uintptr_t start, uintptr_t end, ksm_page_range* there)
     int ksm_scan_hole(int fd, uintptr_t start, uintptr_t end, ksm_page_range* there)
     int ksm_scan_protect(int fd, uintptr_t start, uintptr_t end)
@@ -244,25 +245,25 @@ cdef int pagemap_survey(
 
 cdef bint pagemap_is_unwritten(pagemap* pm, uintptr_t addr) noexcept nogil:
     """Is this page of a watched range there, and unwritten since it was protected? False if that is not known."""
-    return pagemap_first_written(pm, addr, addr + pm.page_bytes, False) != addr
+    return pagemap_first(pm, addr, addr + pm.page_bytes, ASK_GONE) != addr
 
 
-cdef uintptr_t pagemap_first_written(pagemap* pm, uintptr_t addr, uintptr_t end, bint quickly) noexcept nogil:
-    """The first page in [addr, end), all of it watched, that was written since it was protected, or is not there; `end`
-    where there is none, `addr` where it cannot be told. `quickly`: in less than half the time, and pages that are not
-    there may be missed."""
+cdef uintptr_t pagemap_first(pagemap* pm, uintptr_t addr, uintptr_t end, page_question asked) noexcept nogil:
+    """The first such page in [addr, end); `end` where there is none, `addr` where it cannot be told."""
     cdef ksm_page_range found
     cdef sys_error ignored
     cdef int n
     sys_error_clear(&ignored)
     if not pm.scans or not sys_is_kept(&pm.file):
         return addr
-    if quickly:
-        n = -1 if sys_injected(CALL_PAGEMAP_SCAN, addr, end - addr, &ignored) else ksm_scan_written(
-            pm.file.fd, addr, end, &found
-        )
-    else:
+    if asked == ASK_GONE:
         n = _scan(pm, addr, end, True, FILES_UNTOLD, &found, 1, &ignored)
+    elif sys_injected(CALL_PAGEMAP_SCAN, addr, end - addr, &ignored):
+        n = -1
+    elif asked == ASK_PRIVATE:
+        n = ksm_scan_private(pm.file.fd, addr, end, &found)
+    else:
+        n = ksm_scan_written(pm.file.fd, addr, end, &found)
     return end if n == 0 else found.start if n > 0 else addr
 
 

@@ -39,7 +39,7 @@ from libc.string cimport memset
 
 from ksmcore._kernel.pagemap cimport (
     PAGE_HUGE, PAGE_OF_FILE, PAGE_OWNED, PAGE_PRESENT, PAGE_SWAPPED, PAGE_UNSURE, SPAN_PAGES, page_range,
-    pagemap_first_written, pagemap_survey,
+    pagemap_survey,
 )
 from ksmcore._kernel.pool cimport pool_finish, pool_hand_out, pool_has_threads
 from ksmcore._kernel.reader cimport ksm_reader
@@ -53,25 +53,22 @@ from ksmcore._pass.match cimport (
 from ksmcore._pass.quiet cimport quiet_after_flush, quiet_arm, quiet_disarm_changed, quiet_disarm_others
 from ksmcore._pass.runs cimport runs_carry_out, runs_choose
 from ksmcore._pass.state cimport IS_HUGE, IS_NEW, engine_core, state_page_of, stretch_t
+from ksmcore._pass.still cimport WALKED_PER_LOOK, still_note_survey, still_pass_over
 from ksmcore._pass.stretch cimport stretch_begin_span, stretch_guess
 from ksmcore._records.forest cimport forest_prefetch
 from ksmcore._records.ranges cimport ranges_at
 from ksmcore._records.regions cimport (
-    BARRED_ALTERED, BARRED_WATCHED, NOT_BARRED, REGION_WATCHED, region_t, regions_at, regions_end_of, regions_next,
+    BARRED_ALTERED, BARRED_WATCHED, REGION_WATCHED, region_t, regions_at, regions_end_of,
 )
 from ksmcore._records.rmap cimport (
-    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_set_state, rmap_slot, rmap_step,
-    rmap_walk, rmap_walk_over,
+    PAGE_SHARED, PAGE_UNSHARED, PAGE_VOLATILE, PAGE_ZERO, rmap_find, rmap_has_copies, rmap_set_state, rmap_slot,
+    rmap_step, rmap_walk, rmap_walk_over,
 )
 from ksmcore._records.store cimport store_page
 
 cdef enum:
     PREFETCH = 16              # pages that searches are prepared for ahead
     STEP_PAGES = 16384       # that are passed over at once when none needs a look: the lock is held meanwhile
-    WALKED_PER_LOOK = 64       # pages that are passed over in the time of looking at one
-    NEIGHBOURS = 256           # regions that are passed over at once, ...
-    ASKED_PAGES = 131072       # ... and pages: a quarter of a millisecond
-    CAREFUL = 8                # passes of which one asks whether all pages are there
     YOUNG = 3                  # pages of a lower age are looked at in every pass
     HASH_PAGES = 32            # that one thread takes at once: some microseconds
     PAGES_TO_SHARE = 128       # that are worth waking another thread
@@ -254,8 +251,8 @@ cdef int _scan_span(
     cdef size_t i, n_look
     cdef int rc
     cdef uint64_t begun = sys_now_ns()
-    # A page of a file is one of the store, unless an item over the store has lost its share of it.
-    cdef bint with_files = c.rmap.n_over_store != c.rmap.n_by_state[<int>PAGE_SHARED]
+    # Else a page of a file is one of the store.
+    cdef bint with_files = rmap_has_copies(&c.rmap)
     if pagemap_survey(&c.pm, addr, end, limit, region.flags & REGION_WATCHED, with_files, &c.survey, err) != 0:
         return -1
     if immediate and _has_swapped(c):
@@ -350,82 +347,6 @@ cdef bint _has_swapped(const engine_core* c) noexcept nogil:
     return False
 
 
-cdef uintptr_t _end_of_unwritten(
-    engine_core* c, region_t* region, uintptr_t start, uintptr_t end, size_t least
-) noexcept nogil:
-    """Where the first written page lies from `start` on in this watched region and those that it touches, are watched
-    too, and end before `end`; or where they end. One question for all of them, ASKED_PAGES and NEIGHBOURS at most;
-    none, and the answer `start`, where they are fewer than `least`.
-
-    Where all pages were there when that was last asked, the quick question is asked in CAREFUL - 1 of CAREFUL passes:
-    what the program has given up since may be remembered so much longer. Nothing depends on that but some counters,
-    since a page that comes back is a written one.
-    """
-    cdef region_t* last = region
-    cdef region_t* following = regions_next(&c.regions, region)
-    cdef uintptr_t most = start + ASKED_PAGES * c.page_bytes, unwritten
-    cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most)
-    cdef bint quickly = c.epoch % CAREFUL != 0 and _were_there(c, region, stop)
-    cdef size_t n = 1
-    while (
-        following != NULL and following.addr == stop and _may_be_passed_over(following)
-        and regions_end_of(&c.regions, following) <= min(end, most) and n < <size_t>NEIGHBOURS
-    ):
-        n += 1
-        last = following
-        stop = regions_end_of(&c.regions, last)
-        quickly = quickly and _were_there(c, last, stop)
-        following = regions_next(&c.regions, following)
-    if n < least:
-        return start
-    unwritten = pagemap_first_written(&c.pm, start, stop, quickly)
-    while region != following and (not quickly or unwritten < stop):
-        _note_there(c, region, start, unwritten)
-        region = regions_next(&c.regions, region)
-    return unwritten
-
-
-cdef inline bint _were_there(const engine_core* c, const region_t* region, uintptr_t end) noexcept nogil:
-    return end <= region.addr + region.n_there * c.page_bytes
-
-
-cdef void _note_there(const engine_core* c, region_t* region, uintptr_t start, uintptr_t end) noexcept nogil:
-    """All pages in [start, end) are there; of the one at `end`, where that lies in the region, it is not known."""
-    cdef uintptr_t known = region.addr + region.n_there * c.page_bytes
-    if max(start, region.addr) > known:
-        return
-    if region.addr <= end <= regions_end_of(&c.regions, region) or end > known:
-        known = max(region.addr, min(end, regions_end_of(&c.regions, region)))
-    region.n_there = (known - region.addr) // c.page_bytes
-
-
-cdef bint _may_be_passed_over(const region_t* region) noexcept nogil:
-    """Does it need no look, and no word why it got none, if nothing was written?"""
-    return (
-        region.flags & REGION_WATCHED and region.n_holds == 0 and not region.being_made and not region.altered
-        and region.bar == NOT_BARRED
-    )
-
-
-cdef bint _pass_over(
-    engine_core* c, region_t* region, uintptr_t* cursor, uintptr_t end, size_t least, size_t* n_pages
-) noexcept nogil:
-    """Move *cursor, which is in this region or before it, over the pages that need no look because nobody wrote there;
-    False where there are none."""
-    cdef uintptr_t start = max(cursor[0], region.addr), unwritten
-    cdef size_t n
-    if not _may_be_passed_over(region):
-        return False
-    unwritten = _end_of_unwritten(c, region, start, end, least)
-    n = (unwritten - start) // c.page_bytes
-    if n == 0:
-        return False
-    cursor[0] = unwritten
-    c.counters.pages_scanned += n
-    n_pages[0] += n // WALKED_PER_LOOK
-    return True
-
-
 cdef bint scan_pass_over(engine_core* c, uintptr_t* cursor, uintptr_t end, size_t* n_pages) noexcept nogil:
     """One step of a walk over what nobody wrote, which needs no guard, no thread, and no look at a page. False: scan_at
     has to go on. Arguments as there."""
@@ -433,7 +354,7 @@ cdef bint scan_pass_over(engine_core* c, uintptr_t* cursor, uintptr_t end, size_
     if region == NULL or region.addr >= end:
         cursor[0] = end
         return False
-    return _pass_over(c, region, cursor, end, 1, n_pages)
+    return still_pass_over(c, region, cursor, end, 1, n_pages)
 
 
 cdef int scan_at(
@@ -445,12 +366,13 @@ cdef int scan_at(
     cdef region_t* region = regions_at(&c.regions, cursor[0])
     cdef uintptr_t from_here, to_here
     cdef size_t n, n_looked = 0
+    cdef uint64_t n_scanned = c.counters.pages_scanned
     cdef int rc = 0
     if region == NULL or region.addr >= end:
         cursor[0] = end
         return 0
-    # In one region alone the survey tells as much.
-    if cursor[0] <= region.addr and _pass_over(c, region, cursor, end, 2, n_pages):
+    # In one region alone, all of it watched, the survey tells as much.
+    if (cursor[0] <= region.addr or region.is_settled) and still_pass_over(c, region, cursor, end, 2, n_pages):
         return 0
     from_here = max(cursor[0], region.addr)
     to_here = min(regions_end_of(&c.regions, region), end)
@@ -472,6 +394,8 @@ cdef int scan_at(
         rc = _scan_span(c, region, from_here, cursor[0], to_here, immediate, patient, &n_looked, err)
         if rc == 0:
             cursor[0] = c.survey.next
-            n = n_looked + (cursor[0] - from_here) // c.page_bytes // WALKED_PER_LOOK
+            n = (cursor[0] - from_here) // c.page_bytes
+            still_note_survey(c, region, from_here, cursor[0], n_looked, n - (c.counters.pages_scanned - n_scanned))
+            n = n_looked + n // WALKED_PER_LOOK
     n_pages[0] += n
     return rc

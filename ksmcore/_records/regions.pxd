@@ -41,7 +41,13 @@ ctypedef struct region_t:
     bint altered             # the program has mapped it otherwise: not looked at (see census)
     uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to census
-    size_t n_there           # its first pages that were all there when that was last asked: see _pass_over
+    size_t n_there           # its first pages that were all there when that was last asked: see still
+    size_t n_surveyed        # its first pages that the present walk has surveyed; with the next two private to still
+    size_t n_looked          # how many of them needed a look
+    size_t n_away            # how many were not there
+    bint is_settled          # when all pages were surveyed last, hardly one needed a look, ...
+    size_t n_absent          # ... and so many were not there
+    size_t n_absent_left     # of which the present walk has not come to so many
 
 
 # By address, disjoint.

@@ -76,6 +76,11 @@ ctypedef struct rmap_walk:
     uint32_t item          # 0 before the first, and at the end
 
 
+cdef inline bint rmap_has_copies(const rmap_table* table) noexcept nogil:
+    """Are there private copies over the store, taken for such? One that the program has thrown away shows the store."""
+    return table.n_over_store != table.n_by_state[<int>PAGE_SHARED]
+
+
 cdef inline uint32_t rmap_slot(const rmap_table* table, uint32_t item) noexcept nogil:
     """The slot of the store that the page's mapping points at, whatever the state; 0 where there is none."""
     if not table.tags[item].over_store:

@@ -13,7 +13,7 @@ from helpers.memory import PAGE, address, octets, private_memory, random_pages
 from ksmcore._testing import faults
 
 HUGE = 2 << 20
-# Passes of which one asks with care (see _end_of_unwritten).
+# Passes of which one asks with care (see still).
 CAREFUL = 8
 
 pytestmark = pytest.mark.skipif(
