@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsIndex
 
 from ksmcore._arrays import allocator, arena, memory
+from ksmcore._core.scopes import LockScope
 from ksmcore._kernel.per_process import PerProcess
 from ksmcore._kernel.procfs import available_bytes
 
@@ -56,7 +57,7 @@ def _checked(value: SupportsIndex, name: str = "threshold_bytes", least: int = 1
 def _begin(engine: Home) -> bool:
     """Tie the arena to the default engine, once. Was it now?"""
     global _begun
-    with _beginning.get():
+    with LockScope(_beginning.get()):
         if _begun:
             return False
         allocator.begin(engine._adopt(_tidy), _numpy_wants_huge())

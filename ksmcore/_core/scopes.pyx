@@ -3,12 +3,37 @@
 Written in C because a signal handler of Python's, Ctrl-C among them, may raise between any two calls of Python
 code: a lock that Python code had just taken would stay taken for as long as somebody keeps the traceback. Python
 enters and leaves these without a look at signals between the taking and the block, or between the block and the
-giving back. They belong to one process: a forked child makes others.
+giving back; but for Python 3.14 (seen with 3.14.10), which looks before the block. Then nobody has the scope any more,
+and it gives back what it has taken as it goes. They belong to one process: a forked child makes others.
 """
 
 from cpython.pythread cimport PyThread_get_thread_ident
 
 import threading
+
+
+cdef class LockScope:
+    """A lock that is held within the block. For one `with` block."""
+
+    cdef object lock
+    cdef bint is_taken
+
+    def __cinit__(self, lock):
+        self.lock = lock
+
+    def __enter__(self):
+        # A handler that raises while this waits leaves the lock to others.
+        self.lock.acquire()
+        self.is_taken = True
+        return self
+
+    def __exit__(self, *error):
+        self.is_taken = False
+        self.lock.release()
+
+    def __del__(self):
+        if self.is_taken:
+            self.__exit__()
 
 
 cdef class PassLock:
@@ -32,14 +57,12 @@ cdef class PassLock:
                 "handler): let it end first"
             )
 
-    def __enter__(self):
+    def acquire(self):
         self.check_outside()
-        # A handler that raises while this waits leaves the lock to others.
         self.lock.acquire()
         self.owner = <unsigned long>PyThread_get_thread_ident()
-        return self
 
-    def __exit__(self, *error):
+    def release(self):
         self.owner = 0
         self.lock.release()
 
@@ -58,7 +81,12 @@ cdef class GuardScope:
         return self
 
     def __exit__(self, *error):
-        self.core.leave_guard(self.entered)
+        entered, self.entered = self.entered, None
+        self.core.leave_guard(entered)
+
+    def __del__(self):
+        if self.entered is not None:
+            self.__exit__()
 
 
 cdef class HoldScope:
@@ -104,3 +132,7 @@ cdef class HoldScope:
                 self.core.let_go(region_id, addr)
         finally:
             self.export.release()
+
+    def __del__(self):
+        if self.held:
+            self.__exit__()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol, overload
 
+from ksmcore._core.scopes import LockScope
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.stats import RegionStats
 from ksmcore._kernel.per_process import PerProcess
@@ -75,7 +76,7 @@ class Area(Closing):
         """
         self._check_open()
         made = self._engine.register(buffer, name=name, privatize=privatize)
-        with self._lock.get():
+        with LockScope(self._lock.get()):
             if not self._closed:
                 self._regions.update(made.regions if isinstance(made, Area) else [made])
                 if isinstance(made, Area):
@@ -96,7 +97,7 @@ class Area(Closing):
     @property
     def regions(self) -> tuple[Region, ...]:
         """Its open regions, by address."""
-        with self._lock.get():
+        with LockScope(self._lock.get()):
             return tuple(sorted((r for r in self._regions if not r.closed), key=lambda r: r.addr))
 
     def stats(self) -> RegionStats:
@@ -116,7 +117,7 @@ class Area(Closing):
                 closed; the area stays open with those that could not be.
         """
         failed: Exception | None = None
-        with self._lock.get():
+        with LockScope(self._lock.get()):
             self._closed = True
             for region in list(self._regions):
                 try:

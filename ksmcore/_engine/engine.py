@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from ksmcore._arrays import making
+from ksmcore._core.scopes import LockScope
 from ksmcore._engine import all_engines, estimating
 from ksmcore._engine.area import Area
 from ksmcore._engine.changes import Changes, changed
@@ -285,7 +286,7 @@ class Engine(Closing):
         """
         parts = self._open()
         parts.passes.tidy(idle_only=False)
-        with parts.passes.alone:
+        with LockScope(parts.passes.alone):
             parts.registrar.restore_all(keep=True)
 
     # ---- arrays -------------------------------------------------------------------------------
@@ -455,7 +456,7 @@ class Engine(Closing):
         parts = self._now()
         parts.passes.alone.check_outside()
         parts.scanner.give_up()
-        with parts.passes.alone:
+        with LockScope(parts.passes.alone):
             parts.registrar.restore_all()
             parts.registrar.end()
             self._core.stop_watching()

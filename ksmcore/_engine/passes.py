@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ksmcore._core.scopes import GuardScope, PassLock
+from ksmcore._core.scopes import GuardScope, LockScope, PassLock
 from ksmcore._engine.history import History, Sample, sample
 from ksmcore._engine.progress import Progress, reporting
 from ksmcore._engine.stats import PassReport
@@ -135,7 +135,7 @@ class Passes:
     def scan(self, progress: Progress = None) -> PassReport:
         """See `Engine.scan`."""
         self.tidy(idle_only=False)
-        with self.alone:
+        with LockScope(self.alone):
             begun = self._begin()
             with GuardScope(self._core):
                 self._core.begin_pass()
@@ -152,7 +152,7 @@ class Passes:
     ) -> PassReport:
         """Merge what is equal in these address ranges, without the wait for a second pass.
         `unreached`: what there was no way to, to be told."""
-        with self.alone:
+        with LockScope(self.alone):
             begun = self._begin()
             with GuardScope(self._core):
                 report = self._merge_in_rounds(begun, pages, progress)
@@ -261,7 +261,7 @@ class Passes:
 
     def begin_batches(self) -> Begun:
         """Begin a full pass; NotNowError when that will be possible later."""
-        with self.alone:
+        with LockScope(self.alone):
             begun = self._begin()
             self._core.begin_pass(patient=True)
             return begun
@@ -270,7 +270,7 @@ class Passes:
         """Go on with it for so many pages, fewer before a fork; returns the new cursor,
         END_OF_MEMORY at the end, and whether it was fruitful: something was merged, or much of what
         was read was new. NotNowError when it is to be tried again, later."""
-        with self.alone:
+        with LockScope(self.alone):
             self.check_open()
             self._take_census_if_due()
             most, n_threads = self._in_force.settings.max_pages_to_merge, self._n_threads(1)
@@ -288,7 +288,7 @@ class Passes:
                 raise
 
     def end_batches(self, begun: Begun) -> PassReport:
-        with self.alone:
+        with LockScope(self.alone):
             return self._end_full_pass(begun)
 
     # ---- what both do, under the pass lock ------------------------------------------------------

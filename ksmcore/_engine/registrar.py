@@ -19,7 +19,7 @@ import numpy as np
 from ksmcore._arrays import arena
 from ksmcore._arrays.page_memory import PageMemory
 from ksmcore._core.core import Core
-from ksmcore._core.scopes import HoldScope
+from ksmcore._core.scopes import HoldScope, LockScope
 from ksmcore._engine.area import Area, Registers
 from ksmcore._engine.closing import Closing
 from ksmcore._engine.gathering import (
@@ -108,7 +108,7 @@ class Registrar:
         if isinstance(buffer, Closing):
             raise not_a_buffer(buffer)
         checked_name(name)
-        with _registering.get():
+        with LockScope(_registering.get()):
             one = as_one(buffer)
             if one is None:
                 return self._register_parts(buffer, name, privatize)
@@ -147,7 +147,7 @@ class Registrar:
         unreached = Unreached()
         missing: list[Export] = []
         objects: list[Gathered] = []
-        with _registering.get():
+        with LockScope(_registering.get()):
             try:
                 for buffer in buffers:
                     if isinstance(buffer, Region):

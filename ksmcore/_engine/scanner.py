@@ -20,6 +20,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
+from ksmcore._core.scopes import LockScope
 from ksmcore._engine.hidden_thread import Bell, HiddenThread, hide
 from ksmcore._engine.pacing import Pacer, are_wanted, young_seconds
 from ksmcore._engine.passes import (
@@ -99,7 +100,7 @@ class Scanner:
     def start(self) -> None:
         """Begin with the next pass; nothing when it runs already. ValueError when the engine was
         closed: who closes it sets `ended` before the last `stop`."""
-        with self._control:
+        with LockScope(self._control):
             passes = self._passes()
             if passes is not None:
                 passes.check_open()
@@ -115,13 +116,13 @@ class Scanner:
 
     def stop(self) -> None:
         """End after the present batch; raises what it died of, once. Nothing if it does not run."""
-        with self._control:
+        with LockScope(self._control):
             thread, was_stopped = self._thread, self._is_stopped
             self._is_stopped = True
             self._bell.ring()
         if thread is not None and not thread.is_current():
             thread.join()
-        with self._control:
+        with LockScope(self._control):
             error, self._error = self._error, None
         if not was_stopped:
             log.info("scanner stopped")
