@@ -3,8 +3,7 @@
 Nothing is merged here: what is to be merged becomes an intent of the batch. Whoever has the checksum of a shared page,
 or of zeros, is taken to have its bytes, since the guard compares them anyway: a wrong guess costs a window that fails,
 and from then on the page is doubted, and compared with what is found. So such a page is read twice until it is merged:
-for its checksum, and under the guard. Two that are to become a new shared page are compared with each other before,
-unless they lie beside two that were found to be equal.
+for its checksum, and under the guard. Two that are to become a new shared page are compared with each other before.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -179,15 +178,6 @@ cdef uint32_t _with_room(engine_core* c, uint32_t digest, const uint8_t* compare
     return 0
 
 
-cdef bint _is_alike(const engine_core* c, uint32_t item, uint32_t other) noexcept nogil:
-    """Of two pages with one checksum, beside two that were equal: has the other the same bytes? A guess unless either
-    is doubted: where so much is alike, one of 2**32 is wrong."""
-    cdef const uint8_t* compared = _bytes_to_compare(c, item, state_page_of(c, item))
-    if compared == NULL:
-        compared = _bytes_to_compare(c, other, state_page_of(c, item))
-    return _are_equal(c, compared, state_page_of(c, other))
-
-
 cdef uint32_t _beside(engine_core* c, uint64_t page_no, uint32_t digest) noexcept nogil:
     """The item as far from this page as the last partner was from its own, where a stretch of pages may come again:
     if it waits for a partner, and has the same checksum. Else 0."""
@@ -222,8 +212,8 @@ cdef uint32_t _partner(
     """An equal page of the quiet or the unstable tree, or 0: then this page stands there itself. Where a
     stretch of pages comes again, the next partner is beside the last one.
 
-    What is found elsewhere is compared in any case: a wrong guess would have the partner mapped to a new shared page
-    and brought back, which leaves pieces, and of n different pages some n * n / 2**33 pairs have one checksum."""
+    Here bytes are compared in any case: a wrong guess would have the partner mapped to a new shared page and brought
+    back, which leaves pieces, and of n different pages some n * n / 2**33 pairs have one checksum."""
     cdef uint64_t page_no = <uintptr_t>page // c.page_bytes
     cdef rb_place place, quiet_place
     cdef uint32_t partner, written = 0
@@ -234,7 +224,10 @@ cdef uint32_t _partner(
         # One that was written has its turn still to come. It may have been written with the same bytes.
         written = partner
     partner = _beside(c, page_no, digest)
-    if partner == 0 or c.rmap.tags[partner].epoch != c.epoch or not _is_alike(c, item, partner):
+    if (
+        partner == 0 or c.rmap.tags[partner].epoch != c.epoch
+        or page_compare(page, state_page_of(c, partner), c.page_bytes) != 0
+    ):
         partner = forest_find(&c.unstable, digest, page, &place)
     if partner != 0:
         c.stretch.beside = partner

@@ -11,7 +11,7 @@ them for a while (_guard/scratch).
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport qsort
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 
 from ksmcore._guard.guard cimport guard_is_barred
 from ksmcore._guard.merge cimport merge_restore_range, merge_run, merge_zero_run, run_t
@@ -31,6 +31,7 @@ from ksmcore._records.store cimport store_block_sharers, store_share, store_trim
 
 cdef enum:
     LONG_RUN = 4               # pages whose mappings cost little for each
+    MAPS_OF_HOLE = 2           # what was to be mapped is cut in two, by pages that were left as they are
 
 
 # ---- runs -----------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ cdef uint64_t* _reason(batch* b, uint8_t outcome) noexcept nogil:
 cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
     """Neighbours of one kind; what lies under them is alike, for the guard's sake."""
     cdef intent* first = &b.intents[start]
-    cdef uint32_t i
+    cdef uint32_t i, n_holes = 0
     cdef run_t run
     cdef sys_error err
     cdef size_t n_restored
@@ -250,9 +251,12 @@ cdef int _carry_out_run(batch* b, uint32_t start, uint32_t end) noexcept nogil:
         if b.outcomes[i] == DONE:
             _account(b, &b.intents[start + i])
         else:
+            n_holes += i == 0 or b.outcomes[i - 1] == DONE
             if b.outcomes[i] == CHANGED:
                 batch_doubt(b, b.intents[start + i].item)
             batch_leave(b, &b.intents[start + i], _reason(b, b.outcomes[i]))
+    if _makes_mappings(first) and memchr(b.outcomes, DONE, end - start) != NULL:
+        b.budget.used += MAPS_OF_HOLE * n_holes
     return rc
 
 
@@ -299,6 +303,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         if merge_restore_range(&run, False, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
             batch_lie_over(b, founder.item, 0)
+            b.budget.used += MAPS_OF_HOLE
             b.counters.skipped.partner += 1
 
 

@@ -85,6 +85,7 @@ ctypedef struct engine_core:
     forest_t stable
     forest_t unstable
     forest_t quiet               # like the unstable one, of pages whose writes the tracker tells: it stays
+    uint64_t n_passes            # begun, in part or whole
     uint32_t epoch               # of the unstable tree, 1 to 255
     uint32_t last_epoch          # of the one before it
     pagemap pm

@@ -167,6 +167,7 @@ cdef void state_begin_pass(engine_core* c) noexcept nogil:
     forest_clear(&c.unstable)
     forest_expect(&c.unstable, n_pages // 2)
     forest_expect(&c.stable, n_pages // 2)
+    c.n_passes += 1
     c.last_epoch = c.epoch
     c.epoch += 1
     if c.epoch > LAST_EPOCH:

@@ -15,7 +15,7 @@ for CAREFUL passes. Nothing depends on that but some counters, since a page that
 The caller holds the engine's lock.
 """
 
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint64_t, uintptr_t
 
 from ksmcore._kernel.pagemap cimport ASK_GONE, ASK_PRIVATE, ASK_WRITTEN, page_question, pagemap_first
 from ksmcore._pass.state cimport engine_core
@@ -54,18 +54,20 @@ cdef void _count_absent(engine_core* c, region_t* region, uintptr_t start, uintp
     c.counters.pages_scanned -= n
 
 
-cdef bint _choose(const engine_core* c, const region_t* region, uintptr_t end, page_question* asked) noexcept nogil:
+cdef bint _choose(const engine_core* c, region_t* region, uintptr_t end, page_question* asked) noexcept nogil:
     """What to ask of a region up to `end`. False: it has to be surveyed, or to be counted why it is not."""
     cdef bint is_watched = region.flags & REGION_WATCHED
     if region.n_holds != 0 or region.being_made or region.altered or region.bar != NOT_BARRED:
         return False
-    if c.epoch % CAREFUL != 0:
+    if 0 < c.n_passes - region.careful_pass < <uint64_t>CAREFUL:
         if is_watched and _were_there(c, region, end):
             asked[0] = ASK_WRITTEN
             return True
         if region.is_settled and not rmap_has_copies(&c.rmap):
             asked[0] = ASK_PRIVATE
             return True
+    # In the rest of this pass as well.
+    region.careful_pass = c.n_passes
     asked[0] = ASK_GONE
     return is_watched
 
@@ -89,7 +91,7 @@ cdef uintptr_t _end_of_still(
     cdef region_t* last = region
     cdef region_t* following = regions_next(&c.regions, region)
     cdef uintptr_t most = start + ASKED_PAGES * c.page_bytes, found
-    cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most)
+    cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most), from_here, to_here
     cdef page_question asked, other
     cdef size_t n = 1
     if not _choose(c, region, stop, &asked):
@@ -109,10 +111,12 @@ cdef uintptr_t _end_of_still(
     while region != following:
         if asked == ASK_GONE or (asked == ASK_WRITTEN and found < stop):
             _note_there(c, region, start, found)
-        elif asked == ASK_PRIVATE and region.addr < found:
-            _count_absent(
-                c, region, max(start, region.addr), min(found, regions_end_of(&c.regions, region))
-            )
+        from_here = max(start, region.addr)
+        to_here = min(found, regions_end_of(&c.regions, region))
+        if asked == ASK_GONE and from_here < to_here:
+            still_note_survey(c, region, from_here, to_here, 0, 0)
+        elif asked == ASK_PRIVATE and from_here < to_here:
+            _count_absent(c, region, from_here, to_here)
         region = regions_next(&c.regions, region)
     return found
 
@@ -136,8 +140,8 @@ cdef bint still_pass_over(
 cdef void still_note_survey(
     const engine_core* c, region_t* region, uintptr_t start, uintptr_t end, size_t n_looked, size_t n_absent
 ) noexcept nogil:
-    """[start, end) of a region was surveyed: n_looked pages needed a look, n_absent were not there. Once a walk has come
-    from one end of the region to the other it is known whether it is settled."""
+    """[start, end) of a region was surveyed, or asked of with care: n_looked pages needed a look, n_absent were not
+    there. Once a walk has come from one end of the region to the other it is known whether it is settled."""
     if start == region.addr:
         region.n_absent_left = region.n_absent
     region.n_absent_left -= min(n_absent, region.n_absent_left)

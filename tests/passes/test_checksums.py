@@ -132,7 +132,8 @@ def test_different_pages_of_one_checksum_cost_no_mapping(engine, rng):
 @pytest.mark.parametrize("every", [1, 2, 7, 50])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_copy_with_other_bytes_of_one_checksum(engine, rng, every, at_once):
-    """What lies beside equal pages is guessed to be equal; where that is wrong nothing is lost but a window."""
+    """Not even beside pages that are equal does a checksum tell that two pages are: that of the other may be long out
+    of date, and each wrong guess of so many would leave pieces."""
     n_pages = 210
     source = random_pages(rng, n_pages).reshape(n_pages, PAGE)
     pretended = source.copy()
@@ -140,14 +141,10 @@ def test_a_copy_with_other_bytes_of_one_checksum(engine, rng, every, at_once):
     for k in wrong:
         source[k], pretended[k] = pages_of_one_checksum(rng, 2)
     one, other = engine.array(source), engine.array(pretended)
-    failed = []
     for _ in range(3):
         report = engine.dedup() if at_once else engine.scan()
         engine._core.check(are_filed=True)
-        failed.append(report.skipped["changed"])
-    # Only what lies behind an equal pair is guessed.
-    assert 0 < sum(failed) <= 2 * len(wrong) if every > 1 else sum(failed) == 0
-    assert failed[-1] == 0
+        assert report.skipped["changed"] == 0
     stats = engine.stats()
     assert stats.pages_sharing == n_pages - len(wrong)
     assert stats.pages_unshared == 2 * len(wrong)
