@@ -286,6 +286,7 @@ cdef void _undo_halves(batch* b) noexcept nogil:
     """A new shared page that only one of its two founders could be mapped to saves nothing: give that
     page its own memory back. Where even this fails it stays, right and shared by one."""
     cdef uint32_t i
+    cdef uint64_t last_no = 0
     cdef size_t n_restored
     cdef intent* founder
     cdef run_t run
@@ -303,8 +304,10 @@ cdef void _undo_halves(batch* b) noexcept nogil:
         if merge_restore_range(&run, False, &n_restored, &b.err) == 0:
             batch_drop_sharer(b, founder.item)
             batch_lie_over(b, founder.item, 0)
-            b.budget.used += MAPS_OF_HOLE
             b.counters.skipped.partner += 1
+            if founder.page_no != last_no + 1:
+                b.budget.used += MAPS_OF_HOLE
+            last_no = founder.page_no
 
 
 cdef void runs_choose(batch* b) noexcept nogil:
