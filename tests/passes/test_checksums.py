@@ -132,8 +132,8 @@ def test_different_pages_of_one_checksum_cost_no_mapping(engine, rng):
 @pytest.mark.parametrize("every", [1, 2, 7, 50])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_copy_with_other_bytes_of_one_checksum(engine, rng, every, at_once):
-    """Not even beside pages that are equal does a checksum tell that two pages are: that of the other may be long out
-    of date, and each wrong guess of so many would leave pieces."""
+    """Not even beside pages that are equal does a checksum tell that two pages are: that of the
+    other may be long out of date, and each wrong guess of so many would leave pieces."""
     n_pages = 210
     source = random_pages(rng, n_pages).reshape(n_pages, PAGE)
     pretended = source.copy()

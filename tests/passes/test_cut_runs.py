@@ -1,4 +1,4 @@
-"""Runs that were cut in pieces, by pages that could not be merged, count as those pieces at once."""
+"""Runs that were cut in pieces, by pages that could not be merged, count as those at once."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""Merged memory is passed over as well, whether it was read since or not; no write to it goes unseen."""
+"""Merged memory is passed over too, whether it was read since or not; no write goes unseen."""
 
 import errno
 import mmap
