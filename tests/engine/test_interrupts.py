@@ -103,11 +103,11 @@ def test_nothing_stays_taken(name, private_buffer):
 def test_no_signal_leaves_a_scope_taken():
     """Python 3.14 has handlers run between what a scope takes and its block."""
 
-    class Rings(Exception):
+    class RingError(Exception):
         pass
 
     def ring(*_):
-        raise Rings
+        raise RingError
 
     lock = PassLock()
     before = signal.signal(signal.SIGALRM, ring)
@@ -118,7 +118,7 @@ def test_no_signal_leaves_a_scope_taken():
                 while True:
                     with LockScope(lock):
                         pass
-            except Rings:
+            except RingError:
                 assert not lock.is_mine()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
