@@ -31,7 +31,6 @@ class LockScope(AbstractContextManager[LockScope, None]):
         traceback: TracebackType | None,
         /,
     ) -> None: ...
-    def __del__(self) -> None: ...
 
 @final
 class PassLock:
@@ -51,7 +50,6 @@ class GuardScope(AbstractContextManager[GuardScope, None]):
         traceback: TracebackType | None,
         /,
     ) -> None: ...
-    def __del__(self) -> None: ...
 
 @final
 class HoldScope(AbstractContextManager[None, None]):
@@ -64,4 +62,3 @@ class HoldScope(AbstractContextManager[None, None]):
         traceback: TracebackType | None,
         /,
     ) -> None: ...
-    def __del__(self) -> None: ...

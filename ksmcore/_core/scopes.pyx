@@ -4,14 +4,18 @@ Written in C because a signal handler of Python's, Ctrl-C among them, may raise 
 code: a lock that Python code had just taken would stay taken for as long as somebody keeps the traceback. Python
 enters and leaves these without a look at signals between the taking and the block, or between the block and the
 giving back; but for Python 3.14 (seen with 3.14.10), which looks before the block. Then nobody has the scope any more,
-and it gives back what it has taken as it goes. They belong to one process: a forked child makes others.
+and it gives back what it has taken as it goes: when the last reference goes, and not when the collector finds it in a
+cycle, where a generator may still be in its block. They belong to one process: a forked child makes others.
 """
+
+cimport cython
 
 from cpython.pythread cimport PyThread_get_thread_ident
 
 import threading
 
 
+@cython.no_gc_clear
 cdef class LockScope:
     """A lock that is held within the block. For one `with` block."""
 
@@ -28,12 +32,12 @@ cdef class LockScope:
         return self
 
     def __exit__(self, *error):
-        self.is_taken = False
-        self.lock.release()
-
-    def __del__(self):
         if self.is_taken:
-            self.__exit__()
+            self.is_taken = False
+            self.lock.release()
+
+    def __dealloc__(self):
+        self.__exit__()
 
 
 cdef class PassLock:
@@ -67,6 +71,7 @@ cdef class PassLock:
         self.lock.release()
 
 
+@cython.no_gc_clear
 cdef class GuardScope:
     """The guard of a core, ready for windows within the block."""
 
@@ -82,13 +87,14 @@ cdef class GuardScope:
 
     def __exit__(self, *error):
         entered, self.entered = self.entered, None
-        self.core.leave_guard(entered)
+        if entered is not None:
+            self.core.leave_guard(entered)
 
-    def __del__(self):
-        if self.entered is not None:
-            self.__exit__()
+    def __dealloc__(self):
+        self.__exit__()
 
 
+@cython.no_gc_clear
 cdef class HoldScope:
     """Memory that is held within the block: nothing in it is merged. For one `with` block.
 
@@ -127,12 +133,13 @@ cdef class HoldScope:
 
     def __exit__(self, *error):
         held, self.held = self.held, ()
+        if not held:
+            return
         try:
             for region_id, addr in held:
                 self.core.let_go(region_id, addr)
         finally:
             self.export.release()
 
-    def __del__(self):
-        if self.held:
-            self.__exit__()
+    def __dealloc__(self):
+        self.__exit__()

@@ -59,14 +59,14 @@ cdef bint _choose(const engine_core* c, region_t* region, uintptr_t end, page_qu
     cdef bint is_watched = region.flags & REGION_WATCHED
     if region.n_holds != 0 or region.being_made or region.altered or region.bar != NOT_BARRED:
         return False
-    if 0 < c.n_passes - region.careful_pass < <uint64_t>CAREFUL:
+    if region.careful_pass != c.n_passes and c.n_passes - region.seen_pass < <uint64_t>CAREFUL:
         if is_watched and _were_there(c, region, end):
             asked[0] = ASK_WRITTEN
             return True
         if region.is_settled and not rmap_has_copies(&c.rmap):
             asked[0] = ASK_PRIVATE
             return True
-    # In the rest of this pass as well.
+    # In the rest of this pass as well, and until a walk has come through all of the region so.
     region.careful_pass = c.n_passes
     asked[0] = ASK_GONE
     return is_watched
@@ -153,5 +153,6 @@ cdef void still_note_survey(
     region.n_looked += n_looked
     region.n_away += n_absent
     if region.n_surveyed == region.n_pages:
+        region.seen_pass = c.n_passes
         region.is_settled = region.n_looked * SETTLED_SHARE <= region.n_pages
         region.n_absent = region.n_away

@@ -42,7 +42,8 @@ ctypedef struct region_t:
     uint64_t cow_breaks      # shared pages in it found copied by a write
     size_t n_plain_pages     # private to census
     size_t n_there           # its first pages that were all there when that was last asked: see still
-    uint64_t careful_pass    # in which the kernel was last asked whether pages have gone; private to still
+    uint64_t careful_pass    # in which the kernel was last asked whether pages have gone; as seen_pass private to still
+    uint64_t seen_pass       # in which it was last asked so of all of them
     size_t n_surveyed        # its first pages that the present walk has surveyed; with the next two private to still
     size_t n_looked          # how many of them needed a look
     size_t n_away            # how many were not there
