@@ -30,7 +30,7 @@ BESIDES = """
 @pytest.mark.parametrize("command", ["run", "estimate"])
 def test_equal_memory_that_is_not_reached_is_told(tmp_path, command):
     write(tmp_path, BESIDES)
-    for _ in range(20):
+    for _ in range(100):
         done = ksmcore(command, "--json", "out.json", "program.py", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "out.json").read_text())
