@@ -9,7 +9,7 @@ The questions, by what is known of a region:
   not known, or not since CAREFUL passes
 
 The first two show every private page that was written since it was protected, or that was never protected: all that
-can need a look. What they do not show is that a page has gone, so a page that the program has given up may be remembered
+can need a look. What they do not show is that a page has gone, so one that the program has given up may be remembered
 for CAREFUL passes. Nothing depends on that but some counters, since a page that comes back is a written one.
 
 The caller holds the engine's lock.
@@ -43,15 +43,14 @@ cdef void _note_there(const engine_core* c, region_t* region, uintptr_t start, u
     region.n_there = (known - region.addr) // c.page_bytes
 
 
-cdef void _count_absent(engine_core* c, region_t* region, uintptr_t start, uintptr_t end) noexcept nogil:
-    """Pages that had no memory do not count as scanned: as many of a settled region as at the last survey of all of it,
-    if not just these."""
-    cdef size_t n = (end - start) // c.page_bytes
+cdef size_t _take_absent(region_t* region, uintptr_t start, size_t n_most) noexcept nogil:
+    """Of the pages that were not there when all of the region was surveyed last, n_most are taken by this step of a
+    walk, from `start` on, or what earlier steps have left; returns how many."""
     if start == region.addr:
         region.n_absent_left = region.n_absent
-    n = min(n, region.n_absent_left)
-    region.n_absent_left -= n
-    c.counters.pages_scanned -= n
+    n_most = min(n_most, region.n_absent_left)
+    region.n_absent_left -= n_most
+    return n_most
 
 
 cdef bint _choose(const engine_core* c, region_t* region, uintptr_t end, page_question* asked) noexcept nogil:
@@ -88,7 +87,6 @@ cdef uintptr_t _end_of_still(
     """Where the first page that may need a look lies, from `start` on in this region and those that it touches, can be
     asked of with it, and end before `end`; or where they end. One question for all of them, ASKED_PAGES and NEIGHBOURS
     at most; none, and the answer `start`, where they are fewer than `least` and nothing of them is settled."""
-    cdef region_t* last = region
     cdef region_t* following = regions_next(&c.regions, region)
     cdef uintptr_t most = start + ASKED_PAGES * c.page_bytes, found
     cdef uintptr_t stop = min(regions_end_of(&c.regions, region), end, most), from_here, to_here
@@ -102,8 +100,7 @@ cdef uintptr_t _end_of_still(
         and _can_join(&asked, other)
     ):
         n += 1
-        last = following
-        stop = regions_end_of(&c.regions, last)
+        stop = regions_end_of(&c.regions, following)
         following = regions_next(&c.regions, following)
     if n < least and asked != ASK_PRIVATE:
         return start
@@ -116,7 +113,8 @@ cdef uintptr_t _end_of_still(
         if asked == ASK_GONE and from_here < to_here:
             still_note_survey(c, region, from_here, to_here, 0, 0)
         elif asked == ASK_PRIVATE and from_here < to_here:
-            _count_absent(c, region, from_here, to_here)
+            # Pages without memory do not count as scanned: so many, if not just these.
+            c.counters.pages_scanned -= _take_absent(region, from_here, (to_here - from_here) // c.page_bytes)
         region = regions_next(&c.regions, region)
     return found
 
@@ -142,9 +140,7 @@ cdef void still_note_survey(
 ) noexcept nogil:
     """[start, end) of a region was surveyed, or asked of with care: n_looked pages needed a look, n_absent were not
     there. Once a walk has come from one end of the region to the other it is known whether it is settled."""
-    if start == region.addr:
-        region.n_absent_left = region.n_absent
-    region.n_absent_left -= min(n_absent, region.n_absent_left)
+    _take_absent(region, start, n_absent)
     if start == region.addr:
         region.n_surveyed = region.n_looked = region.n_away = 0
     elif start != region.addr + region.n_surveyed * c.page_bytes:

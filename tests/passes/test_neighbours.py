@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import ksmcore
-from helpers.mappings import counted_anew
+from helpers.mappings import counted_anew, used_by_others
 from helpers.memory import PAGE, octets, random_pages
+from helpers.watched import watched_from
 from ksmcore._kernel import smaps
-from ksmcore._testing import hooks
 
 N_REGIONS, N_PAGES = 40, 10
 
@@ -18,9 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def watched_from_256_pages():
-    before = hooks.watch_from(256)
-    yield
-    hooks.watch_from(before)
+    with watched_from(256):
+        yield
 
 
 _of_others = 0
@@ -28,10 +27,8 @@ _of_others = 0
 
 @pytest.fixture(autouse=True)
 def of_others():
-    """Mappings of stores count whosever they are: other tests may have left some."""
     global _of_others
-    with ksmcore.Engine() as nobodys:
-        _of_others = counted_anew(nobodys)
+    _of_others = used_by_others()
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from helpers.forks import THREADS_RUN, in_child
 from helpers.kernels_view import descriptors, store_bytes
 from helpers.libc import libc, process_vm_writev
 from helpers.memory import PAGE, extent, private_memory, random_pages
+from helpers.watched import watched_from
 from ksmcore._kernel import forks, smaps
-from ksmcore._testing import faults, hooks, pagemap
+from ksmcore._testing import faults, pagemap
 
 N = 600
 
@@ -402,13 +403,10 @@ def test_watching_that_fails(rng, call, after):
 
 
 def test_small_regions_are_not_watched(engine, rng):
-    before = hooks.watch_from(N + 1)
-    try:
+    with watched_from(N + 1):
         array = engine.array(random_words(rng))
         assert [hashed_by(engine) for _ in range(4)] == [N] * 4
         assert unwritten(array) == engine.stats().pages_quiet == 0
-    finally:
-        hooks.watch_from(before)
 
 
 def test_close_gives_the_descriptor_back(rng):

@@ -3,10 +3,10 @@
 import pytest
 
 import ksmcore
-from helpers.mappings import counted_anew
+from helpers.mappings import used_by_others
 from helpers.memory import PAGE, octets, random_pages
+from helpers.watched import watched_from
 from ksmcore._kernel import smaps
-from ksmcore._testing import hooks
 
 N_REGIONS, N_PAGES = 24, 6
 # One part in so many of the budget is spared for what saves no memory, see budget.pyx.
@@ -19,16 +19,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def watched_as_by_default():
-    before = hooks.watch_from(4)
-    yield
-    hooks.watch_from(before)
+    with watched_from(4):
+        yield
 
 
 @pytest.fixture
 def of_others():
-    """Mappings of stores count whosever they are: other tests may have left some."""
-    with ksmcore.Engine() as nobodys:
-        return counted_anew(nobodys)
+    return used_by_others()
 
 
 @pytest.fixture
